@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up they need; nothing has to be run before them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.vigos-ready
+# What a set-up depends on: change one and the next command installs again.
+INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: help setup demo test test-fast lint format bench gpu-check clean
+help:
+	@echo "make demo       set up and run the built-in post-training job"
+	@echo "make test       set up, lint and run every test"
+	@echo "make test-fast  the tests a developer runs all day"
+	@echo "make setup | lint | format | bench | gpu-check | clean"
+
+setup: $(STAMP)
+$(STAMP): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vigos needs Python 3.11 or newer; name one with make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/vigos demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf build *.egg-info vigos/_C*.so .pytest_cache .ruff_cache .mypy_cache

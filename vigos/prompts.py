@@ -1,0 +1,88 @@
+"""What each of the four roles is told: the student, and the three teachers in their own contexts.
+
+The wording is ours and every line of it can be replaced: `Prompts.from_file("prompts.yaml")` reads a YAML mapping
+of the fields below. Placeholders are `{problem}`, `{answer}` and `{format}`; other braces are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["student", "perception", "reasoning", "reference"]
+ROLES: tuple[Role, ...] = ("student", "perception", "reasoning", "reference")
+
+DESCRIPTION_OPEN, DESCRIPTION_CLOSE = "<description>", "</description>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+BOX_OPEN, BOX_CLOSE = r"\boxed{", "}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Text templates of the four roles.
+
+    Each of `student`, `perception`, `reasoning`, `reference` is the text of one user turn, put after the row's images;
+    `system` is the system turn they share (empty: none). `prefill` opens the assistant's turn of the student and of the
+    reference teacher; `think_prefill` opens the reasoning teacher's when it does not read the student's description
+    (preset "released").
+    """
+
+    system: str = "You are a careful assistant who looks at the image before answering."
+    format: str = (
+        "First write down what the image shows between <description> and </description>. Then reason step by step "
+        "between <think> and </think>, relying on your description. End with the final answer alone in \\boxed{}."
+    )
+    student: str = "{problem}\n\n{format}"
+    perception: str = ""
+    reasoning: str = (
+        "{problem}\n\nA trusted solution gives this answer: {answer}\n"
+        "Understand why it is right, then work the problem out in your own words and end with \\boxed{}."
+    )
+    reference: str = "{problem}\n\nA trusted solution gives this answer: {answer}\n\n{format}"
+    prefill: str = DESCRIPTION_OPEN
+    think_prefill: str = THINK_OPEN
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Prompts:
+        """Reads the templates from a YAML mapping; fields left out keep their default."""
+        import yaml
+
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError(
+                f"prompts file {path} must hold a mapping of template names to text, got {type(loaded).__name__}"
+            )
+        known = [f.name for f in fields(cls)]
+        for key, value in loaded.items():
+            if key not in known:
+                near = get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ValueError(f"prompts file {path}: unknown template {key!r}{hint}")
+            if not isinstance(value, str):
+                raise ValueError(f"prompts file {path}: {key} must be text, got {type(value).__name__}")
+        return cls(**loaded)
+
+    def user_text(self, role: Role, problem: str, answer: str = "") -> str:
+        """The text of the user turn of `role`. Values are inserted once: braces inside them are never expanded."""
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        values = {"{problem}": problem, "{answer}": answer, "{format}": self.format}
+        pieces, rest = [], getattr(self, role)
+        while rest:
+            position, name = min(((rest.find(name), name) for name in values if name in rest), default=(-1, ""))
+            if position < 0:
+                break
+            pieces += [rest[:position], values[name]]
+            rest = rest[position + len(name) :]
+        return "".join([*pieces, rest])
+
+    def messages(self, role: Role, problem: str, answer: str = "", num_images: int = 1) -> list[dict[str, Any]]:
+        """The conversation of `role` in the chat-template format of transformers, images first so that roles share them."""
+        text = self.user_text(role, problem, answer)
+        content: list[dict[str, str]] = [{"type": "image"}] * num_images
+        if text:
+            content = [*content, {"type": "text", "text": text}]
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
+        return [*system, {"role": "user", "content": content}]
