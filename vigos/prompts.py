@@ -79,7 +79,7 @@ class Prompts:
         return "".join([*pieces, rest])
 
     def messages(self, role: Role, problem: str, answer: str = "", num_images: int = 1) -> list[dict[str, Any]]:
-        """The conversation of `role` in the chat-template format of transformers, images first so that roles share them."""
+        """The conversation of `role` as chat templates take it, images first so that the roles share them."""
         text = self.user_text(role, problem, answer)
         content: list[dict[str, str]] = [{"type": "image"}] * num_images
         if text:

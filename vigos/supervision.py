@@ -12,7 +12,7 @@ FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 
 @dataclass(frozen=True)
 class Supervision:
-    """R supervised rows: row `student_row[r]` of the student's hidden states meets row `teacher_row[r]` of the teacher's.
+    """R supervised rows: the student's row `student_row[r]` meets the teacher's row `teacher_row[r]`.
 
     Every field is a tensor (R,) or a scalar that is broadcast. Rows may repeat and come in any order.
 
