@@ -1,0 +1,109 @@
+"""Writes the world to disk as a user would bring it: PNG images and a JSONL file of questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vigos.world.digits import CELL, SPLITS, Scene, Split, draw_scene, render
+from vigos.world.tasks import KINDS, USUAL_INK, Kind, Question, ask_any, draw_digits, draw_inks, triplet
+
+# Questions of a training file: mostly inks, because that is where the prior lives.
+KIND_WEIGHTS: dict[Kind, float] = {"ink": 0.6, "which": 0.1, "larger": 0.1, "sum": 0.1, "count": 0.1}
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    return value
+
+
+def write_world(
+    folder: str | Path,
+    split: Split = "train",
+    n: int = 1000,
+    seed: int = 0,
+    *,
+    triplets: bool | None = None,
+    digits: int | tuple[int, int] = 2,
+    cell: int = CELL,
+    noise: float = 0.05,
+    conflict: float = 0.75,
+    label_bias: float = 0.0,
+    kind_weights: dict[Kind, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes `<folder>/<split>.jsonl` and `<folder>/images/<split>-*.png`; returns the path of the JSONL file.
+
+    Each line has the fields problem, images (paths relative to the file), answer and problem_id, and for those who
+    look further kind, digits and inks. Lines of triplets add triplet, variant ("F" or "P") and role ("prior" for the
+    image that agrees with the usual ink, "conflict" for the two that do not).
+
+    Args:
+        split: "train" or "test"; they share neither handwriting nor wordings.
+        n: questions, or triplets of three questions each.
+        seed: the same seed and knobs write the same bytes.
+        triplets: True or False; None writes triplets for the test split and independent questions for training.
+        digits: digits an image, or the least and the most of them (2 to 4).
+        cell: pixels a side of one digit's square.
+        noise: pixel noise and variation of the inks, as a share of the full range.
+        conflict: how many of the digits in independent questions have another ink than their usual one: the lower,
+            the stronger the shortcut.
+        label_bias: how many of the ink questions carry the usual ink as their reference whatever the image shows.
+        kind_weights: relative frequency of the kinds of questions (independent questions only).
+        progress: called with (written, total) after each image.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    _share("conflict", conflict)
+    _share("label_bias", label_bias)
+    least, most = (digits, digits) if isinstance(digits, int) else digits
+    if not 2 <= least <= most <= 4:
+        raise ValueError(f"digits must lie between 2 and 4, got {digits}")
+    weights = KIND_WEIGHTS if kind_weights is None else kind_weights
+    if unknown := set(weights) - set(KINDS):
+        raise ValueError(f"kind_weights must name kinds among {', '.join(KINDS)}, got {sorted(unknown)}")
+    triplets = split == "test" if triplets is None else triplets
+
+    rng = np.random.default_rng([seed, SPLITS.index(split), int(triplets)])
+    items: list[tuple[Scene, Question, dict[str, Any]]] = []
+    for index in range(n):
+        count = int(rng.integers(least, most + 1))
+        if triplets:
+            variant = "FP"[index % 2]
+            scenes, questions = triplet(rng, split, count=count, variant=variant)  # type: ignore[arg-type]
+            for place, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
+                role = "conflict" if place else "prior"
+                items.append((scene, question, {"triplet": index, "variant": variant, "role": role}))
+        else:
+            shown = draw_digits(rng, count)
+            scene = draw_scene(rng, split, digits=shown, inks=draw_inks(rng, shown, conflict))
+            items.append((scene, ask_any(rng, scene, split, weights), {}))
+
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    from PIL import Image
+
+    path = folder / f"{split}.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for index, (scene, question, extra) in enumerate(items):
+            name = f"images/{split}-{index:05d}.png"
+            Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(folder / name)
+            answer = question.answer
+            if question.kind == "ink" and rng.random() < label_bias:
+                assert question.digit is not None
+                answer = USUAL_INK[question.digit]
+            row = {
+                "problem": question.problem, "images": [name], "answer": answer, "problem_id": f"{split}-{index:05d}",
+                "kind": question.kind, "digits": scene.digits, "inks": scene.inks, **extra,
+            }  # fmt: skip
+            lines.write(json.dumps(row) + "\n")
+            if progress is not None:
+                progress(index + 1, len(items))
+    return path

@@ -1,0 +1,12 @@
+"""The world's own prompts, short because a tiny model pays for every token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vigos.prompts import Prompts
+
+
+def world_prompts() -> Prompts:
+    """The templates of `vigos/world/prompts.yaml`: what the base was warmed up on and what its training must use."""
+    return Prompts.from_file(Path(__file__).with_name("prompts.yaml"))
