@@ -197,6 +197,11 @@ def balanced_end(text: AnyStr, start: int) -> int:
     return -1
 
 
+def braces_balance(text: str) -> bool:
+    r"""Whether `text` can stand in `\boxed{…}`: its braces match, and no backslash at its end takes the closing one."""
+    return balanced_end(text + "}", 0) == len(text)
+
+
 def token_bytes(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
     """The bytes each token adds to the text, in order: joined they are the UTF-8 text of `ids`.
 
