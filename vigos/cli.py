@@ -1,0 +1,248 @@
+"""The command line: `vigos demo | train | eval | compare | world | doctor`.
+
+Exit codes: 0 all is well; 1 the run failed, with one line that says why; 2 the command line or the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:  # the base install has torch and triton alone
+    sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
+
+if TYPE_CHECKING:
+    from vigos.config import ViGOSConfig
+
+app = typer.Typer(help="Visually grounded on-policy self-distillation.", no_args_is_help=True, add_completion=False)
+world_app = typer.Typer(help="The built-in world: handwritten digits in inks.", no_args_is_help=True)
+app.add_typer(world_app, name="world")
+console = Console()
+
+
+class UsageError(ValueError):
+    """A command line or configuration that cannot be run."""
+
+
+# --- demo ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where data, run folder and summary.json go.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 3 minutes on two cores.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data, rollouts and training.")] = 0,
+) -> None:
+    """Post-train the built-in model with the whole method; evaluate it before and after."""
+    from vigos.demo import run_demo
+
+    run_demo(output_dir, quick=quick, seed=seed, console=console)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Source:
+    """What is trained on what; the rest of the configuration is `ViGOSConfig`."""
+
+    model: str = dataclasses.field(default="", metadata={"help": "Model folder or hub name."})
+    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
+    data_root: str | None = dataclasses.field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
+    attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
+    trust_remote_code: bool = dataclasses.field(default=False, metadata={"help": "Run code from the model's repository."})
+    resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
+
+
+def unknown_key(key: str, known: list[str], where: str) -> UsageError:
+    """An error that names the nearest known key."""
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return UsageError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfig]:
+    """Defaults, then the YAML file, then flags. Every key must be a field of `Source` or `ViGOSConfig`."""
+    import yaml
+    from transformers import HfArgumentParser
+
+    from vigos.config import ViGOSConfig
+
+    known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
+    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False)
+    if config is not None:
+        if not config.is_file():
+            raise UsageError(f"--config: no such file: {config}")
+        loaded = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        if not isinstance(loaded, dict):
+            raise UsageError(f"--config: {config} must hold a mapping of options, got {type(loaded).__name__}")
+        for key in loaded:
+            if key not in known:
+                raise unknown_key(str(key), known, str(config))
+        for action in parser._actions:  # a value from the file satisfies a required flag
+            action.required = action.required and action.dest not in loaded
+        parser.set_defaults(**loaded)
+    try:
+        source, run, rest = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except SystemExit as error:  # argparse has printed what was wrong
+        raise typer.Exit(2) from error
+    for extra in rest:
+        if extra.startswith("--"):
+            raise unknown_key(extra.removeprefix("--").split("=")[0], known, "command line")
+        raise UsageError(f"command line: unexpected argument {extra!r}")
+    for name in ("model", "data"):
+        if not getattr(source, name):
+            raise UsageError(f"--{name} is needed: a flag, or a line `{name}: …` in the --config file")
+    return source, run
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
+    list_options: Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")] = False,
+) -> None:
+    """Train with ViGOS. Every field of the configuration is a flag: --learning-rate 5e-6, --preset released, …"""
+    from vigos.config import ViGOSConfig
+
+    if list_options:
+        table = Table("option", "default", "what it does")
+        for kind in (Source, ViGOSConfig):
+            for f in dataclasses.fields(kind):
+                if f.init and kind.__dict__.get("__annotations__", {}).get(f.name) is not None:
+                    table.add_row("--" + f.name, repr(f.default), str(f.metadata.get("help", "")))
+        console.print(table)
+        console.print("and every field of transformers.TrainingArguments")
+        return
+    source, run = parse_run(config, context.args)
+    from vigos.recipe import train_from_source
+
+    train_from_source(source, run)
+
+
+# --- eval, compare ---------------------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[str, typer.Option(help="Model folder or hub name; 'builtin' for the built-in model.")],
+    data: Annotated[str, typer.Option(help="JSONL, Parquet, folder or `datasets` name.")],
+    output: Annotated[Path, typer.Option(help="Folder for records.jsonl and summary.json; finished rows are kept.")],
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder put on the model.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="YAML with prompt templates.")] = None,
+    k: Annotated[int, typer.Option(help="Samples a row, for pass@k and avg@k.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option()] = 1024,
+    batch_size: Annotated[int, typer.Option()] = 16,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+) -> None:
+    """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
+    from vigos.recipe import evaluate_from_source
+
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    result = evaluate_from_source(
+        model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
+        batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root,
+    )  # fmt: skip
+    table = Table("metric", "value")
+    for name, value in result.items():
+        if isinstance(value, int | float):
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print(f"records and summary: {output}")
+
+
+# --- world -----------------------------------------------------------------------------------------------------------
+
+
+@world_app.command("generate")
+def world_generate(
+    folder: Annotated[Path, typer.Argument(help="Where images and JSONL go.")],
+    split: Annotated[str, typer.Option(help="train or test: apart in handwriting and wordings.")] = "train",
+    n: Annotated[int, typer.Option(help="Rows (train) or triplets (test).")] = 1000,
+    seed: Annotated[int, typer.Option()] = 0,
+    noise: Annotated[float | None, typer.Option(help="Pixel noise.")] = None,
+    conflict: Annotated[float | None, typer.Option(help="Share of scenes that contradict the prior.")] = None,
+    label_bias: Annotated[float | None, typer.Option(help="Share of references that state the prior.")] = None,
+) -> None:
+    """Write images and JSONL in the format a user brings."""
+    from vigos import world
+
+    knobs = {"noise": noise, "conflict": conflict, "label_bias": label_bias}
+    path = world.write_world(folder, split=split, n=n, seed=seed, **{k: v for k, v in knobs.items() if v is not None})
+    console.print(f"wrote {path}")
+
+
+@world_app.command("pretrain")
+def world_pretrain(
+    folder: Annotated[Path, typer.Argument(help="Where the model folder goes.")],
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Make the built-in model from nothing: about 25 minutes on two cores."""
+    from vigos import world
+
+    world.pretrain(folder, seed=seed)
+
+
+@world_app.command("check")
+def world_check(
+    model: Annotated[Path | None, typer.Option(help="Model folder; default: the built-in model.")] = None,
+    n: Annotated[int, typer.Option(help="Triplets to test on.")] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Print the preconditions P1 to P5 with intervals."""
+    from vigos import world
+
+    world.check(model, n=n, seed=seed)
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Say what this machine can run, and check each engine against the oracle."""
+    from vigos.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(f) for f in findings], indent=1))
+    else:
+        table = Table("", "what", "state", "detail")
+        for f in findings:
+            state = {True: "[green]ok", False: "[red]broken", None: "[dim]not here"}[f.ok]
+            table.add_row(f.section, f.name, state, f.detail)
+        console.print(table)
+    if any(f.ok is False for f in findings):
+        raise typer.Exit(1)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Runs the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
+    try:
+        return app(argv)
+    except UsageError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except ValueError as error:  # raised by our own checks, worded for the user
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

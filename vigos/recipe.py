@@ -1,0 +1,104 @@
+"""From a model name and a dataset to a trained or evaluated model: what `vigos train` and `vigos eval` run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vigos.cli import Source
+    from vigos.config import ViGOSConfig
+    from vigos.trainer import ViGOSTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """A model and its processor (a tokenizer for text-only models), from a folder or hub name; "builtin" is our own.
+
+    Weights come from safetensors alone: a pickle is never loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    if name == "builtin":
+        from vigos.world import load_base
+
+        return load_base()
+    if dtype not in ("float32", "float16", "bfloat16", "auto"):
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or auto, got {dtype!r}")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    has_vision = getattr(config, "vision_config", None) is not None
+    family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    model = family.from_pretrained(
+        name,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
+    """Loads model and data, trains, and leaves the run folder; returns the trainer."""
+    from vigos.data import load_rows
+    from vigos.trainer import ViGOSTrainer
+
+    model, processor = load_model(
+        source.model,
+        dtype=source.dtype,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+    )
+    rows = load_rows(source.data, data_root=source.data_root, streaming=source.streaming)
+    trainer = ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows)
+    resume: str | bool | None = source.resume
+    if resume == "auto":
+        from transformers.trainer_utils import get_last_checkpoint
+
+        folder = Path(str(config.output_dir))
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def evaluate_from_source(
+    model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
+    sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
+    from vigos.data import load_rows
+    from vigos.evaluation import evaluate
+    from vigos.prompts import Prompts
+
+    loaded, processor = load_model(model, dtype=dtype)
+    if adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    if prompts_file:
+        prompts = Prompts.from_file(prompts_file)
+    elif model == "builtin":
+        from vigos.world import world_prompts
+
+        prompts = world_prompts()
+    else:
+        prompts = Prompts()
+    output.mkdir(parents=True, exist_ok=True)
+    result = evaluate(
+        loaded, processor, load_rows(data, data_root=data_root), prompts=prompts, k=k, batch_size=batch_size, seed=seed,
+        records=output / "records.jsonl", **sampling,
+    )  # fmt: skip
+    summary = result.summary()
+    (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
