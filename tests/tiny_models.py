@@ -1,6 +1,6 @@
-"""Tiny random models of the families that prefix-tree scoring supports, and prompts in the layout of their processors.
+"""Tiny random models of the families that prefix-tree scoring supports, and prompts as their processors lay them out.
 
-The processors of most families need torchvision, so prompts are put together by hand: placeholder ids where the family's
+The processors of most families need torchvision, so prompts are put together by hand: placeholder ids where the
 processor expands its images, and random pixels in the family's own layout.
 """
 
@@ -25,7 +25,7 @@ _TEXT = {
 
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any) -> Any:
-    """A random model of `family` in eval mode, sharp enough that attention is not uniform. `text` overrides its config."""
+    """A random model of `family` in eval mode; `text` overrides its text config."""
     torch.manual_seed(seed)
     model = _BUILD[family](_TEXT | text).eval()
     with torch.no_grad():  # the initial 0.02 would leave every attention flat and hide a wrong mask
@@ -126,7 +126,8 @@ _BUILD = {
 
 # ---- images --------------------------------------------------------------------------------------------------------
 
-# What one "size" means: patches (rows, columns) before merging for Qwen, tiles for SmolVLM and InternVL, pixels for LLaVA.
+# What one "size" means: patches (rows, columns) before merging for Qwen, tiles for SmolVLM and InternVL, pixels for
+# LLaVA-OneVision.
 SIZES: dict[str, list[Any]] = {
     "qwen2_5_vl": [(4, 6), (8, 4), (2, 2)],
     "qwen3_vl": [(4, 6), (8, 4), (2, 2)],

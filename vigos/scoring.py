@@ -12,18 +12,23 @@ the hooks of DDP, FSDP and DeepSpeed wrappers work as in an ordinary step.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from vigos.prefix_tree import PrefixPack, PrefixTree, check_sequence, fed_ids, placeholders
 from vigos.sequences import ImageInputs, ScoredSequence
 from vigos.supervision import Supervision
+from vigos.tree_attention import TreePlan, dummy_mask, installed
 
 Scoring = Literal["tree", "separate"]
 SCORINGS: tuple[Scoring, ...] = ("tree", "separate")
@@ -52,7 +57,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside wrappers and PEFT."""
-    core = unwrap(model)
+    core: Any = unwrap(model)
     base = core.get_base_model() if hasattr(core, "get_base_model") else core
     if not hasattr(base, "get_output_embeddings"):
         raise ValueError(f"model must be a transformers model with a language-model head, got {type(base).__name__}")
@@ -76,12 +81,12 @@ def hidden_states(
     token_budget: int = DEFAULT_TOKEN_BUDGET,
     backend: str = "auto",
     pad_token_id: int | None = None,
-    forwards: int | None = None,
 ) -> Tensor:
     """Hidden states (M, D) that predict the scored tokens, in the order of `sequences` and of their `scored`.
 
     Differentiable when gradients are enabled. D is the width of the language-model head's input; M the sum of the
-    lengths of `scored`; the dtype is what the model computes in.
+    lengths of `scored`; the dtype is what the model computes in. With a wrapped model every rank has to call this
+    together: ranks that need fewer forwards run idle ones over a single token.
 
     Args:
         model: a transformers model with a language-model head, bare, adapted by PEFT, or wrapped (DDP, FSDP, …).
@@ -89,24 +94,11 @@ def hidden_states(
         token_budget: tokens of one forward, padding included. A single longer sequence still gets its forward.
         backend: the attention of "tree", see `vigos.tree_attention`; "separate" uses the model's own.
         pad_token_id: fills padding, which no result depends on; None takes the model's, or 0.
-        forwards: run at least this many forwards, the missing ones over a single token. Sharded models need the same
-            number on every rank: pass the maximum of `count_forwards` over the ranks.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     passes = _plan(model, sequences, scoring, token_budget, backend, pad_token_id)
-    return _run(model, passes, sum(len(s.scored) for s in sequences), forwards)
-
-
-def count_forwards(
-    model: nn.Module,
-    sequences: Sequence[ScoredSequence],
-    *,
-    scoring: Scoring = "tree",
-    token_budget: int = DEFAULT_TOKEN_BUDGET,
-) -> int:
-    """How many forwards `hidden_states` will run for these sequences."""
-    return len(_plan(model, sequences, scoring, token_budget, "auto", None))
+    return _run(model, passes, sum(len(s.scored) for s in sequences))
 
 
 # One forward of the model: how to build its inputs, which of its B * T flat positions are taken, and the output rows
@@ -129,45 +121,35 @@ def _plan(
 ) -> list[_Pass]:
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+    base = base_model(model)
     for sequence in sequences:
-        _check(sequence)
-    if scoring == "tree":
-        raise NotImplementedError("scoring='tree' is not available in this version; use scoring='separate'")
-    return _separate_passes(base_model(model), sequences, token_budget, pad_token_id)
+        check_sequence(sequence)
+        _check_images(base, sequence)
+    if scoring == "separate":
+        return _separate_passes(base, sequences, token_budget, pad_token_id)
+    check_tree(base)
+    tree = PrefixTree(sequences, token_budget=token_budget, image_token_id=_image_token_id(base))
+    return [_tree_pass(base, sequences, pack, backend) for pack in tree.packs]
 
 
-def _check(sequence: ScoredSequence) -> None:
-    scored, length = sequence.scored, len(sequence.completion_ids)
-    if len(scored) == 0:
-        return
-    if scored.dtype.is_floating_point or scored.dtype == torch.bool:
-        raise ValueError(f"scored of {sequence.owner} must be integer indices, got dtype {scored.dtype}")
-    if bool((scored[1:] <= scored[:-1]).any()) or int(scored[0]) < 0 or int(scored[-1]) >= length:
-        raise ValueError(
-            f"scored of {sequence.owner} must increase within [0, {length}), the completion's tokens, "
-            f"got {scored.tolist()[:8]} … {int(scored[-1])}"
-        )
-    if len(sequence.prompt.ids) == 0:
-        raise ValueError(f"prompt of {sequence.owner} must hold at least one token, got none")
-
-
-def fed_ids(sequence: ScoredSequence) -> Tensor:
-    """The ids (T,) a model has to read: prompt and completion up to the token before the last scored one."""
-    if len(sequence.scored) == 0:
-        return sequence.prompt.ids[:0]
-    return torch.cat([sequence.prompt.ids, sequence.completion_ids[: int(sequence.scored[-1])].to(sequence.prompt.ids)])
-
-
-def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, forwards: int | None) -> Tensor:
+def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int) -> Tensor:
     base = base_model(model)
     parts = []
     for each in passes:
-        hidden = head_input(model, each.build())
+        inputs = each.build()
+        plan = inputs.get("tree_plan")
+        with installed(base) if plan is not None else nullcontext():
+            hidden = head_input(model, inputs)
+        if plan is not None:
+            layers = base.config.get_text_config().num_hidden_layers
+            if plan.calls != layers:
+                raise ValueError(
+                    f"scoring='tree' needs {layers} attention layers that go through AttentionInterface, got "
+                    f"{plan.calls} of {type(base).__name__}; use scoring='separate'"
+                )
         parts.append(hidden.flatten(0, 1).index_select(0, each.taken.to(hidden.device)))
-    if forwards is not None and forwards < len(passes):
-        raise ValueError(f"forwards must be at least {len(passes)}, what these sequences need, got {forwards}")
     idle = None
-    for _ in range((forwards or 0) - len(passes)):
+    for _ in range(_forwards_on_every_rank(model, len(passes)) - len(passes)):
         one = head_input(model, {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)})
         idle = one if idle is None else idle + one
     if parts:
@@ -183,6 +165,27 @@ def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, forwards: int
     return out if idle is None else torch.cat([out, idle[0, :0].to(out.dtype)])
 
 
+def _forwards_on_every_rank(model: nn.Module, forwards: int) -> int:
+    """The most forwards any rank runs, if a forward of this model is a collective; else this rank's own number."""
+    if not _distributed():
+        return forwards
+    replicated = isinstance(model, DistributedDataParallel)
+    if replicated and not torch.is_grad_enabled():  # the module inside is called, without the wrapper
+        return forwards
+    sharded = any(type(m).__name__.startswith("FSDP") for m in model.modules()) or any(
+        hasattr(p, "ds_id") for p in model.parameters()
+    )
+    if not (replicated or sharded):
+        return forwards
+    most = torch.tensor(forwards, device=base_model(model).device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def head_input(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Runs `model(**inputs)` and returns what its language-model head was given, (B, T, D). No logits are computed.
 
@@ -190,6 +193,8 @@ def head_input(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     the returned tensor as the module's output.
     """
     core, head = unwrap(model), lm_head(model)
+    if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
+        model = model.module  # DDP's forward broadcasts buffers, which ranks with other counts would wait for
 
     def redirected(*args: Any, **kwargs: Any) -> Tensor:
         with _replaced_forward(core, original), ExitStack() as stack:
@@ -236,7 +241,7 @@ def _separate_passes(
     first_row = [0]
     for sequence in sequences:
         first_row.append(first_row[-1] + len(sequence.scored))
-    # Longest first: a batch is padded to its first sequence. Python's sort is stable, so equal lengths keep their order.
+    # Longest first: a batch is padded to its first sequence.
     order = sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda i: -len(ids[i]))
     batches: list[list[int]] = []
     for i in order:
@@ -322,6 +327,116 @@ def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     return joined
 
 
+# ---- tree: one packed row --------------------------------------------------------------------------------------------
+
+# Families whose image tokens see their whole block, in the layers' masks. Prefixes cover whole images, so they share.
+_BLOCKWISE_IMAGES = ("gemma3",)
+# Families in which a later token changes what an earlier one sees, or images enter by cross-attention.
+_NOT_SHARED = {
+    "paligemma": "its prompt attends to itself in both directions",
+    "mllama": "its images enter by cross-attention",
+    "gemma4": "its image tokens attend to each other",
+    "molmo2": "its image tokens attend to each other",
+    "git": "its image tokens attend to each other",
+}
+_SHARED_LAYERS = ("full_attention", "sliding_attention", "attention")
+
+
+def check_tree(base: Any) -> None:
+    """Refuses models in which the state at a token is more than keys and values of the tokens before it."""
+    config, text = base.config, base.config.get_text_config()
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"scoring='tree' needs a decoder-only model, got {name}; use scoring='separate'")
+    reason = _NOT_SHARED.get(config.model_type)
+    if reason is None and getattr(base, "_is_stateful", False):
+        reason = "it carries recurrent state along the sequence"
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SHARED_LAYERS))
+    if reason is None and other:
+        reason = f"its layers of type {', '.join(other)} carry state that branches cannot share"
+    if reason is not None:
+        raise ValueError(f"scoring='tree' cannot share prefixes of {name}: {reason}; use scoring='separate'")
+
+
+def _tree_pass(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack, backend: str) -> _Pass:
+    def build() -> dict[str, Any]:
+        members = [sequences[i] for i in pack.members]
+        limit = None
+        if base.config.model_type in _BLOCKWISE_IMAGES and pack.images:
+            limit = _block_limits(pack, members, _image_token_id(base))
+        plan = TreePlan(pack, backend=backend, device=base.device, limit=limit)
+        mask: Any = dummy_mask(base.device)
+        if limit is not None:  # these families take their masks by layer type
+            mask = {kind: mask for kind in _SHARED_LAYERS}
+        inputs = {"input_ids": pack.ids[None], "position_ids": pack_positions(base, pack, members)}
+        if pack.images:
+            inputs |= concat_images(pack.images)
+        on_device = {name: tensor.to(base.device) for name, tensor in inputs.items()}
+        return on_device | {"attention_mask": mask, "tree_plan": plan, "use_cache": False}
+
+    return _Pass(build=build, taken=pack.taken, rows=pack.rows, tokens=pack.tokens)
+
+
+def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence]) -> Tensor:
+    """The position ids of a pack: (3, 1, T) for models with three position axes, (1, T) for the others.
+
+    Three axes come from the model's own rule, applied to every whole sequence; text goes on after the largest position
+    of what precedes it.
+    """
+    inner = getattr(base, base.base_model_prefix, base)
+    if not hasattr(inner, "get_rope_index"):
+        return pack.depth[None]
+    if not pack.images:
+        return pack.depth.expand(3, 1, -1)
+    ids = [fed_ids(s) for s in members]
+    width = max(len(x) for x in ids)
+    rule = {
+        "input_ids": torch.stack([F.pad(x, (0, width - len(x))) for x in ids]),
+        "attention_mask": torch.stack([(torch.arange(width) < len(x)).long() for x in ids]),
+        "mm_token_type_ids": torch.stack([_token_types(s, width) for s in members]),
+    } | concat_images([s.prompt.images for s in members if s.prompt.images is not None])
+    known = signature(inner.get_rope_index).parameters
+    positions = inner.get_rope_index(**{k: v.cpu() for k, v in rule.items() if k in known})[0]  # (3, B, width)
+    return positions[:, pack.sequence, pack.depth][:, None]
+
+
+def _block_limits(pack: PrefixPack, members: Sequence[ScoredSequence], image_token_id: int | None) -> Tensor:
+    """The last depth each token of the pack sees, (T,): the end of its image, or itself."""
+    limits = torch.empty_like(pack.depth)
+    for j, sequence in enumerate(members):
+        own = pack.sequence == j
+        marks = placeholders(sequence, image_token_id)
+        limit = torch.arange(int(pack.depth[own].max()) + 1 if bool(own.any()) else 0)
+        ends = torch.nonzero(marks & ~F.pad(marks, (0, 1))[1:])[:, 0]
+        inside = torch.nonzero(marks[: len(limit)])[:, 0]
+        limit[inside] = ends[torch.searchsorted(ends, inside)]
+        limits[own] = limit[pack.depth[own]]
+    return limits
+
+
+def _image_token_id(base: Any) -> int | None:
+    config = base.config
+    found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return found if isinstance(found, int) else None
+
+
+def _check_images(base: Any, sequence: ScoredSequence) -> None:
+    prompt, inner = sequence.prompt, getattr(base, base.base_model_prefix, base)
+    if prompt.images is None:
+        return
+    if hasattr(inner, "get_rope_index") and prompt.token_type_ids is None:
+        # Without them Qwen2.5-VL would silently place every image token on one axis.
+        raise ValueError(
+            f"token_type_ids of the prompt of {sequence.owner} must be the processor's mm_token_type_ids for "
+            f"{type(base).__name__}, got None; ask the processor for them with return_mm_token_type_ids=True"
+        )
+    if prompt.token_type_ids is not None and prompt.token_type_ids.shape != prompt.ids.shape:
+        raise ValueError(
+            f"token_type_ids of the prompt of {sequence.owner} must match its ids {tuple(prompt.ids.shape)}, got "
+            f"{tuple(prompt.token_type_ids.shape)}"
+        )
+
+
 # ---- the teacher ---------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +480,8 @@ class TeacherScorer:
         self.model, self.scoring, self.verify = model, scoring, verify
         self.token_budget, self.backend, self.adapter = token_budget, backend, adapter
         self.stats = ScoringStats(0, 0, 0, 0.0)
+        self.verified = False  # whether a row has been compared with unshared forwards
+        self.deviation = 0.0  # what that comparison gave, relative to the norm of a hidden state
         if adapter == "off":
             check_adapter(model)
 
@@ -374,8 +491,11 @@ class TeacherScorer:
         start = time.perf_counter()
         sequences = list(batch.teacher_sequences)
         with teacher_mode(self.model, adapter=self.adapter):
-            passes = _plan(self.model, sequences, self.scoring, self.token_budget, self.backend, None)
-            hidden = _run(self.model, passes, sum(len(s.scored) for s in sequences), None)
+            hidden, passes = self._hidden(sequences)
+            if self.scoring == "tree" and (self.verify == "always" or (self.verify == "first" and not self.verified)):
+                self._compare(sequences, hidden)
+                if self.scoring == "separate":
+                    hidden, passes = self._hidden(sequences)
         self.stats = ScoringStats(
             tokens=sum(each.tokens for each in passes),
             tokens_separate=sum(len(fed_ids(s)) for s in sequences),
@@ -383,6 +503,47 @@ class TeacherScorer:
             seconds=time.perf_counter() - start,
         )
         return hidden, batch.supervision
+
+    def _hidden(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, list[_Pass]]:
+        passes = _plan(self.model, sequences, self.scoring, self.token_budget, self.backend, None)
+        return _run(self.model, passes, sum(len(s.scored) for s in sequences)), passes
+
+    def _compare(self, sequences: Sequence[ScoredSequence], hidden: Tensor) -> None:
+        """Compares the first row's states with its sequences run alone; a mismatch warns and ends sharing.
+
+        The yardstick is what padding does to the same sequences in the model's own forward: rounding in 16 bits moves
+        a deep model's states by percents, and no fixed tolerance fits both that and a wrong mask.
+        """
+        first = next((s.owner[0] for s in sequences if len(s.scored)), None)
+        ends = torch.tensor([len(s.scored) for s in sequences], dtype=torch.int64).cumsum(0)
+        chosen = [i for i, s in enumerate(sequences) if s.owner[0] == first and len(s.scored)]
+        rows = [hidden[int(ends[i]) - len(sequences[i].scored) : int(ends[i])] for i in chosen]
+        subset = [sequences[i] for i in chosen]
+        alone = hidden_states(self.model, subset, scoring="separate", token_budget=1)
+        padded = hidden_states(self.model, subset, scoring="separate", token_budget=self.token_budget)
+        compared = mismatch = False
+        if rows:
+            self.deviation, usual = _deviation(torch.cat(rows), alone), _deviation(padded, alone)
+            allowed = 4 * usual + (1e-4 if hidden.dtype in (torch.float32, torch.float64) else 1e-2)
+            compared, mismatch = True, not self.deviation <= allowed  # NaN is a mismatch
+        if _distributed():  # every rank goes on the same way
+            votes = torch.tensor([compared, mismatch], dtype=torch.int32, device=hidden.device)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            compared, mismatch = (bool(v) for v in votes)
+        self.verified = self.verified or compared
+        if mismatch:
+            self.scoring = "separate"
+            warnings.warn(
+                f"prefix-tree scoring does not reproduce {type(base_model(self.model)).__name__}: hidden states of row "
+                f"{first} deviate by {self.deviation:.1e} of their norm; going on with scoring='separate'",
+                stacklevel=3,
+            )
+
+
+def _deviation(a: Tensor, b: Tensor) -> float:
+    """The largest relative distance ||a - b|| / ||b|| of a row."""
+    a, b = a.double(), b.double()
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)).max())
 
 
 @contextmanager
@@ -403,7 +564,7 @@ def teacher_mode(model: nn.Module, *, adapter: Literal["off", "on"] = "off") -> 
 
 @contextmanager
 def _adapter_off(model: nn.Module) -> Iterator[None]:
-    core = unwrap(model)
+    core: Any = unwrap(model)
     if hasattr(core, "get_base_model"):
         with core.disable_adapter():
             yield
