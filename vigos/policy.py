@@ -1,0 +1,245 @@
+"""What is trained (an adapter, or the model in full) and whose weights teach (frozen, moving average, live).
+
+The frozen teacher stays frozen. With an adapter it is the model with the adapter off; weights that train in place
+(full fine-tuning, a trained head) have an untouched copy, which takes their place while the teacher scores. Nothing is
+ever merged into, or subtracted from, the base weights: in bfloat16 that drifts, a little with every step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vigos.scoring import base_model, check_adapter, lm_head, unwrap
+
+if TYPE_CHECKING:
+    from vigos.config import ViGOSConfig
+
+TEACHER_FILE = "vigos_teacher.safetensors"
+
+
+# --- What is trained -------------------------------------------------------------------------------------------------
+
+
+def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
+    """The model with exactly the weights trainable that `config` asks for: adapted by LoRA, or in full.
+
+    A model that already carries a peft adapter is taken as it is, after a check that its adapter can be switched off.
+    """
+    if hasattr(model, "peft_config"):
+        check_adapter(model)
+        return model
+    if config.lora:
+        adapted = build_lora(model, config)
+        if config.train_head:
+            _train_head(adapted)
+        return adapted
+    base = base_model(model)
+    base.requires_grad_(True)
+    if not config.train_vision:
+        inside = {id(p) for p in _language_model(base)[1].parameters()} | {id(p) for p in lm_head(base).parameters()}
+        for parameter in base.parameters():
+            parameter.requires_grad_(id(parameter) in inside)
+    if not config.train_head:  # and the embedding with it, where they are one matrix
+        lm_head(base).requires_grad_(False)
+    return model
+
+
+def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
+    """A peft model whose adapter covers the target layers of the language model (and vision tower, if asked).
+
+    The bare names (`gate_proj`, …) also match the vision tower's layers in Qwen2.5-VL, so the adapter is given the
+    language model's path as well. The head is refused: student and teacher read it once for both.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base = base_model(model)
+    head_name = next((name for name, module in base.named_modules() if module is lm_head(base)), "lm_head")
+    for target in config.lora_target_modules:
+        if target in (head_name, head_name.split(".")[-1]):
+            raise ValueError(
+                f"lora_target_modules must not name the language-model head {target!r}: with the adapter off the "
+                "teacher would need a head of its own, and its logits cost more than the rest of the loss. Leave it "
+                "out, or set train_head=True to train the head in full"
+            )
+    prefix, _ = _language_model(base)
+    inside = "" if config.train_vision else prefix
+    layers = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(inside) and module is not lm_head(base)
+    ]
+    last = {name.split(".")[-1] for name in layers}
+    targets = sorted(last) if config.lora_target_modules == ["all-linear"] else config.lora_target_modules
+    for target in targets:
+        if target not in last:
+            part = "model" if config.train_vision else "language model"
+            raise ValueError(
+                f"lora_target_modules must name linear layers of the {part}, got {target!r}; "
+                f"it has {', '.join(sorted(last))}"
+            )
+    names = "|".join(re.escape(t) for t in targets)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=rf"{re.escape(inside)}(?:.*\.)?(?:{names})",  # peft matches the whole path
+        bias="none",
+    )
+    return get_peft_model(base, lora)  # type: ignore[arg-type]
+
+
+def _language_model(base: Any) -> tuple[str, nn.Module]:
+    """Path (with a trailing dot, empty for the whole model) and module of the language model under the head."""
+    decoder = base.get_decoder()
+    if decoder is None or decoder is base:
+        return "", base
+    return next(f"{name}." for name, module in base.named_modules() if module is decoder), decoder
+
+
+def _train_head(model: nn.Module) -> None:
+    head, embedding = lm_head(model), base_model(model).get_input_embeddings()
+    if any(p is q for p in head.parameters() for q in embedding.parameters()):
+        raise ValueError(
+            "train_head must be false for this model: its head is tied to its input embedding, which the adapter "
+            "leaves alone; untie them first, or train in full (lora=False)"
+        )
+    head.requires_grad_(True)
+
+
+# --- Whose weights teach ---------------------------------------------------------------------------------------------
+
+
+class TeacherPolicy:
+    """Puts the teacher's weights in place while it scores, and keeps them between steps.
+
+    Args:
+        model: the student, prepared (trainable weights marked) and not yet trained or wrapped.
+        kind: "frozen": the weights of this moment, with a fresh adapter off; "ema": their moving average; "live": the
+            student's own.
+        decay: share of the average kept at each update.
+
+    A copy is kept of trained weights alone: none for a frozen teacher under LoRA, the adapter for a moving average.
+    """
+
+    def __init__(self, model: nn.Module, kind: Literal["frozen", "ema", "live"], decay: float = 0.999) -> None:
+        self.kind, self.decay = kind, decay
+        adapted = hasattr(unwrap(model), "peft_config")
+        self.adapter: Literal["off", "on"] = "off" if adapted and kind == "frozen" else "on"
+        self.copies: dict[str, Tensor] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        if kind == "live":
+            return
+        in_adapter = _adapter_parameters(unwrap(model))
+        for name, parameter in unwrap(model).named_parameters():
+            if parameter.requires_grad and not (self.adapter == "off" and id(parameter) in in_adapter):
+                self.parameters[name] = parameter
+                # The average moves by a thousandth of what the weights move by: bfloat16 would round that away.
+                dtype = torch.promote_types(parameter.dtype, torch.float32) if kind == "ema" else parameter.dtype
+                self.copies[name] = parameter.detach().to(dtype, copy=True)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The teacher's weights, inside; the student's own tensors again after."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.copies[name].to(parameter)
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+
+    def head_weight(self, head: nn.Module) -> Tensor | None:
+        """The head (V, D) the teacher's hidden states belong to; None: the student's."""
+        for name, parameter in self.parameters.items():
+            if parameter is head.weight:
+                return self.copies[name].to(parameter)
+        return None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: moves the average towards the student."""
+        if self.kind == "ema":
+            for name, parameter in self.parameters.items():
+                self.copies[name].lerp_(parameter.detach().to(self.copies[name]), 1.0 - self.decay)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the copies that cannot be had again into a checkpoint: those of a moving average."""
+        if self.kind == "ema":
+            from safetensors.torch import save_file
+
+            save_file({name: copy.contiguous() for name, copy in self.copies.items()}, Path(folder) / TEACHER_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Reads what `save` wrote."""
+        if self.kind != "ema":
+            return
+        from safetensors.torch import load_file
+
+        path = Path(folder) / TEACHER_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"teacher='ema' must resume from a checkpoint with {TEACHER_FILE}, got {folder} without it"
+            )
+        loaded = load_file(path)
+        if loaded.keys() != self.copies.keys():
+            raise ValueError(f"{path} must hold the average of this model's trained weights, got other names")
+        for name, copy in self.copies.items():
+            copy.copy_(loaded[name])
+
+
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    if not hasattr(model, "peft_config"):
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        id(parameter)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name in layer.adapter_layer_names
+        for parameter in getattr(layer, name).parameters()
+    }
+
+
+# --- A merged copy ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merged_copy(model: nn.Module) -> Any:
+    """A plain transformers model with W + s·BA in place of W, on the CPU; `model` is only read.
+
+    The sum is taken in float32 and rounded once to the base's dtype.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = base_model(model)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    state: dict[str, Tensor] = {}
+    for key, tensor in base.state_dict().items():
+        owner, _, parameter = key.partition(".base_layer.")
+        if owner in layers:
+            layer: Any = layers[owner]
+            if parameter == "weight":
+                total = tensor.float()
+                for adapter in layer.active_adapters:
+                    if adapter in layer.lora_A:
+                        down, up = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+                        total = total + layer.scaling[adapter] * (up @ down)
+                tensor = total.to(tensor.dtype)
+            state[f"{owner}.{parameter}"] = tensor.cpu()
+        elif not any(key.startswith(f"{name}.") for name in layers):
+            state[key] = tensor.cpu()
+    with torch.device("meta"):
+        copy = type(base)(base.config)
+    copy.load_state_dict(state, strict=True, assign=True)
+    copy.tie_weights()
+    copy.generation_config = base.generation_config
+    return copy
