@@ -3,6 +3,9 @@
 VIGOS_BUILD=0        leaves the extension out (pure Python: the `reference` engine still runs).
 VIGOS_BUILD=1        (default) builds it and goes on without it, with a warning, when no compiler is found.
 VIGOS_BUILD=require  fails when it cannot be built.
+VIGOS_CUDA=AUTO      (default) adds the CUDA kernels where nvcc is found and either an NVIDIA driver is present or
+                     TORCH_CUDA_ARCH_LIST is set; an install without a GPU stays at seconds. No nvcc: no failure.
+VIGOS_CUDA=ON | OFF  builds them (for sm_80 and sm_90a unless TORCH_CUDA_ARCH_LIST says otherwise), or never does.
 TORCH_CUDA_ARCH_LIST, MAX_JOBS: as elsewhere in the PyTorch world.
 """
 
@@ -38,6 +41,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release",
             f"-DVIGOS_OUTPUT_DIR={out.parent}", f"-DVIGOS_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVIGOS_CUDA={os.environ.get('VIGOS_CUDA', 'AUTO')}",
         ]  # fmt: skip
         try:
             subprocess.run(configure, check=True)

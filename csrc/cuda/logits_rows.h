@@ -1,0 +1,84 @@
+// The logits row kernel as the host sees it: one params struct, its plan, its launch. No CUDA header is needed here.
+#pragma once
+
+#include <cstdint>
+
+#include "../numerics.h"
+
+namespace vigos {
+
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Device pointers unless said otherwise; strides in elements; R = rows, V = vocab.
+struct LogitsRowsParams {
+  const void* student = nullptr;  // logits; row i at student + i * stride_student
+  const void* teacher = nullptr;  // logits, same dtype
+  void* dlogits = nullptr;        // null: no gradient; may be `student` where the dtypes agree and rows are unique
+  const int64_t* student_row = nullptr;  // (R,); null: row r
+  const int64_t* teacher_row = nullptr;  // (R,); null: row r
+  const int8_t* kind = nullptr;          // (R,)
+  const float* weight = nullptr;         // (R,); factor of the row's gradient
+  const float* clip = nullptr;           // (R,) nats; a row above it has zero gradient
+  const float* student_bias = nullptr;   // (V,) or null
+  const float* teacher_bias = nullptr;   // (V,) or null
+  const int64_t* labels = nullptr;       // (R,) or null; in [0, logical_vocab)
+
+  float* divergence = nullptr;       // (R,) nats, before the clip
+  uint8_t* clipped = nullptr;        // (R,)
+  float* student_entropy = nullptr;  // (R,) nats
+  float* teacher_entropy = nullptr;  // (R,)
+  float* student_lse = nullptr;      // (R,) nats
+  float* teacher_lse = nullptr;      // (R,)
+  float* student_logprob = nullptr;  // (R,); with labels
+  float* teacher_logprob = nullptr;  // (R,); with labels
+  float* state = nullptr;            // (R, kRowState) or null: for a later logits_gradient
+
+  int64_t rows = 0, vocab = 0;
+  int64_t logical_vocab = 0;  // entries at and beyond it have probability 0 and gradient 0
+  int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
+  bool dlogits_by_student_row = false;  // dlogits row of r: student_row[r] instead of r
+
+  Transform transform;
+  float beta = 0.5f;
+  float entry_clip = INFINITY;
+};
+
+struct LogitsRowsPlan {
+  bool resident;         // the row stays in (distributed) shared memory: one read from device memory
+  int cluster;           // blocks of a row
+  int64_t shared_bytes;  // dynamic, of a block
+};
+
+// How a row of `vocab` entries is laid out on a device with `shared_limit` bytes of shared memory a block.
+LogitsRowsPlan logits_rows_plan(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit);
+
+// Launches on `stream` (a cudaStream_t). Bad arguments: std::invalid_argument; a failed launch: std::runtime_error.
+// path: "auto" | "resident" | "two_pass".
+void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, const char* path, void* stream);
+
+// The gradient alone, from the state that logits_rows left: N = rows of the student's logits. Row n sums over the
+// supervised rows order[offsets[n]] ... order[offsets[n + 1] - 1]; without any it is zero.
+struct LogitsGradientParams {
+  const void* student = nullptr;         // logits (N, V)
+  const void* teacher = nullptr;         // logits, same dtype
+  void* dlogits = nullptr;               // (N, V), same dtype; may be `student`
+  const int64_t* order = nullptr;        // (R,)
+  const int64_t* offsets = nullptr;      // (N + 1,)
+  const int64_t* teacher_row = nullptr;  // (R,)
+  const int8_t* kind = nullptr;          // (R,)
+  const float* row_grad = nullptr;       // (R,); 0 leaves a row out
+  const float* state = nullptr;          // (R, kRowState)
+  const float* student_bias = nullptr;   // (V,) or null
+  const float* teacher_bias = nullptr;   // (V,) or null
+  int64_t rows = 0, vocab = 0, logical_vocab = 0;
+  int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
+  Transform transform;
+  float beta = 0.5f;
+  float entry_clip = INFINITY;
+};
+
+void logits_gradient(const LogitsGradientParams& params, Dtype logits, void* stream);
+
+}  // namespace vigos

@@ -1,0 +1,4 @@
+#include "logits_rows_launch.cuh"
+
+template cudaError_t vigos::dispatch_rows<float, __nv_bfloat16>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
+                                                                cudaStream_t);

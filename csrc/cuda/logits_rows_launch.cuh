@@ -1,0 +1,98 @@
+// Kernel entry point and launch of one (logits, gradient) pair of dtypes; each pair is instantiated in a file of its
+// own so that they compile in parallel.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device.cuh"
+#include "logits_rows.cuh"
+
+namespace vigos {
+
+// Two blocks a multiprocessor where shared memory allows, so that one loads while the other computes.
+template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
+__global__ void __launch_bounds__(kRowThreads, 2) logits_rows_kernel(const __grid_constant__ LogitsRowsParams params) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (RESIDENT) return;  // never launched there: no clusters
+#endif
+  logits_rows_body<T, G, ALIGNED, TRANSFORMED, RESIDENT>(params);
+}
+
+template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
+cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& plan, cudaStream_t stream) {
+  const auto kernel = logits_rows_kernel<T, G, ALIGNED, TRANSFORMED, RESIDENT>;
+  if (plan.shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.rows * plan.cluster));
+  config.blockDim = dim3(kRowThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = RESIDENT ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Run-time flags to template booleans. Unaligned rows take the general transform: one slow path is enough.
+template <typename T, typename G>
+cudaError_t dispatch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned, cudaStream_t stream) {
+  const bool transformed = p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f;
+  if (!aligned) {
+    return plan.resident ? launch_rows<T, G, false, true, true>(p, plan, stream)
+                         : launch_rows<T, G, false, true, false>(p, plan, stream);
+  }
+  if (transformed) {
+    return plan.resident ? launch_rows<T, G, true, true, true>(p, plan, stream)
+                         : launch_rows<T, G, true, true, false>(p, plan, stream);
+  }
+  return plan.resident ? launch_rows<T, G, true, false, true>(p, plan, stream)
+                       : launch_rows<T, G, true, false, false>(p, plan, stream);
+}
+
+template <typename T, bool ALIGNED, bool TRANSFORMED>
+__global__ void __launch_bounds__(kGradientThreads)
+    logits_gradient_kernel(const __grid_constant__ LogitsGradientParams params, int blocks_per_row) {
+  logits_gradient_body<T, ALIGNED, TRANSFORMED>(params, blocks_per_row);
+}
+
+template <typename T>
+cudaError_t dispatch_gradient(const LogitsGradientParams& p, bool aligned, cudaStream_t stream) {
+  const int64_t per_vector = aligned ? kVectorBytes / static_cast<int64_t>(sizeof(T)) : 1;
+  const int64_t per_block = per_vector * kGradientVectors;
+  const int blocks_per_row = static_cast<int>((p.vocab + per_block - 1) / per_block);
+  const dim3 grid(static_cast<unsigned>(p.rows * blocks_per_row));
+  if (!aligned) {
+    logits_gradient_kernel<T, false, true><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
+  } else if (p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f) {
+    logits_gradient_kernel<T, true, true><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
+  } else {
+    logits_gradient_kernel<T, true, false><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
+  }
+  return cudaGetLastError();
+}
+
+extern template cudaError_t dispatch_gradient<float>(const LogitsGradientParams&, bool, cudaStream_t);
+extern template cudaError_t dispatch_gradient<__nv_bfloat16>(const LogitsGradientParams&, bool, cudaStream_t);
+extern template cudaError_t dispatch_gradient<__half>(const LogitsGradientParams&, bool, cudaStream_t);
+extern template cudaError_t dispatch_rows<float, float>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
+                                                        cudaStream_t);
+extern template cudaError_t dispatch_rows<float, __nv_bfloat16>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
+                                                                cudaStream_t);
+extern template cudaError_t dispatch_rows<float, __half>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
+                                                         cudaStream_t);
+extern template cudaError_t dispatch_rows<__nv_bfloat16, __nv_bfloat16>(const LogitsRowsParams&, const LogitsRowsPlan&,
+                                                                        bool, cudaStream_t);
+extern template cudaError_t dispatch_rows<__half, __half>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
+                                                          cudaStream_t);
+
+}  // namespace vigos
