@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vigos.scoring import base_model, concat_images, takes
+from vigos.scoring import base_model, concat_images
 from vigos.sequences import EncodedPrompt
 
 # Names under which model configurations keep the ids that stand for features of another modality.
@@ -132,10 +133,10 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         """See `RolloutEngine.generate`."""
-        seeds = [_mix(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        jobs = [(i, prompts[i], _mix(seeds[i], k)) for i in range(len(prompts)) for k in range(sampling.n)]
+        jobs = [(i, prompts[i], stream_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(sampling.n)]
         results: list[Tensor | None] = [None] * len(jobs)
         with _inference(self.model):
             for chunk in self._chunks([prompt for _, prompt, _ in jobs]):
@@ -172,8 +173,9 @@ class TransformersEngine:
                 token_types[b, start:] = prompt.token_type_ids
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Without them Qwen2.5-VL silently counts image positions along one axis.
-        if any(p.token_type_ids is not None for p in prompts) and takes(model, "mm_token_type_ids"):
-            inputs["mm_token_type_ids"] = token_types
+        types = _token_types_name(model)
+        if types is not None and any(p.token_type_ids is not None for p in prompts):
+            inputs[types] = token_types
         images = [p.images for p in prompts if p.images is not None]
         if images:
             inputs |= concat_images(images)
@@ -237,12 +239,21 @@ class _Sampler:
         return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
 
 
-def _mix(seed: int, stream: int) -> int:
-    """A 63-bit seed from a seed and a stream number (splitmix64), so that neighbouring seeds are unrelated."""
-    x = (seed * 0x9E3779B97F4A7C15 + stream + 1) & (2**64 - 1)
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (x ^ (x >> 31)) >> 1
+def stream_seed(seed: int, *streams: int) -> int:
+    """A 63-bit seed from a seed and stream numbers (splitmix64), so that neighbouring ones are unrelated."""
+    mask = 2**64 - 1
+    for stream in streams:
+        x = (seed * 0x9E3779B97F4A7C15 + stream + 1) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        seed = (x ^ (x >> 31)) >> 1
+    return seed
+
+
+def _token_types_name(base: Any) -> str | None:
+    """What the model calls the marks of image tokens, in its own forward or in that of the model under its head."""
+    known = {name for module in (base, base.base_model) for name in signature(type(module).forward).parameters}
+    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in known), None)
 
 
 @contextmanager

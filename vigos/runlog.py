@@ -1,0 +1,203 @@
+"""The run folder: what ran, what it measured, what the student said, and what it became.
+
+    config.yaml                       every option as it ran, the library's own first
+    metrics.jsonl                     one line for each log: the step and every metric
+    completions/step-000012.jsonl     rollouts: text, spans, validity and its reason, per-token divergence by teacher
+    skipped.jsonl                     rows that could not be used: id, reason, detail
+    checkpoint-12/                    transformers' checkpoints
+    adapter/, merged/                 the final adapter, and the model with the adapter added (a copy)
+    model/                            the final model, after full fine-tuning
+
+Lines are written whole and flushed, so that a killed run leaves readable files. A resumed run cuts off what the
+checkpoint it starts from has not seen.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from vigos.routing import SEGMENTS, TERMS, RoutedBatch
+from vigos.spans import token_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from vigos.config import ViGOSConfig
+    from vigos.data import BadRow
+    from vigos.divergence import DivergenceOutput
+
+
+class RunLog(TrainerCallback):
+    """Writes a run folder; as a callback it records what the trainer logs.
+
+    Args:
+        folder: the run's `output_dir`.
+        rank: of this process; rank 0 writes what all ranks share.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+        self.folder, self.rank = Path(folder), rank
+
+    def write_config(self, config: ViGOSConfig, **facts: Any) -> None:
+        """`config.yaml`: the options of ViGOS, then those inherited from transformers, then `facts` about the run."""
+        if self.rank != 0:
+            return
+        import yaml
+
+        values = config.to_dict()  # secrets are masked in it
+        own = [f.name for f in fields(config) if f.name in type(config).__annotations__ and f.name in values]
+        document = {
+            "vigos": {name: _plain(values[name]) for name in own},
+            "transformers": {name: _plain(v) for name, v in values.items() if name not in own},
+            "run": {name: _plain(v) for name, v in facts.items()},
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets what lies after the step this run starts from."""
+        if self.rank == 0:
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.is_file():
+                kept = [line for line in _lines(metrics) if _step_of(line) <= state.global_step > 0]
+                metrics.write_text("".join(kept), encoding="utf-8")
+            if state.global_step == 0:
+                (self.folder / "skipped.jsonl").unlink(missing_ok=True)
+            for path in sorted((self.folder / "completions").glob("step-*.jsonl")):
+                if int(path.stem.split("-")[1]) > state.global_step:
+                    path.unlink()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Appends to `metrics.jsonl`."""
+        if self.rank == 0 and logs:
+            self._append("metrics.jsonl", {"step": state.global_step, **logs})
+
+    def write_skipped(self, step: int, row: BadRow) -> None:
+        """One row that was left out, to `skipped.jsonl`."""
+        self._append("skipped.jsonl", {"step": step, "row": row.row_id, "reason": row.reason, "detail": row.detail})
+
+    def write_completions(
+        self, step: int, batch: RoutedBatch, output: DivergenceOutput, correct: list[bool | None], tokenizer: Any
+    ) -> None:
+        """The micro-batch's rollouts; for each teacher the tokens it supervised, with the divergence (nats) at each,
+        both log-probabilities and whether it was clipped."""
+        values = {
+            "divergence": output.divergence,
+            "student_logprob": output.student_logprob,
+            "teacher_logprob": output.teacher_logprob,
+        }
+        columns = {name: [round(v, 6) for v in _floats(x)] for name, x in values.items() if x is not None}
+        clipped = output.clipped.tolist()
+        by_rollout: dict[int, dict[str, list[int]]] = {}
+        for r, (owner, term) in enumerate(zip(batch.owner.tolist(), batch.term.tolist(), strict=True)):
+            by_rollout.setdefault(owner, {}).setdefault(TERMS[term], []).append(r)
+        name = f"completions/step-{step:06d}" + (f"-rank{self.rank}" if self.rank else "") + ".jsonl"
+        segments, tokens = batch.segment.tolist(), batch.token.tolist()
+        records = []
+        for i, rollout in enumerate(batch.rollouts):
+            spans = rollout.spans
+            pieces = [
+                piece.decode("utf-8", "replace") for piece in token_bytes(rollout.completion_ids.tolist(), tokenizer)
+            ]
+            record = {
+                "step": step,
+                "problem_id": rollout.problem_id,
+                "problem": rollout.problem,
+                "answer": rollout.answer,
+                "tokens": pieces,
+                "valid": spans.valid,
+                "reason": spans.reason,
+                "finished": spans.finished,
+                "description": list(spans.description),
+                "reasoning": list(spans.reasoning),
+                "boxed": list(spans.answer),
+                "answer_text": spans.answer_text,
+                "correct": correct[i],
+                "teachers": {
+                    term: {
+                        "tokens": [tokens[r] for r in rows],
+                        "segments": [SEGMENTS[segments[r]] for r in rows],
+                        "clipped": [clipped[r] for r in rows],
+                        **{key: [column[r] for r in rows] for key, column in columns.items()},
+                    }
+                    for term, rows in by_rollout.get(i, {}).items()
+                },
+            }
+            records.append(record)
+        self._append(name, *records)
+
+    def save_final(self, model: nn.Module, processor: Any, *, merged: bool) -> dict[str, str]:
+        """Writes the trained weights; returns which folder holds what. Call it on every rank: rank 0 writes."""
+        from vigos.policy import merged_copy
+        from vigos.scoring import unwrap
+
+        core: Any = unwrap(model)
+        if self.rank != 0:
+            return {}
+        if not hasattr(core, "peft_config"):
+            core.save_pretrained(self.folder / "model")
+            processor.save_pretrained(self.folder / "model")
+            return {"model": str(self.folder / "model")}
+        core.save_pretrained(self.folder / "adapter")
+        saved = {"adapter": str(self.folder / "adapter")}
+        if merged:
+            merged_copy(core).save_pretrained(self.folder / "merged")
+            processor.save_pretrained(self.folder / "merged")
+            saved["merged"] = str(self.folder / "merged")
+        return saved
+
+    def _append(self, name: str, *records: dict[str, Any]) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records)
+
+
+def _floats(x: Tensor) -> list[float]:
+    return x.detach().double().tolist()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines: what a killed process left half-written is not one."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"metrics.jsonl must hold one JSON object with a step a line, got {line[:80]!r}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON and YAML know no tensors, enums, paths or infinities."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return _plain(value.item())
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

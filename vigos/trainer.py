@@ -1,0 +1,421 @@
+"""`ViGOSTrainer`: visually grounded on-policy self-distillation on top of `transformers.Trainer`.
+
+    from vigos.config import ViGOSConfig
+    from vigos.data import load_rows
+    from vigos.trainer import ViGOSTrainer
+    from vigos.world import load_base, world_prompts
+
+    model, processor = load_base()  # or any transformers image-text model and its processor
+    config = ViGOSConfig(output_dir="runs/first", max_steps=50, learning_rate=3e-4, per_device_train_batch_size=16,
+                         gradient_accumulation_steps=1, max_completion_length=96)
+    trainer = ViGOSTrainer(model=model, args=config, processing_class=processor,
+                           train_dataset=load_rows("data/train.jsonl"), prompts=world_prompts())
+    trainer.train()  # metrics.jsonl, completions/, checkpoint-*/, adapter/ and merged/ in the run folder
+
+One optimizer step, in the order of the code below: all its rollouts, parsed (`get_batch_samples`); the supervised
+tokens of each term counted over micro-batches and ranks, so that the divisor is known before the first backward; then
+for each micro-batch the teachers' hidden states, the student's, their divergence, backward (`compute_loss`).
+What it leaves out: evaluation (see `vigos.evaluation`) and the rollout servers, which bring their own engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from vigos.config import ViGOSConfig
+from vigos.data import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
+from vigos.divergence import linear_divergence
+from vigos.metrics import Metrics, peak_gib
+from vigos.policy import TeacherPolicy, prepare_model
+from vigos.prompts import Prompts, Role
+from vigos.rollout import RolloutEngine, TransformersEngine, eos_ids, placeholder_ids, stream_seed
+from vigos.routing import Rollout, RoutedBatch, TermCounts, assignments, count_terms, divisors, route
+from vigos.runlog import RunLog
+from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head
+from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.spans import parse_rollout
+
+logger = logging.getLogger(__name__)
+
+UNUSABLE_ROWS = 64  # so many rows refused at the start, and none usable: the run stops with the reasons
+
+
+class ViGOSTrainer(Trainer):
+    """Trains a student against its own frozen (averaged, live) weights in three contexts.
+
+    Args:
+        model: a transformers model with a language-model head; adapted or frozen in place as `args` say. One that
+            already carries a peft adapter trains that adapter.
+        args: every option, see `ViGOSConfig`.
+        processing_class: the model's processor, or the tokenizer of a text-only model.
+        train_dataset: from `vigos.data.load_rows`, or anything that it opens (a path, a list of dicts, a
+            `datasets.Dataset`).
+        prompts: templates of the four roles; None takes `args.prompts_file`, or the built-in wording.
+        rollout_engine: samples the completions; None uses the model's own `generate`.
+        callbacks, optimizers: as in `transformers.Trainer`.
+    """
+
+    args: ViGOSConfig
+    model: Any
+    loss_is_scaled_for_ga = True  # the divisor is the whole step's already
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ViGOSConfig,
+        processing_class: Any,
+        train_dataset: Any,
+        *,
+        prompts: Prompts | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, ViGOSConfig):
+            raise ValueError(f"args must be a ViGOSConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process: start one process a GPU with `accelerate launch "
+                "--num_processes ...`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's processor or tokenizer, got None")
+        set_seed(args.seed)  # before the adapter is drawn
+        model = prepare_model(model, args)
+        self.policy = TeacherPolicy(model, args.teacher, args.ema_decay)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_rows,  # rows stay rows; they become prompts once the step is known
+            train_dataset=_as_rows(train_dataset, args),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
+        base = base_model(model)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.has_vision = hasattr(processing_class, "image_processor") and placeholder_ids(base.config) != ()
+        self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
+        self.engine: RolloutEngine = rollout_engine or TransformersEngine.for_model(
+            model, processing_class, batch_size=args.rollout_batch_size
+        )
+        self.scorer = TeacherScorer(
+            self.model,
+            scoring=args.teacher_scoring,
+            verify=args.teacher_verify,
+            token_budget=args.token_budget,
+            adapter=self.policy.adapter,
+        )
+        self.metrics = Metrics()
+        self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
+        self.add_callback(self.runlog)
+        self.add_callback(_TeacherCallback(self.policy))
+        self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
+        self.rows_used = 0
+        self.valid_rollouts = 0
+        self._eos = eos_ids(base, self.tokenizer)
+        self._placeholders = placeholder_ids(base.config)
+        self._step_started = 0.0
+        self._parameters = base.num_parameters(exclude_embeddings=True)
+
+    # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Row | BadRow]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, RoutedBatch]], Tensor | None]:
+        """Fetches the rows of all micro-batches of an optimizer step and makes them ready to be computed.
+
+        Returns:
+            one input of `compute_loss` for each micro-batch, and the number of supervised tokens of the step over all
+            ranks, by which transformers knows that the loss is normalised already.
+        """
+        self._step_started = time.perf_counter()
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not micro_batches:
+            return [], None
+        rollouts = self._rollouts(micro_batches)
+        local = [count_terms(group, self.args) for group in rollouts]
+        # (micro-batches, tokens or rows, terms), summed over ranks
+        table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
+        counts = [TermCounts(*row) for row in self.accelerator.reduce(table.to(device), "sum").cpu()]
+        step = sum(counts[1:], counts[0])
+        ranks = self.accelerator.num_processes  # gradients are averaged over ranks, and the loss is a sum over them
+        routed = [
+            route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
+            for group, count in zip(rollouts, counts, strict=True)
+        ]
+        for term in ("perception", "reasoning", "reference"):
+            self.metrics.add(f"loss/{term}", 0.0, 1.0 / ranks)
+        self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 1.0 / ranks)
+        return [{"batch": batch} for batch in routed], step.tokens.sum().to(device)
+
+    def _rollouts(self, micro_batches: Sequence[list[Row | BadRow]]) -> list[list[Rollout]]:
+        """Samples and parses the completions of a step; bad rows are counted, logged and left out."""
+        args, ranks, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        chosen: list[tuple[int, Row, EncodedPrompt]] = []
+        seeds: list[int] = []
+        for k, rows in enumerate(micro_batches):
+            for j, row in enumerate(rows):
+                try:
+                    prompt = self._student_prompt(row)
+                except BadRow as bad:
+                    self._skip(bad)
+                    continue
+                chosen.append((k, row, prompt))  # type: ignore[arg-type]
+                # Its place in the global step: the same however the step is cut into micro-batches and ranks.
+                place = (k * ranks + rank) * args.per_device_train_batch_size + j
+                seeds.append(stream_seed(args.seed, self.state.global_step, place))
+        self.rows_used += len(chosen)
+        if not self.rows_used and self.skipped.total() >= UNUSABLE_ROWS:
+            raise ValueError(self._nothing_usable())
+        with self.accelerator.autocast():
+            completions = self.engine.generate([prompt for _, _, prompt in chosen], args.sampling, seeds)
+        groups: list[list[Rollout]] = [[] for _ in micro_batches]
+        n = args.num_generations
+        for i, (k, row, prompt) in enumerate(chosen):
+            prompts: dict[Role, EncodedPrompt] = {"student": prompt}  # the teachers' are added as rollouts need them
+            for ids in completions[i * n : (i + 1) * n]:
+                rollout = self._parse(row, prompts, ids)
+                groups[k].append(rollout)
+                self.valid_rollouts += rollout.spans.valid
+        return groups
+
+    def _student_prompt(self, row: Row | BadRow) -> EncodedPrompt:
+        if isinstance(row, BadRow):
+            raise row
+        row_id, limit = row["problem_id"], self.args.max_prompt_length
+        if not row["answer"].strip():
+            raise BadRow(row_id, "empty_answer", "the answer is empty")
+        if row["images"] and not self.has_vision:
+            raise ValueError(
+                f"row {row_id} has {len(row['images'])} image(s), but {type(base_model(self.model)).__name__} with a "
+                f"{type(self.processing_class).__name__} has no vision tower; train on rows without images "
+                "(images_column=None), or take an image-text model and its processor"
+            )
+        prompt = self._encode("student", row)
+        if limit and len(prompt.ids) > limit:
+            detail = f"the student's prompt has {len(prompt.ids)} tokens, max_prompt_length is {limit}"
+            raise BadRow(row_id, "prompt_too_long", detail)
+        return prompt
+
+    def _encode(self, role: Role, row: Row, prefill: str | None = None) -> EncodedPrompt:
+        answer = row["answer"]
+        if self.args.reference_kind == "solution":
+            answer = str(row["extra"].get(self.args.solution_column) or answer)
+        try:
+            return encode_prompt(
+                self.processing_class, self.prompts, role, row["problem"], answer, row["images"], prefill
+            )
+        except ValueError as error:  # the image processor's own limits
+            raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
+
+    def _parse(self, row: Row, prompts: dict[Role, EncodedPrompt], ids: Tensor) -> Rollout:
+        args = self.args
+        spans = parse_rollout(
+            ids,
+            self.tokenizer,
+            style=args.span_style or "paper",
+            validity=args.validity,
+            eos_token_ids=self._eos,
+            image_token_ids=self._placeholders,
+        )
+        for a in assignments(spans, args, has_images=bool(row["images"])):
+            if a.term not in prompts:
+                prefill = None
+                if a.term == "reasoning":
+                    think = args.reasoning_prefix == "think"
+                    prefill = self.prompts.think_prefill if think else self.prompts.prefill
+                prompts[a.term] = self._encode(a.term, row, prefill)
+        return Rollout(
+            problem_id=row["problem_id"],
+            problem=row["problem"],
+            answer=row["answer"],
+            images=tuple(row["images"]),
+            prompts=prompts,
+            completion_ids=ids,
+            spans=spans,
+        )
+
+    def _skip(self, bad: BadRow) -> None:
+        self.skipped[bad.reason] += 1
+        self.metrics.add("rows/skipped", 1.0, 0.0)
+        logger.warning("skipped %s", bad)
+        self.runlog.write_skipped(self.state.global_step, bad)
+
+    # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """lambda_p L_p + lambda_r L_r + lambda_f L_f, this micro-batch's share of the whole step's loss.
+
+        `num_items_in_batch` is part of transformers' signature and not needed: weights carry the divisor.
+        """
+        args = self.args
+        batch: RoutedBatch = inputs["batch"]
+        started = time.perf_counter()
+        with self.policy.weights():
+            teacher_hidden, supervision = self.scorer.score(batch)
+        scored = time.perf_counter()
+        # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
+        sequences = batch.student_sequences or [_IDLE]
+        student_hidden = hidden_states(model, sequences, scoring=args.student_scoring, token_budget=args.token_budget)
+        student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
+        head: Any = lm_head(model)
+        settings = _logit_settings(base_model(model).config.get_text_config())
+        with self.accelerator.autocast():
+            out = linear_divergence(
+                student_hidden.to(head.weight.dtype),
+                head.weight,
+                teacher_hidden.to(head.weight.dtype),
+                self.policy.head_weight(head),
+                supervision=supervision,
+                temperature=args.divergence_temperature,
+                beta=args.jsd_beta,
+                entry_clip=args.entry_clip if args.clip_mode == "entry" else None,
+                student_bias=head.bias,
+                labels=batch.labels,
+                impl=args.impl,
+                **settings,
+            )
+        loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
+        self._record(batch, out, scored - started, time.perf_counter() - scored)
+        return (loss, out) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> None:
+        args, ranks = self.args, self.accelerator.num_processes
+        correct = _grade(batch.rollouts, args.grade_rollouts)
+        self.metrics.add_rollouts(batch.rollouts, correct)
+        self.metrics.add_terms(batch, out, args.lambdas, scale=float(ranks))
+        self.metrics.add("perf/teacher_s", teacher_s / ranks, 0.0)
+        self.metrics.add("perf/student_s", student_s / ranks, 0.0)
+        step = self.state.global_step + 1
+        if args.completion_steps and (step % args.completion_steps == 0 or step == 1):
+            self.runlog.write_completions(step, batch, out, correct, self.tokenizer)
+
+    # --- The rest of transformers' loop ---------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, then the final adapter and the merged copy in the run folder."""
+        rows = self.train_dataset
+        if isinstance(rows, RowDataset | RowStream):
+            check_usable(rows, UNUSABLE_ROWS)
+        self.runlog.write_config(self.args, model=base_model(self.model).config.name_or_path)
+        result = super().train(*args, **kwargs)
+        if not self._over_ranks(self.rows_used):
+            raise ValueError(self._nothing_usable())
+        if not self._over_ranks(self.valid_rollouts):
+            logger.warning(
+                "no rollout of this run was valid: the model did not take up the format, and only the reference "
+                "teacher had work. Look at completions/ for what it wrote"
+            )
+        self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds our metrics to what is logged during training."""
+        if "loss" in logs:
+            logs = {**logs, **self.metrics.collect(self._reduce), "perf/peak_gib": peak_gib(self.args.device)}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """About 6 operations a student token and parameter, 2 a teacher token."""
+        batch = inputs["batch"]
+        student, teacher = (
+            sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
+            for sequences in (batch.student_sequences, batch.teacher_sequences)
+        )
+        return (6 * student + 2 * teacher) * self._parameters
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.policy.load(resume_from_checkpoint)
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "sum")
+
+    def _over_ranks(self, count: int) -> int:
+        return int(self._reduce(torch.tensor(count)))
+
+    def _nothing_usable(self) -> str:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
+        return f"none of the {self.skipped.total()} rows of train_dataset read is usable ({reasons}); see skipped.jsonl"
+
+
+class _TeacherCallback(TrainerCallback):
+    """Moves a moving-average teacher after each optimizer step and keeps it in checkpoints."""
+
+    def __init__(self, policy: TeacherPolicy) -> None:
+        self.policy = policy
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.policy.update()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            self.policy.save(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+_ONE = torch.zeros(1, dtype=torch.int64)
+# One token after one token: what a rank without supervised tokens runs.
+_IDLE = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)
+
+
+def _rows(rows: list[Any]) -> Any:
+    """The collator: rows as they are. A function of a module, so that data loader workers can be sent it."""
+    return rows
+
+
+def _as_rows(dataset: Any, args: ViGOSConfig) -> RowDataset | RowStream:
+    """Rows that come back as `BadRow` where they cannot be used, so that one bad image does not end a run."""
+    if isinstance(dataset, RowDataset | RowStream):
+        rows = copy.copy(dataset)
+        rows.bad_rows = "return"
+        return rows
+    return load_rows(
+        dataset,
+        problem_column=args.problem_column,
+        images_column=args.images_column,
+        answer_column=args.answer_column,
+        id_column=args.id_column,
+        streaming=hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"),
+        bad_rows="return",
+    )
+
+
+def _logit_settings(config: Any) -> dict[str, Any]:
+    """What the model's own forward does to the head's output (Gemma caps it, Cohere and Granite scale it)."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
+
+
+def _grade(rollouts: Sequence[Rollout], wanted: bool) -> list[bool | None]:
+    """Whether each rollout's boxed answer is the reference answer; None for all if that is not wanted."""
+    if not wanted:
+        return [None] * len(rollouts)
+    from vigos.grading import answers_match
+
+    return [
+        rollout.spans.answer_text is not None and answers_match(rollout.spans.answer_text, rollout.answer)
+        for rollout in rollouts
+    ]
