@@ -114,6 +114,22 @@ def _llava_onevision(text: dict[str, Any]) -> Any:
     return LlavaOnevisionForConditionalGeneration(config)
 
 
+def _gemma3(text: dict[str, Any]) -> Any:
+    """A tiny Gemma 3, whose image tokens see their whole image, with one sliding-window layer."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "vision_use_head": False,
+    }  # fmt: skip
+    text = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]} | text
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, boi_token_index=92, eoi_token_index=93,
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config)
+
+
 _BUILD = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -121,6 +137,7 @@ _BUILD = {
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
     "qwen3": _qwen3,
+    "gemma3": _gemma3,
 }
 
 
@@ -133,6 +150,7 @@ SIZES: dict[str, list[Any]] = {
     "qwen3_vl": [(4, 6), (8, 4), (2, 2)],
     "smolvlm": [2, 1, 3],
     "internvl": [2, 1, 3],
+    "gemma3": [1, 1, 1],
     "llava_onevision": [(16, 30), (32, 20), (16, 16)],
 }
 
@@ -155,6 +173,8 @@ def images(family: str, sizes: list[Any], seed: int) -> tuple[ImageInputs, list[
         tiles = pixels(1, sum(sizes), 3, 32, 32)
         tensors = {"pixel_values": tiles, "pixel_attention_mask": torch.ones(1, sum(sizes), 32, 32, dtype=torch.int64)}
         return ImageInputs.of(tensors), [4 * n for n in sizes]
+    if family == "gemma3":
+        return ImageInputs.of({"pixel_values": pixels(len(sizes), 3, 32, 32)}), [4] * len(sizes)
     if family == "internvl":
         return ImageInputs.of({"pixel_values": pixels(sum(sizes), 3, 32, 32)}), [4 * n for n in sizes]
     # LLaVA-OneVision: one image is cut in tiles (the whole, then a grid); several images take one tile each.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, Protocol
@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from vigos.prefix_tree import PrefixPack, PrefixTree, check_sequence, fed_ids, placeholders
 from vigos.sequences import ImageInputs, ScoredSequence
 from vigos.supervision import Supervision
-from vigos.tree_attention import TreePlan, dummy_mask, installed
+from vigos.tree_attention import TreePlan, dummy_mask, installed, text_model
+from vigos.vision import VisionCache
 
 Scoring = Literal["tree", "separate"]
 SCORINGS: tuple[Scoring, ...] = ("tree", "separate")
@@ -81,6 +82,7 @@ def hidden_states(
     token_budget: int = DEFAULT_TOKEN_BUDGET,
     backend: str = "auto",
     pad_token_id: int | None = None,
+    vision: VisionCache | None = None,
 ) -> Tensor:
     """Hidden states (M, D) that predict the scored tokens, in the order of `sequences` and of their `scored`.
 
@@ -94,11 +96,13 @@ def hidden_states(
         token_budget: tokens of one forward, padding included. A single longer sequence still gets its forward.
         backend: the attention of "tree", see `vigos.tree_attention`; "separate" uses the model's own.
         pad_token_id: fills padding, which no result depends on; None takes the model's, or 0.
+        vision: where the features of images come from if the vision tower is frozen. "tree" encodes an image once
+            anyway within a call; a cache carries that over to later calls, as from the teachers to the student.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     passes = _plan(model, sequences, scoring, token_budget, backend, pad_token_id)
-    return _run(model, passes, sum(len(s.scored) for s in sequences))
+    return _run(model, passes, sum(len(s.scored) for s in sequences), vision)
 
 
 # One forward of the model: how to build its inputs, which of its B * T flat positions are taken, and the output rows
@@ -109,6 +113,8 @@ class _Pass:
     taken: Tensor  # (m,) int64
     rows: Tensor  # (m,) int64
     tokens: int
+    images: tuple[ImageInputs, ...]
+    packed: bool
 
 
 def _plan(
@@ -132,13 +138,20 @@ def _plan(
     return [_tree_pass(base, sequences, pack, backend) for pack in tree.packs]
 
 
-def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int) -> Tensor:
+def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: VisionCache | None) -> Tensor:
     base = base_model(model)
     parts = []
+    shown = [image.key for each in passes if each.packed for image in each.images]
+    if vision is None and len(set(shown)) < len(shown) and VisionCache.obstacle(base) is None:
+        vision = VisionCache(max_images=len(shown))  # prompts that share an image but no prefix
     for each in passes:
         inputs = each.build()
         plan = inputs.get("tree_plan")
-        with installed(base) if plan is not None else nullcontext():
+        with ExitStack() as stack:
+            if plan is not None:
+                stack.enter_context(installed(base))
+            if vision is not None and each.images:
+                stack.enter_context(vision.serving(base, each.images))
             hidden = head_input(model, inputs)
         if plan is not None:
             layers = base.config.get_text_config().num_hidden_layers
@@ -261,6 +274,8 @@ def _separate_passes(
                 taken=torch.cat(taken),
                 rows=torch.cat(rows),
                 tokens=len(batch) * width,
+                images=tuple(s.prompt.images for _, s in members if s.prompt.images is not None),
+                packed=False,
             )
         )
     return passes
@@ -278,8 +293,9 @@ def _padded_batch(
     images = [s.prompt.images for _, s in members if s.prompt.images is not None]
     if images:
         inputs |= concat_images(images)
-        if takes(base, "mm_token_type_ids") and any(s.prompt.token_type_ids is not None for _, s in members):
-            inputs["mm_token_type_ids"] = torch.stack([_token_types(s, width) for _, s in members])
+        name = _token_types_name(base)
+        if name is not None and any(s.prompt.token_type_ids is not None for _, s in members):
+            inputs[name] = torch.stack([_token_types(s, width) for _, s in members])
     return {name: tensor.to(base.device) for name, tensor in inputs.items()}
 
 
@@ -296,10 +312,15 @@ def _pad_token_id(base: Any) -> int:
     return pad if pad is not None and pad >= 0 else 0
 
 
-def takes(base: Any, name: str) -> bool:
-    """Whether the model's forward, or the forward of the multimodal model under its head, names this argument."""
-    inner = getattr(base, "base_model", base)
-    return any(name in signature(type(module).forward).parameters for module in (base, inner))
+def _token_types_name(base: Any) -> str | None:
+    """What the model calls the token types of its prompts with images; None if it wants none."""
+    known = set(signature(type(base).forward).parameters) | set(signature(type(_inner(base)).forward).parameters)
+    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in known), None)
+
+
+def _inner(base: Any) -> Any:
+    """The model under the head: for multimodal families the one that holds the vision tower."""
+    return getattr(base, base.base_model_prefix, base)
 
 
 def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
@@ -374,7 +395,7 @@ def _tree_pass(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack,
         on_device = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         return on_device | {"attention_mask": mask, "tree_plan": plan, "use_cache": False}
 
-    return _Pass(build=build, taken=pack.taken, rows=pack.rows, tokens=pack.tokens)
+    return _Pass(build=build, taken=pack.taken, rows=pack.rows, tokens=pack.tokens, images=pack.images, packed=True)
 
 
 def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence]) -> Tensor:
@@ -383,7 +404,7 @@ def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence
     Three axes come from the model's own rule, applied to every whole sequence; text goes on after the largest position
     of what precedes it.
     """
-    inner = getattr(base, base.base_model_prefix, base)
+    inner = _inner(base)
     if not hasattr(inner, "get_rope_index"):
         return pack.depth[None]
     if not pack.images:
@@ -421,11 +442,11 @@ def _image_token_id(base: Any) -> int | None:
 
 
 def _check_images(base: Any, sequence: ScoredSequence) -> None:
-    prompt, inner = sequence.prompt, getattr(base, base.base_model_prefix, base)
+    prompt = sequence.prompt
     if prompt.images is None:
         return
-    if hasattr(inner, "get_rope_index") and prompt.token_type_ids is None:
-        # Without them Qwen2.5-VL would silently place every image token on one axis.
+    if _token_types_name(base) is not None and prompt.token_type_ids is None:
+        # Without them Qwen2.5-VL silently places every image token on one axis, and Gemma 3 masks images causally.
         raise ValueError(
             f"token_type_ids of the prompt of {sequence.owner} must be the processor's mm_token_type_ids for "
             f"{type(base).__name__}, got None; ask the processor for them with return_mm_token_type_ids=True"
@@ -435,6 +456,24 @@ def _check_images(base: Any, sequence: ScoredSequence) -> None:
             f"token_type_ids of the prompt of {sequence.owner} must match its ids {tuple(prompt.ids.shape)}, got "
             f"{tuple(prompt.token_type_ids.shape)}"
         )
+
+
+def text_flops(base: Any, pack: PrefixPack, *, backend: str = "segments") -> int:
+    """Floating-point operations of the text model's matrix products in one forward of a pack, a multiply-add as two.
+
+    Attention counts the scores the backend computes. Adapters and the vision tower are not included.
+    """
+    text, plan = base.config.get_text_config(), TreePlan(pack, backend=backend)
+    weights = sum(
+        m.in_features * m.out_features
+        for name, m in text_model(base).named_modules()
+        if isinstance(m, nn.Linear) and "lora_" not in name
+    )
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    windows = [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    return 2 * pack.tokens * weights + sum(4 * heads * width * plan.pairs(backend, window) for window in windows)
 
 
 # ---- the teacher ---------------------------------------------------------------------------------------------------
@@ -455,7 +494,7 @@ class TeacherScorer:
 
     Args:
         model: the student itself, whose adapter is switched off for the call, or a separate frozen or EMA model.
-        scoring, token_budget, backend: as in `hidden_states`.
+        scoring, token_budget, backend, vision: as in `hidden_states`.
         verify: "first" compares the first row's sequences with unshared forwards once, "always" in each call; a
             mismatch warns and switches to scoring="separate". "never" trusts the tree.
         adapter: "off" scores with the weights under the adapter, the frozen teacher; "on" with the adapted ones.
@@ -470,6 +509,7 @@ class TeacherScorer:
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         backend: str = "auto",
         adapter: Literal["off", "on"] = "off",
+        vision: VisionCache | None = None,
     ) -> None:
         if scoring not in SCORINGS:
             raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
@@ -478,7 +518,7 @@ class TeacherScorer:
         if adapter not in ("off", "on"):
             raise ValueError(f"adapter must be 'off' or 'on', got {adapter!r}")
         self.model, self.scoring, self.verify = model, scoring, verify
-        self.token_budget, self.backend, self.adapter = token_budget, backend, adapter
+        self.token_budget, self.backend, self.adapter, self.vision = token_budget, backend, adapter, vision
         self.stats = ScoringStats(0, 0, 0, 0.0)
         self.verified = False  # whether a row has been compared with unshared forwards
         self.deviation = 0.0  # what that comparison gave, relative to the norm of a hidden state
@@ -506,7 +546,7 @@ class TeacherScorer:
 
     def _hidden(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, list[_Pass]]:
         passes = _plan(self.model, sequences, self.scoring, self.token_budget, self.backend, None)
-        return _run(self.model, passes, sum(len(s.scored) for s in sequences)), passes
+        return _run(self.model, passes, sum(len(s.scored) for s in sequences), self.vision), passes
 
     def _compare(self, sequences: Sequence[ScoredSequence], hidden: Tensor) -> None:
         """Compares the first row's states with its sequences run alone; a mismatch warns and ends sharing.
