@@ -21,6 +21,13 @@ class DemoSize:
     triplets: int  # of the evaluation: each is one agreeing and two contradicting images
 
 
+SHOWN = {
+    "valid": "rollout/valid",
+    "right": "rollout/accuracy",
+    "KL description": "kl/perception",
+    "KL reasoning": "kl/reasoning",
+}
+
 QUICK = DemoSize(steps=50, rows_a_step=32, triplets=50)
 FULL = DemoSize(steps=120, rows_a_step=32, triplets=200)
 
@@ -61,7 +68,9 @@ def demo_config(output_dir: Path, size: DemoSize, seed: int) -> Any:
     )
 
 
-def run_demo(output_dir: str | Path, *, quick: bool = False, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run_demo(
+    output_dir: str | Path, *, quick: bool = False, seed: int = 0, console: Console | None = None
+) -> dict[str, Any]:
     """Writes data, evaluates the built-in base, trains it, evaluates again; returns what `summary.json` holds.
 
     Returns:
@@ -118,11 +127,49 @@ def run_demo(output_dir: str | Path, *, quick: bool = False, seed: int = 0, cons
         ("prior", "right where the image agrees with it"),
         ("valid_rate", "outputs in the asked format"),
     ):
-        table.add_row(name, *(f"{100 * r[name]:.1f} % {_interval(r[name + '_interval'])}" for r in (before, after)), meaning)
+        table.add_row(
+            name, *(f"{100 * r[name]:.1f} % {_interval(r[name + '_interval'])}" for r in (before, after)), meaning
+        )
     console.print(table)
-    console.print(f"{summary['seconds']:.0f} s; everything is in {output_dir}: summary.json, before.jsonl, after.jsonl, train/")
+    console.print(
+        f"{summary['seconds']:.0f} s; everything is in {output_dir}: summary.json, before.jsonl, after.jsonl, train/"
+    )
     return summary
 
 
 def _interval(bounds: list[float]) -> str:
     return f"[dim]({100 * bounds[0]:.0f}–{100 * bounds[1]:.0f})[/]"
+
+
+def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
+    """Trains; shows a bar with rate, time left and the last metrics on a terminal, a line now and then elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )  # fmt: skip
+
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("steps", total=steps, note="")
+
+        class Show(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+                note = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN.items() if key in logs)
+                progress.update(task, completed=state.global_step, note=note)
+                if not console.is_terminal and (state.global_step % 20 == 0 or state.global_step == 1):
+                    console.print(f"step {state.global_step:4}/{steps}  {note}")
+
+        for default in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(default)
+        trainer.add_callback(Show())
+        trainer.train()
