@@ -1,0 +1,385 @@
+"""Divergence of each row of logits and its gradient, one sweep over the vocabulary for each.
+
+    z = cap * tanh(scale * (raw + bias) / cap) / temperature, or scale / temperature * (raw + bias) without a cap
+    divergence[r] of z_s[student_row[r]] against z_t[teacher_row[r]], formulas and gradients in entries.py
+    dlogits[n] = sum over r with student_row[r] = n of row_grad[r] * d divergence[r] / d raw_s[n]
+
+Kernels, in the order a caller launches them (R rows, S slices of the vocabulary):
+
+    _stats_kernel          a row's slice -> 9 partial sums                       reads both logits
+    _finish_kernel         slices merged -> statistics, state
+    _second_stats_kernel   JSD and clipped entries: two more sums                reads both logits, for those rows
+    _second_finish_kernel  merged -> divergence, the last column of the state
+    _grad_kernel           state -> gradient, in place if asked                  reads both logits, writes one
+
+Shapes:  student (N, V), teacher (M, V) in fp32, bf16 or fp16, any strides; statistics and state fp32, nats.
+Traffic: forward and backward read 2 R V elements each and write R V; JSD and clipped entries read 2 R V more.
+Error:   L_t - L_s and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: repeatable bit for bit.
+         A row's numbers depend on V alone, never on R or on its neighbours: the slices are fixed by V.
+Source:  Milakov & Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vigos.kernels.entries import (
+    GAP,
+    JSD,
+    LABEL_S,
+    LABEL_T,
+    MAX_S,
+    MAX_T,
+    MOMENT_S,
+    MOMENT_T,
+    N_PARTIAL,
+    N_STATE,
+    REVERSE,
+    SUM_S,
+    SUM_T,
+    merge_gap,
+    merge_side,
+    observe_pair,
+    probabilities,
+    second_terms,
+    slope_of,
+    transform,
+)
+
+# Launch configurations. Fixed rather than tuned at run time: a first step must not stall, and a row must not change
+# its rounding because a timing did.
+STATS_BLOCK = {4: 1024, 2: 2048}  # by bytes an element: 16-byte loads at 8 warps; 7 sums a lane stay in registers
+STATS_WARPS = 8
+SPAN = 32768  # vocabulary entries a program sweeps: 5 programs a row at 152k fill 132 SMs from about 100 rows on
+GRAD_BLOCK, GRAD_WARPS = 1024, 8  # one 16-byte load a thread and side: few registers, five blocks a multiprocessor
+# Contraction of multiply and add is part of the promise of repeatable bits; Triton 3.10 changes its default.
+FUSION = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the row kernels need to know beside the logits. Tensors are (R,)."""
+
+    student_row: Tensor  # int64
+    teacher_row: Tensor  # int64
+    kind: Tensor  # int8
+    labels: Tensor | None  # int64, global ids
+    vocab: int  # entries here that are real: columns from here on have probability 0
+    vocab_start: int  # global id of the first column
+    alpha: float  # logit_scale / temperature
+    softcap: tuple[float, float] | None  # (logit_scale / cap, cap / temperature)
+    beta: float
+    entry_clip: float | None
+
+    @property
+    def n_rows(self) -> int:
+        """R."""
+        return self.student_row.shape[0]
+
+    @property
+    def clip_of_entries(self) -> float:
+        """inf: none."""
+        return float("inf") if self.entry_clip is None else self.entry_clip
+
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        """(alpha, cap_in, cap_out) as the kernels take them."""
+        return (self.alpha, *(self.softcap or (0.0, 0.0)))
+
+
+@triton.jit
+def _load_pair(
+    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """(z_s, z_t, dz_s/draw) of a block of columns."""
+    mask = offs < V
+    wide = offs.to(tl.int64)
+    s = tl.load(s_row + wide * stride_sv, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(t_row + wide * stride_tv, mask=mask, other=0.0).to(tl.float32)
+    b_s = 0.0
+    b_t = 0.0
+    if s_bias_ptr is not None:
+        b_s = tl.load(s_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if t_bias_ptr is not None:
+        b_t = tl.load(t_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    z_s, slope = transform(s, b_s, alpha, cap_in, cap_out, SOFTCAP)
+    z_t, _ = transform(t, b_t, alpha, cap_in, cap_out, SOFTCAP)
+    real = offs < vocab  # beside the mask: V is a multiple of 16 and keeps the loads wide, the logical size need not be
+    return tl.where(real, z_s, -float("inf")), tl.where(real, z_t, -float("inf")), slope
+
+
+@triton.jit
+def _stats_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, label_ptr, partial_ptr,
+    V, vocab, vocab_start, span, alpha, cap_in, cap_out,
+    stride_sm, stride_sv, stride_tm, stride_tv, stride_pc,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    r, split = tl.program_id(0), tl.program_id(1)
+    s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm  # row * stride passes 2**31 on long batches
+    t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
+    reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
+    top_s = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    top_t = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    total_s = tl.full((BLOCK_V,), 0.0, tl.float32)
+    total_t = tl.full((BLOCK_V,), 0.0, tl.float32)
+    moment_s = tl.full((BLOCK_V,), 0.0, tl.float32)
+    moment_t = tl.full((BLOCK_V,), 0.0, tl.float32)
+    gap = tl.full((BLOCK_V,), 0.0, tl.float32)
+    first = split * span
+    last = tl.minimum(first + span, V)
+    for start in range(first, last, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        z_s, z_t, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out, SOFTCAP
+        )
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = observe_pair(
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, z_s, z_t, reverse
+        )
+    row_gap = merge_gap(gap, tl.where(reverse, top_s, top_t), 0)
+    row_top_s, row_total_s, row_moment_s = merge_side(top_s, total_s, moment_s, 0)
+    row_top_t, row_total_t, row_moment_t = merge_side(top_t, total_t, moment_t, 0)
+    out = partial_ptr + r.to(tl.int64) * tl.num_programs(1) + split
+    tl.store(out + MAX_S * stride_pc, row_top_s)
+    tl.store(out + SUM_S * stride_pc, row_total_s)
+    tl.store(out + MOMENT_S * stride_pc, row_moment_s)
+    tl.store(out + MAX_T * stride_pc, row_top_t)
+    tl.store(out + SUM_T * stride_pc, row_total_t)
+    tl.store(out + MOMENT_T * stride_pc, row_moment_t)
+    tl.store(out + GAP * stride_pc, row_gap)
+    if label_ptr is not None:
+        at = tl.load(label_ptr + r) - vocab_start
+        mine = (at >= first) & (at < last) & (at < vocab)
+        at = tl.where(mine, at, 0).to(tl.int32) + tl.arange(0, 1)
+        z_s, z_t, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out, SOFTCAP
+        )
+        here = out + tl.arange(0, 1)
+        tl.store(here + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
+        tl.store(here + LABEL_T * stride_pc, tl.where(mine, z_t, -float("inf")))
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr, kind_ptr, state_ptr, stats_ptr,
+    R, S, stride_pc, stride_state,
+    LABELS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A row's slices become its statistics, (7, R), and its state."""
+    r = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_S)
+    mask = offs < S
+    slices = partial_ptr + r * S + offs
+    reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
+    tops_s = tl.load(slices + MAX_S * stride_pc, mask=mask, other=-float("inf"))
+    tops_t = tl.load(slices + MAX_T * stride_pc, mask=mask, other=-float("inf"))
+    totals_s = tl.load(slices + SUM_S * stride_pc, mask=mask, other=0.0)
+    totals_t = tl.load(slices + SUM_T * stride_pc, mask=mask, other=0.0)
+    moments_s = tl.load(slices + MOMENT_S * stride_pc, mask=mask, other=0.0)
+    moments_t = tl.load(slices + MOMENT_T * stride_pc, mask=mask, other=0.0)
+    gaps = tl.load(slices + GAP * stride_pc, mask=mask, other=0.0)
+    gap = merge_gap(gaps, tl.where(reverse, tops_s, tops_t), 0)
+    top_s, total_s, moment_s = merge_side(tops_s, totals_s, moments_s, 0)
+    top_t, total_t, moment_t = merge_side(tops_t, totals_t, moments_t, 0)
+    lse_gap = (top_t - top_s) + tl.log(total_t / total_s)
+    mean_gap = gap / tl.where(reverse, total_s, total_t)
+    kl = tl.where(reverse, mean_gap + lse_gap, mean_gap - lse_gap)
+    kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; NaN stays
+    lse_s = top_s + tl.log(total_s)
+    lse_t = top_t + tl.log(total_t)
+    stats = stats_ptr + r
+    tl.store(stats, kl)
+    tl.store(stats + R, tl.log(total_s) - moment_s / total_s)
+    tl.store(stats + 2 * R, tl.log(total_t) - moment_t / total_t)
+    tl.store(stats + 3 * R, lse_s)
+    tl.store(stats + 4 * R, lse_t)
+    if LABELS:
+        label_s = tl.max(tl.load(slices + LABEL_S * stride_pc, mask=mask, other=-float("inf")), 0)
+        label_t = tl.max(tl.load(slices + LABEL_T * stride_pc, mask=mask, other=-float("inf")), 0)
+        tl.store(stats + 5 * R, label_s - lse_s)
+        tl.store(stats + 6 * R, label_t - lse_t)
+    state = state_ptr + r * stride_state
+    tl.store(state, tl.where(top_s == -float("inf"), 0.0, top_s))  # -inf - -inf is NaN
+    tl.store(state + 1, tl.where(top_t == -float("inf"), 0.0, top_t))
+    tl.store(state + 2, 1.0 / total_s)
+    tl.store(state + 3, 1.0 / total_t)
+    tl.store(state + 4, lse_gap)
+    tl.store(state + 5, mean_gap)
+    tl.store(state + 6, 0.0)
+
+
+@triton.jit
+def _second_stats_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, partial_ptr,
+    V, vocab, span, alpha, cap_in, cap_out, beta, entry_clip,
+    stride_sm, stride_sv, stride_tm, stride_tv, stride_pc, stride_state,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    r, split = tl.program_id(0), tl.program_id(1)
+    kind = tl.load(kind_ptr + r).to(tl.int32)
+    out = partial_ptr + r.to(tl.int64) * tl.num_programs(1) + split
+    if CLIP_ENTRIES | (kind == JSD):
+        s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm
+        t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
+        state = state_ptr + r.to(tl.int64) * stride_state
+        origin_s, origin_t = tl.load(state), tl.load(state + 1)
+        scale_s, scale_t, lse_gap = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+        value = tl.full((BLOCK_V,), 0.0, tl.float32)
+        mean = tl.full((BLOCK_V,), 0.0, tl.float32)
+        first = split * span
+        for start in range(first, tl.minimum(first + span, V), BLOCK_V):
+            offs = start + tl.arange(0, BLOCK_V)
+            z_s, z_t, _ = _load_pair(
+                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
+                SOFTCAP,
+            )  # fmt: skip
+            p_s, p_t, delta = probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap)
+            more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip)
+            value += more
+            mean += slope
+        tl.store(out, tl.sum(value, 0))
+        tl.store(out + stride_pc, tl.sum(mean, 0))
+
+
+@triton.jit
+def _second_finish_kernel(
+    partial_ptr, kind_ptr, state_ptr, stats_ptr,
+    S, stride_pc, stride_state,
+    CLIP_ENTRIES: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    if CLIP_ENTRIES | (tl.load(kind_ptr + r).to(tl.int32) == JSD):
+        offs = tl.arange(0, BLOCK_S)
+        slices = partial_ptr + r * S + offs
+        value = tl.sum(tl.load(slices, mask=offs < S, other=0.0), 0)
+        if not CLIP_ENTRIES:
+            value = tl.where(value < 0.0, 0.0, value)  # rounding; clipped sums may be negative in earnest
+        tl.store(stats_ptr + r, value)
+        tl.store(state_ptr + r * stride_state + 6, tl.sum(tl.load(slices + stride_pc, mask=offs < S, other=0.0), 0))
+
+
+@triton.jit
+def _grad_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, row_grad_ptr,
+    order_ptr, offsets_ptr, out_ptr,
+    V, vocab, alpha, cap_in, cap_out, beta, entry_clip,
+    stride_sm, stride_sv, stride_tm, stride_tv, stride_state, stride_om, stride_ov,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Output row i is the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
+
+    In place (out = s) is safe: each element is read and written by one program only, the write last.
+    """
+    i = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    acc = tl.full((BLOCK_V,), 0.0, tl.float32)
+    for j in range(tl.load(offsets_ptr + i).to(tl.int32), tl.load(offsets_ptr + i + 1).to(tl.int32)):
+        r = tl.load(order_ptr + j).to(tl.int64)
+        row_grad = tl.load(row_grad_ptr + r)
+        if row_grad != 0.0:  # a row without upstream adds nothing, whatever it holds
+            s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm
+            t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
+            kind = tl.load(kind_ptr + r).to(tl.int32)
+            state = state_ptr + r * stride_state
+            z_s, z_t, slope = _load_pair(
+                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
+                SOFTCAP,
+            )  # fmt: skip
+            p_s, p_t, delta = probabilities(
+                z_s, z_t, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+            )
+            g = slope_of(
+                z_s, z_t, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), kind, beta, entry_clip, CLIP_ENTRIES
+            )
+            acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
+    out = out_ptr + i.to(tl.int64) * stride_om + offs.to(tl.int64) * stride_ov
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=offs < V)
+
+
+def row_partials(
+    student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
+) -> Tensor:
+    """(9, R, S) partial statistics of each row's slices of the vocabulary (columns named in entries.py)."""
+    n, v = options.n_rows, student.shape[1]
+    splits = triton.cdiv(v, SPAN)
+    partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
+    if n > 0:
+        wide = max(student.element_size(), teacher.element_size())
+        block = min(STATS_BLOCK[wide], triton.next_power_of_2(v))
+        _stats_kernel[(n, splits)](
+            student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
+            options.labels, partial, v, options.vocab, options.vocab_start, SPAN, *options.scalars,
+            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
+            BLOCK_V=block, SOFTCAP=options.softcap is not None, num_warps=STATS_WARPS, **FUSION,
+        )  # fmt: skip
+    return partial
+
+
+def finish(partial: Tensor, options: Options, state: Tensor) -> Tensor:
+    """(7, R) statistics in the order of `vigos.engines.problem.Statistics`; writes `state` (R, >= 7)."""
+    _, n, splits = partial.shape
+    labels = options.labels is not None
+    stats = torch.empty(7 if labels else 5, n, dtype=torch.float32, device=partial.device)
+    if n > 0:
+        _finish_kernel[(n,)](
+            partial, options.kind, state, stats, n, splits, partial.stride(0), state.stride(0),
+            LABELS=labels, BLOCK_S=triton.next_power_of_2(splits), num_warps=1, **FUSION,
+        )  # fmt: skip
+    return stats
+
+
+def second_partials(
+    student: Tensor, teacher: Tensor, options: Options, state: Tensor, student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """(2, R, S) sums of the second sweep: the divergence and the mean slope. Rows that need none are left unwritten."""
+    n, v = options.n_rows, student.shape[1]
+    splits = triton.cdiv(v, SPAN)
+    partial = torch.empty(2, n, splits, dtype=torch.float32, device=student.device)
+    if n > 0:
+        _second_stats_kernel[(n, splits)](
+            student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
+            state, partial, v, options.vocab, SPAN, *options.scalars, options.beta, options.clip_of_entries,
+            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
+            state.stride(0), BLOCK_V=min(1024, triton.next_power_of_2(v)), SOFTCAP=options.softcap is not None,
+            CLIP_ENTRIES=options.entry_clip is not None, num_warps=STATS_WARPS, **FUSION,
+        )  # fmt: skip
+    return partial
+
+
+def finish_second(partial: Tensor, options: Options, state: Tensor, stats: Tensor) -> None:
+    """Writes the divergence of the rows that needed a second sweep into `stats`, their mean slope into `state`."""
+    _, n, splits = partial.shape
+    if n > 0:
+        _second_finish_kernel[(n,)](
+            partial, options.kind, state, stats, splits, partial.stride(0), state.stride(0),
+            CLIP_ENTRIES=options.entry_clip is not None, BLOCK_S=triton.next_power_of_2(splits), num_warps=1, **FUSION,
+        )  # fmt: skip
+
+
+def row_grad(
+    student: Tensor, teacher: Tensor, options: Options, state: Tensor, row_grad: Tensor, order: Tensor, offsets: Tensor,
+    out: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes out[i] (V,) = sum of row_grad[r] * d divergence[r] / d raw student logits, r in order[offsets[i]:offsets[i+1]].
+
+    `out` has any float dtype and may be `student`, if row i of it is the student row of those r.
+    """
+    n, v = out.shape
+    if n > 0:
+        block = min(GRAD_BLOCK, triton.next_power_of_2(v))
+        _grad_kernel[(n, triton.cdiv(v, block))](
+            student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
+            state, row_grad, order, offsets, out, v, options.vocab, *options.scalars, options.beta,
+            options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
+            state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, SOFTCAP=options.softcap is not None,
+            CLIP_ENTRIES=options.entry_clip is not None, num_warps=GRAD_WARPS, **FUSION,
+        )  # fmt: skip
+
+
+__all__ = ["N_STATE", "Options", "finish", "finish_second", "row_grad", "row_partials", "second_partials"]

@@ -1,0 +1,193 @@
+"""What happens to one vocabulary entry, and how sums over entries are kept: shared by every divergence kernel here.
+
+    z_s, z_t    a row's logits after bias, scale, softcap and temperature, fp32; -inf: an impossible entry
+    L           log sum exp z, p = exp(z - L), delta = log p_t - log p_s = (z_t - z_s) - (L_t - L_s)
+
+    forward KL  sum p_t delta                                   d/dz_s = p_s - p_t
+    reverse KL  sum -p_s delta                                  d/dz_s = p_s (-delta - KL)
+    JSD(beta)   sum beta p_t log(p_t / m) + (1 - beta) p_s log(p_s / m), m = (1 - beta) p_s + beta p_t
+                                                                d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
+
+Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum of exp(z - max) (z - max), which gives
+the entropy, and one gap weighted by the side that the expectation is over. Each lane keeps a running maximum of its own
+(Milakov & Gimelshein 2018), so that lanes meet once a row instead of once a block. JSD and the clip of each entry's term
+need both L first: a second sweep. `p_s - p_t` is p_t expm1(-delta) where the models agree, so that a teacher close to its
+student costs no digits, and L_t - L_s is formed from differences: nothing of size |L| is subtracted.
+
+Triton has no expm1, log1p and tanh outside libdevice, which its interpreter lacks; those here are good to 3 eps.
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of a row's partial statistics, one set per slice of the vocabulary, and of its finished state.
+MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, LABEL_S, LABEL_T = map(tl.constexpr, range(9))
+N_PARTIAL = 9
+N_STATE = 7  # origin_s, origin_t, 1 / sum_s, 1 / sum_t, L_t - L_s, mean gap, mean slope of the second sweep
+
+INF = tl.constexpr(float("inf"))
+REVERSE = tl.constexpr(1)  # as in vigos/supervision.py
+JSD = tl.constexpr(2)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1; below 1/4 its Taylor polynomial, whose remainder there is under 2**-24 of the value."""
+    y = x * (1.0 / 720.0) + (1.0 / 120.0)
+    y = y * x + (1.0 / 24.0)
+    y = y * x + (1.0 / 6.0)
+    y = y * x + 0.5
+    y = y * x + 1.0
+    return tl.where(tl.abs(x) < 0.25, y * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), x > -1: the rounding of 1 + x is undone by the factor (Goldberg 1991, theorem 4)."""
+    w = 1.0 + x
+    return tl.where((w == 1.0) | (w == INF), x, tl.log(w) * (x / (w - 1.0)))
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """(tanh(x), its derivative), both good near 0 and near +-1."""
+    a = -2.0 * tl.abs(x)
+    e = expm1(a)
+    y = -e / (2.0 + e)
+    u = tl.exp(a)
+    return tl.where(x < 0.0, -y, y), 4.0 * u / ((1.0 + u) * (1.0 + u))
+
+
+@triton.jit
+def transform(raw, bias, alpha, cap_in, cap_out, SOFTCAP: tl.constexpr):
+    """(z, dz/draw): cap_out * tanh(cap_in * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
+    x = raw + bias
+    if SOFTCAP:
+        y, slope = tanh_and_slope(x * cap_in)
+        return y * cap_out, slope * alpha
+    else:
+        return x * alpha, alpha
+
+
+@triton.jit
+def observe(top, total, moment, z):
+    """A side after one more entry in each lane, and the factors (of what a lane held, of the new entry) it used."""
+    a = z - top
+    up = a > 0.0  # also the first entry above -inf, where the factor of what was held is exp(-inf) = 0
+    t = tl.exp(-tl.abs(a))
+    held = tl.where(up, t, 1.0)
+    new = tl.where(up, 1.0, tl.where(z == -INF, 0.0, t))
+    moved = tl.where(t == 0.0, 0.0, t * (moment - total * a))
+    moment = tl.where(up, moved, moment + tl.where(new == 0.0, 0.0, new * a))
+    return tl.where(up, z, top), total * held + new, moment, held, new
+
+
+@triton.jit
+def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, z_s, z_t, reverse):
+    """Both sides and the gap after one more entry in each lane. `reverse`: the expectation is over the student."""
+    top_s, total_s, moment_s, held_s, new_s = observe(top_s, total_s, moment_s, z_s)
+    top_t, total_t, moment_t, held_t, new_t = observe(top_t, total_t, moment_t, z_t)
+    held = tl.where(reverse, held_s, held_t)
+    new = tl.where(reverse, new_s, new_t)
+    x = tl.where(reverse, z_s - z_t, z_t - z_s)
+    # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
+    gap = tl.where(held == 0.0, 0.0, gap * held) + tl.where(new == 0.0, 0.0, new * x)
+    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap
+
+
+@triton.jit
+def lift(top, highest):
+    """Factor that takes a lane's sums from its own maximum to the highest one; 0 for a lane that saw nothing."""
+    return tl.where(top == -INF, 0.0, tl.exp(top - highest))
+
+
+@triton.jit
+def merge_side(top, total, moment, axis: tl.constexpr):
+    """Lanes of one side along `axis` become one: (top, total, moment)."""
+    highest = tl.max(top, axis, keep_dims=True)
+    f = lift(top, highest)
+    shift = tl.where(f == 0.0, 0.0, top - highest)
+    total_all = tl.sum(total * f, axis)  # not masked: the NaN of a lane that saw nothing else must show
+    moment_all = tl.sum(tl.where(f == 0.0, 0.0, f * (moment + total * shift)), axis)
+    return tl.max(top, axis), total_all, moment_all
+
+
+@triton.jit
+def merge_gap(gap, top, axis: tl.constexpr):
+    """The gap of all lanes; `top` is the maximum of the side that weights it."""
+    f = lift(top, tl.max(top, axis, keep_dims=True))
+    return tl.sum(tl.where(f == 0.0, 0.0, gap * f), axis)
+
+
+@triton.jit
+def probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap):
+    """(p_s, p_t, delta); delta is infinite or NaN where a probability is 0."""
+    return tl.exp(z_s - origin_s) * scale_s, tl.exp(z_t - origin_t) * scale_t, (z_t - z_s) - lse_gap
+
+
+@triton.jit
+def difference(p_s, p_t, delta):
+    """p_s - p_t without cancellation where the two are close."""
+    return tl.where(tl.abs(delta) < 0.25, p_t * expm1(-delta), p_s - p_t)
+
+
+@triton.jit
+def mixture_logs(delta, beta):
+    """(log(p_s / m), log(p_t / m)); not for delta = +-inf on the side whose probability is 0."""
+    e = expm1(-tl.abs(delta))
+    up = delta > 0.0
+    shared = log1p(tl.where(up, 1.0 - beta, beta) * e)
+    return tl.where(up, -delta, 0.0) - shared, tl.where(up, 0.0, delta) - shared
+
+
+@triton.jit
+def term(p_s, p_t, delta, kind, beta):
+    """(the entry's term of the divergence, p_s times the term's derivative to p_s). Forward KL has no use for the second."""
+    if kind == JSD:
+        log_s, log_t = mixture_logs(delta, beta)
+        slope = tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * log_s)
+        value = slope + tl.where(p_t == 0.0, 0.0, beta * p_t * log_t)
+    else:
+        if kind == REVERSE:
+            value = tl.where(p_s == 0.0, 0.0, -p_s * delta)
+            slope = value + p_s
+        else:
+            value = tl.where(p_t == 0.0, 0.0, p_t * delta)
+            slope = value
+    return value, slope
+
+
+@triton.jit
+def second_terms(p_s, p_t, delta, kind, beta, entry_clip):
+    """What an entry adds to (divergence, mean slope) in the second sweep."""
+    value, slope = term(p_s, p_t, delta, kind, beta)
+    clipped = value > entry_clip
+    divergence = tl.where(clipped, entry_clip, value)
+    if kind == 0:
+        mean = tl.where(clipped, p_t, 0.0)  # 1 - the kept mass: p_s * kept - p_t would cancel
+    else:
+        mean = tl.where(clipped, 0.0, slope)
+    return divergence, mean
+
+
+@triton.jit
+def slope_of(z_s, z_t, p_s, p_t, delta, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr):
+    """d divergence / d z_s."""
+    if CLIP_ENTRIES:
+        value, slope = term(p_s, p_t, delta, kind, beta)
+        clipped = value > entry_clip
+        if kind == 0:
+            g = tl.where(clipped, p_s, difference(p_s, p_t, delta)) - p_s * mean_slope
+        else:
+            g = tl.where(clipped, 0.0, slope) - p_s * mean_slope
+    else:
+        if kind == JSD:
+            value, slope = term(p_s, p_t, delta, kind, beta)
+            g = slope - p_s * mean_slope
+        else:
+            if kind == REVERSE:
+                # The normalisers drop out of log p_s - log p_t - KL.
+                g = tl.where(p_s == 0.0, 0.0, p_s * ((z_s - z_t) - mean_gap))
+            else:
+                g = difference(p_s, p_t, delta)
+    return g

@@ -1,0 +1,136 @@
+"""Compiles the Triton kernels for a chip without having it, and says what each needs: one line of JSON a variant.
+
+    python tests/triton_aot.py 90 [KERNEL ...]
+
+Run as a process of its own (tests/test_triton_aot.py does): elsewhere the kernels may be in Triton's interpreter.
+A variant is what a launcher would pass: `*dtype` and `i32` arguments, with `:16` where address or value is a multiple
+of 16 as Triton's specialisation would find, constants as they are, and launch options.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Bytes of shared memory a block may use (CUDA programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+I32, F32 = "i32:16", "fp32"
+COUNT = "i32"  # a size that need not be a multiple of anything
+
+
+def divergence_variants() -> dict[str, list[dict[str, Any]]]:
+    """Row kernels: fp32 chunks of logits, bf16 logits, and everything that a call can switch on."""
+    from vigos.kernels.divergence import GRAD_BLOCK, GRAD_WARPS, STATS_BLOCK, STATS_WARPS
+
+    z = {"alpha": F32, "cap_in": F32, "cap_out": F32}
+    strides = {"stride_sm": I32, "stride_sv": 1, "stride_tm": I32, "stride_tv": 1}
+    stats, second, grad = [], [], []
+    for dtype, everything in (("fp32", False), ("bf16", False), ("fp32", True)):
+        common: dict[str, Any] = {"s_ptr": f"*{dtype}:16", "t_ptr": f"*{dtype}:16"}
+        bias = "*bf16:16" if everything else None
+        common |= {"s_bias_ptr": bias, "t_bias_ptr": bias, "student_row_ptr": "*i64:16", "teacher_row_ptr": "*i64:16"}
+        common |= {"kind_ptr": "*i8:16"}
+        stats.append(
+            common | {"label_ptr": "*i64:16" if everything else None, "partial_ptr": "*fp32:16", "V": I32}
+            | {"vocab": COUNT, "vocab_start": COUNT, "span": I32} | z | strides | {"stride_pc": COUNT}
+            | {"BLOCK_V": STATS_BLOCK[4 if dtype == "fp32" else 2], "SOFTCAP": everything, "num_warps": STATS_WARPS}
+        )  # fmt: skip
+        second.append(
+            common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
+            | {"beta": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
+            | {"BLOCK_V": 1024, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": STATS_WARPS}
+        )  # fmt: skip
+        grad.append(
+            common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
+            | {"offsets_ptr": "*i64:16", "out_ptr": "*bf16:16", "V": I32, "vocab": COUNT} | z
+            | {"beta": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
+            | {"BLOCK_V": GRAD_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": GRAD_WARPS}
+        )  # fmt: skip
+    merged = {"partial_ptr": "*fp32:16", "kind_ptr": "*i8:16", "state_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
+    tail = {"S": COUNT, "stride_pc": COUNT, "stride_state": COUNT, "BLOCK_S": 8, "num_warps": 1}
+    return {
+        "_stats_kernel": stats,
+        "_second_stats_kernel": second,
+        "_grad_kernel": grad,
+        "_finish_kernel": [merged | {"R": COUNT, "LABELS": True} | tail],
+        "_second_finish_kernel": [merged | {"CLIP_ENTRIES": False} | tail],
+    }
+
+
+VARIANTS = {"divergence": divergence_variants}  # by file of kernels/
+
+
+def kernels() -> dict[str, tuple[str, Any]]:
+    """name -> (file, function) of every Triton kernel in kernels/."""
+    import vigos.kernels
+
+    found = {}
+    for module in pkgutil.iter_modules(vigos.kernels.__path__):
+        for name, value in vars(importlib.import_module(f"vigos.kernels.{module.name}")).items():
+            if name.startswith("_") and name.endswith("_kernel"):
+                found[name] = (module.name, value)
+    return found
+
+
+def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str, Any]:
+    """What `kernel` needs on sm_<arch>: registers a thread, stack and local bytes (spills), shared bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"enable_fp_fusion": True} | {k: v for k, v in variant.items() if k in OPTIONS}
+    signature, constants, attrs = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = variant[name]
+        if isinstance(value, str):
+            signature[name], _, aligned = value.partition(":")
+            if aligned:
+                attrs[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[name] = "constexpr", value
+    unknown = set(variant) - set(kernel.arg_names) - set(OPTIONS)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}")
+    started = time.monotonic()
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attrs), target=GPUTarget("cuda", arch, 32), options=options
+    )
+    seconds = time.monotonic() - started
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"]),
+        "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"], "seconds": round(seconds, 2),
+        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v[248]", compiled.asm["ptx"])),
+    }  # fmt: skip
+
+
+def main() -> None:
+    arch, *only = sys.argv[1:]
+    found = kernels()
+    variants = {name: listed for of in VARIANTS.values() for name, listed in of().items()}
+    missing, stale = sorted(set(found) - set(variants)), sorted(set(variants) - set(found))
+    print(json.dumps({"without_variants": missing, "without_kernel": stale}), flush=True)
+    for name, (file, kernel) in found.items():
+        if only and name not in only and file not in only:
+            continue
+        for i, variant in enumerate(variants.get(name, ())):
+            print(json.dumps({"kernel": name, "variant": i} | compile_variant(kernel, variant, int(arch))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
