@@ -113,7 +113,7 @@ class TreePlan:
             return self.tokens**2
         if backend == "segments":
             return sum((each.stop - each.start) * (each.high - each.low) for each in self.blocks(window))
-        return int((self._depth_host + 1).clamp(max=window).sum())
+        return int((self._depth_host + 1).clamp(max=window or self.tokens).sum())
 
 
 @dataclass(frozen=True)
