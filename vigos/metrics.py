@@ -29,6 +29,11 @@ PER_ROLLOUT = (
     "rows/skipped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
 )  # fmt: skip
+# Added up over ranks, averaged over optimizer steps.
+PER_STEP = (
+    *(f"loss/{term}" for term in TERMS),
+    "rows/skipped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
+)  # fmt: skip
 NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT)
 
 
@@ -44,6 +49,11 @@ class Metrics:
         i = self._index[name]
         self._sums[0, i] += float(numerator)
         self._sums[1, i] += float(denominator)
+
+    def add_step(self, share: float) -> None:
+        """One optimizer step, for what is averaged over steps; `share` of it, one over the number of ranks."""
+        for name in PER_STEP:
+            self.add(name, 0.0, share)
 
     def add_rollouts(self, rollouts: Sequence[Rollout], correct: Sequence[bool | None]) -> None:
         """Validity, reasons, lengths and accuracy of the rollouts."""
@@ -82,7 +92,7 @@ class Metrics:
         completion_tokens = sum(rollout.spans.length for rollout in batch.rollouts)
         for t, name in enumerate(TERMS):
             loss, kl, tokens, clipped, cut, student_entropy, teacher_entropy = sums[:, t].tolist()
-            self.add(f"loss/{name}", loss / lambdas[t] if lambdas[t] else 0.0, 0.0)  # its denominator counts steps
+            self.add(f"loss/{name}", loss / lambdas[t] if lambdas[t] else 0.0, 0.0)
             self.add(f"kl/{name}", kl, tokens)
             self.add(f"token_share/{name}", tokens, completion_tokens)
             self.add(f"clipped_tokens/{name}", clipped, tokens)
@@ -91,11 +101,13 @@ class Metrics:
             self.add(f"teacher_entropy/{name}", teacher_entropy, tokens)
 
     def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The ratios since the last call over all ranks (`reduce` sums a tensor over them); empty ones are left out."""
+        """The ratios since the last call over all ranks (`reduce` sums a tensor over them). What has no denominator is
+        left out, and so are the reasons for which no rollout was invalid."""
         numerator, denominator = reduce(self._sums).double().cpu()
         self._sums = torch.zeros_like(self._sums)
         values = (numerator / denominator).tolist()
-        return {name: values[i] for name, i in self._index.items() if denominator[i] > 0}
+        silent = {i for name, i in self._index.items() if name.startswith("rollout/invalid/") and not numerator[i]}
+        return {name: values[i] for name, i in self._index.items() if denominator[i] > 0 and i not in silent}
 
 
 def peak_gib(device: torch.device) -> float:

@@ -120,7 +120,7 @@ class ViGOSTrainer(Trainer):
         self.metrics = Metrics()
         self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
         self.add_callback(self.runlog)
-        self.add_callback(_TeacherCallback(self.policy))
+        self.add_callback(_StepCallback(self))
         self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
         self.rows_used = 0
         self.valid_rollouts = 0
@@ -155,9 +155,8 @@ class ViGOSTrainer(Trainer):
             route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
         ]
-        for term in ("perception", "reasoning", "reference"):
-            self.metrics.add(f"loss/{term}", 0.0, 1.0 / ranks)
-        self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 1.0 / ranks)
+        self.metrics.add_step(1.0 / ranks)
+        self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 0.0)
         return [{"batch": batch} for batch in routed], step.tokens.sum().to(device)
 
     def _rollouts(self, micro_batches: Sequence[list[Row | BadRow]]) -> list[list[Rollout]]:
@@ -249,7 +248,7 @@ class ViGOSTrainer(Trainer):
 
     def _skip(self, bad: BadRow) -> None:
         self.skipped[bad.reason] += 1
-        self.metrics.add("rows/skipped", 1.0, 0.0)
+        self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
         logger.warning("skipped %s", bad)
         self.runlog.write_skipped(self.state.global_step, bad)
 
@@ -305,6 +304,7 @@ class ViGOSTrainer(Trainer):
         self.metrics.add_terms(batch, out, args.lambdas, scale=float(ranks))
         self.metrics.add("perf/teacher_s", teacher_s / ranks, 0.0)
         self.metrics.add("perf/student_s", student_s / ranks, 0.0)
+        self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in batch.rollouts), 0.0)
         step = self.state.global_step + 1
         if args.completion_steps and (step % args.completion_steps == 0 or step == 1):
             self.runlog.write_completions(step, batch, out, correct, self.tokenizer)
@@ -360,20 +360,26 @@ class ViGOSTrainer(Trainer):
         return f"none of the {self.skipped.total()} rows of train_dataset read is usable ({reasons}); see skipped.jsonl"
 
 
-class _TeacherCallback(TrainerCallback):
-    """Moves a moving-average teacher after each optimizer step and keeps it in checkpoints."""
+class _StepCallback(TrainerCallback):
+    """After each optimizer step: moves a moving-average teacher, which checkpoints then hold, and stops the clock."""
 
-    def __init__(self, policy: TeacherPolicy) -> None:
-        self.policy = policy
+    def __init__(self, trainer: ViGOSTrainer) -> None:
+        self.trainer = trainer
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.policy.update()
+        self.trainer.policy.update()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ranks = self.trainer.accelerator.num_processes
+        seconds = (time.perf_counter() - self.trainer._step_started) / ranks
+        self.trainer.metrics.add("perf/step_s", seconds, 0.0)
+        self.trainer.metrics.add("perf/tokens_per_s", 0.0, seconds)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save:
-            self.policy.save(f"{args.output_dir}/checkpoint-{state.global_step}")
+            self.trainer.policy.save(f"{args.output_dir}/checkpoint-{state.global_step}")
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)
