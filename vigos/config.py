@@ -196,7 +196,9 @@ class ViGOSConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         positive = ["divergence_temperature", "token_clip", "entry_clip", "token_budget", "lora_r", "lora_alpha"]
         positive += [
-            n for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size") if getattr(self, n)
+            n
+            for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size")
+            if getattr(self, n) is not None
         ]
         for name in positive:
             if not getattr(self, name) > 0:
@@ -218,6 +220,11 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
+        if self.lora and self.train_head:
+            raise ValueError(
+                "train_head must be false unless lora=False: an adapter's file cannot hold the head, and the adapter "
+                "alone would not be the trained model"
+            )
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         if self.lora and not self.lora_target_modules:

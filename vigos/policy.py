@@ -36,10 +36,7 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
         check_adapter(model)
         return model
     if config.lora:
-        adapted = build_lora(model, config)
-        if config.train_head:
-            _train_head(adapted)
-        return adapted
+        return build_lora(model, config)
     base = base_model(model)
     base.requires_grad_(True)
     if not config.train_vision:
@@ -66,7 +63,7 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
             raise ValueError(
                 f"lora_target_modules must not name the language-model head {target!r}: with the adapter off the "
                 "teacher would need a head of its own, and its logits cost more than the rest of the loss. Leave it "
-                "out, or set train_head=True to train the head in full"
+                "out, or train in full: lora=False, train_head=True"
             )
     prefix, _ = _language_model(base)
     inside = "" if config.train_vision else prefix
@@ -101,16 +98,6 @@ def _language_model(base: Any) -> tuple[str, nn.Module]:
     if decoder is None or decoder is base:
         return "", base
     return next(f"{name}." for name, module in base.named_modules() if module is decoder), decoder
-
-
-def _train_head(model: nn.Module) -> None:
-    head, embedding = lm_head(model), base_model(model).get_input_embeddings()
-    if any(p is q for p in head.parameters() for q in embedding.parameters()):
-        raise ValueError(
-            "train_head must be false for this model: its head is tied to its input embedding, which the adapter "
-            "leaves alone; untie them first, or train in full (lora=False)"
-        )
-    head.requires_grad_(True)
 
 
 # --- Whose weights teach ---------------------------------------------------------------------------------------------
