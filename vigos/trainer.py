@@ -419,9 +419,9 @@ def _grade(rollouts: Sequence[Rollout], wanted: bool) -> list[bool | None]:
     """Whether each rollout's boxed answer is the reference answer; None for all if that is not wanted."""
     if not wanted:
         return [None] * len(rollouts)
-    from vigos.grading import answers_match
+    from vigos.grading import grade
 
     return [
-        rollout.spans.answer_text is not None and answers_match(rollout.spans.answer_text, rollout.answer)
+        rollout.spans.answer_text is not None and grade(rollout.spans.answer_text, rollout.answer)
         for rollout in rollouts
     ]
