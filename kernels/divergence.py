@@ -53,8 +53,9 @@ from vigos.kernels.entries import (
 # Launch configurations. Fixed rather than tuned at run time: a first step must not stall, and a row must not change
 # its rounding because a timing did.
 STATS_BLOCK = {4: 1024, 2: 2048}  # by bytes an element: 16-byte loads at 8 warps; 7 sums a lane stay in registers
+SECOND_BLOCK = 1024  # more arithmetic an entry and two sums only
 STATS_WARPS = 8
-SPAN = 32768  # vocabulary entries a program sweeps: 5 programs a row at 152k fill 132 SMs from about 100 rows on
+SPAN = 32768  # a multiple of the blocks: vocabulary entries a program sweeps: 5 programs a row at 152k fill 132 SMs from about 100 rows on
 GRAD_BLOCK, GRAD_WARPS = 1024, 8  # one 16-byte load a thread and side: few registers, five blocks a multiprocessor
 # Contraction of multiply and add is part of the promise of repeatable bits; Triton 3.10 changes its default.
 FUSION = {"enable_fp_fusion": True}
@@ -174,15 +175,15 @@ def _finish_kernel(
     r = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_S)
     mask = offs < S
-    slices = partial_ptr + r * S + offs
+    parts = partial_ptr + r * S + offs
     reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
-    tops_s = tl.load(slices + MAX_S * stride_pc, mask=mask, other=-float("inf"))
-    tops_t = tl.load(slices + MAX_T * stride_pc, mask=mask, other=-float("inf"))
-    totals_s = tl.load(slices + SUM_S * stride_pc, mask=mask, other=0.0)
-    totals_t = tl.load(slices + SUM_T * stride_pc, mask=mask, other=0.0)
-    moments_s = tl.load(slices + MOMENT_S * stride_pc, mask=mask, other=0.0)
-    moments_t = tl.load(slices + MOMENT_T * stride_pc, mask=mask, other=0.0)
-    gaps = tl.load(slices + GAP * stride_pc, mask=mask, other=0.0)
+    tops_s = tl.load(parts + MAX_S * stride_pc, mask=mask, other=-float("inf"))
+    tops_t = tl.load(parts + MAX_T * stride_pc, mask=mask, other=-float("inf"))
+    totals_s = tl.load(parts + SUM_S * stride_pc, mask=mask, other=0.0)
+    totals_t = tl.load(parts + SUM_T * stride_pc, mask=mask, other=0.0)
+    moments_s = tl.load(parts + MOMENT_S * stride_pc, mask=mask, other=0.0)
+    moments_t = tl.load(parts + MOMENT_T * stride_pc, mask=mask, other=0.0)
+    gaps = tl.load(parts + GAP * stride_pc, mask=mask, other=0.0)
     gap = merge_gap(gaps, tl.where(reverse, tops_s, tops_t), 0)
     top_s, total_s, moment_s = merge_side(tops_s, totals_s, moments_s, 0)
     top_t, total_t, moment_t = merge_side(tops_t, totals_t, moments_t, 0)
@@ -199,8 +200,8 @@ def _finish_kernel(
     tl.store(stats + 3 * R, lse_s)
     tl.store(stats + 4 * R, lse_t)
     if LABELS:
-        label_s = tl.max(tl.load(slices + LABEL_S * stride_pc, mask=mask, other=-float("inf")), 0)
-        label_t = tl.max(tl.load(slices + LABEL_T * stride_pc, mask=mask, other=-float("inf")), 0)
+        label_s = tl.max(tl.load(parts + LABEL_S * stride_pc, mask=mask, other=-float("inf")), 0)
+        label_t = tl.max(tl.load(parts + LABEL_T * stride_pc, mask=mask, other=-float("inf")), 0)
         tl.store(stats + 5 * R, label_s - lse_s)
         tl.store(stats + 6 * R, label_t - lse_t)
     state = state_ptr + r * stride_state
@@ -255,12 +256,12 @@ def _second_finish_kernel(
     r = tl.program_id(0).to(tl.int64)
     if CLIP_ENTRIES | (tl.load(kind_ptr + r).to(tl.int32) == JSD):
         offs = tl.arange(0, BLOCK_S)
-        slices = partial_ptr + r * S + offs
-        value = tl.sum(tl.load(slices, mask=offs < S, other=0.0), 0)
+        parts = partial_ptr + r * S + offs
+        value = tl.sum(tl.load(parts, mask=offs < S, other=0.0), 0)
         if not CLIP_ENTRIES:
             value = tl.where(value < 0.0, 0.0, value)  # rounding; clipped sums may be negative in earnest
         tl.store(stats_ptr + r, value)
-        tl.store(state_ptr + r * stride_state + 6, tl.sum(tl.load(slices + stride_pc, mask=offs < S, other=0.0), 0))
+        tl.store(state_ptr + r * stride_state + 6, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0))
 
 
 @triton.jit
@@ -301,12 +302,16 @@ def _grad_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=offs < V)
 
 
+def slices(vocab: int) -> int:
+    """S: how many programs share a row of so many real entries."""
+    return max(1, triton.cdiv(vocab, SPAN))
+
+
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
     """(9, R, S) partial statistics of each row's slices of the vocabulary (columns named in entries.py)."""
-    n, v = options.n_rows, student.shape[1]
-    splits = triton.cdiv(v, SPAN)
+    n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
         wide = max(student.element_size(), teacher.element_size())
@@ -338,15 +343,14 @@ def second_partials(
     teacher_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """(2, R, S) sums of the second sweep: the divergence and the mean slope. Rows that need none are left unwritten."""
-    n, v = options.n_rows, student.shape[1]
-    splits = triton.cdiv(v, SPAN)
+    n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(2, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
             state, partial, v, options.vocab, SPAN, *options.scalars, options.beta, options.clip_of_entries,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            state.stride(0), BLOCK_V=min(1024, triton.next_power_of_2(v)), SOFTCAP=options.softcap is not None,
+            state.stride(0), BLOCK_V=min(SECOND_BLOCK, triton.next_power_of_2(v)), SOFTCAP=options.softcap is not None,
             CLIP_ENTRIES=options.entry_clip is not None, num_warps=STATS_WARPS, **FUSION,
         )  # fmt: skip
     return partial

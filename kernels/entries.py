@@ -19,6 +19,7 @@ Triton has no expm1, log1p and tanh outside libdevice, which its interpreter lac
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 # Columns of a row's partial statistics, one set per slice of the vocabulary, and of its finished state.
 MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, LABEL_S, LABEL_T = map(tl.constexpr, range(9))
@@ -191,3 +192,7 @@ def slope_of(z_s, z_t, p_s, p_t, delta, mean_gap, mean_slope, kind, beta, entry_
             else:
                 g = difference(p_s, p_t, delta)
     return g
+
+
+# The interpreter runs kernels on CPU tensors; compiled kernels want a GPU. Triton decides when it decorates.
+INTERPRETED = not isinstance(observe, JITFunction)

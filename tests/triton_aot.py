@@ -30,7 +30,7 @@ COUNT = "i32"  # a size that need not be a multiple of anything
 
 def divergence_variants() -> dict[str, list[dict[str, Any]]]:
     """Row kernels: fp32 chunks of logits, bf16 logits, and everything that a call can switch on."""
-    from vigos.kernels.divergence import GRAD_BLOCK, GRAD_WARPS, STATS_BLOCK, STATS_WARPS
+    from vigos.kernels.divergence import GRAD_BLOCK, GRAD_WARPS, SECOND_BLOCK, STATS_BLOCK, STATS_WARPS
 
     z = {"alpha": F32, "cap_in": F32, "cap_out": F32}
     strides = {"stride_sm": I32, "stride_sv": 1, "stride_tm": I32, "stride_tv": 1}
@@ -48,7 +48,7 @@ def divergence_variants() -> dict[str, list[dict[str, Any]]]:
         second.append(
             common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
             | {"beta": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
-            | {"BLOCK_V": 1024, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": STATS_WARPS}
+            | {"BLOCK_V": SECOND_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": STATS_WARPS}
         )  # fmt: skip
         grad.append(
             common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
