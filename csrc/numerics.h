@@ -8,12 +8,11 @@
 //   JSD(beta)   sum beta p_t log(p_t/m) + (1 - beta) p_s log(p_s/m),  m = (1 - beta) p_s + beta p_t
 //                                                 d/dz_s = (1 - beta) p_s (log(p_s/m) - KL(p_s || m))
 //
-// Both KL need one visit: a running maximum and sum per side (Milakov & Gimelshein 2018) and one weighted gap, whose
-// weights are the side the expectation is taken over. JSD and the clip of each entry's term need both L first.
-// Errors: L_t - L_s is formed from the differences of maxima and of log sums, so nothing of size |L| is subtracted;
-// p_s - p_t is p_t expm1(-delta) where the models agree, so a teacher close to its student costs no digits.
-// Probability 0 (z = -inf): the entry adds nothing on its side; forward KL is +inf where p_s = 0 < p_t, and reverse KL
-// where p_t = 0 < p_s.
+// Both KL need one visit: running maxima and sums (Milakov & Gimelshein 2018) and one weighted gap, whose weights are
+// the side the expectation is taken over. JSD and the clip of each entry's term need both L first. Errors: nothing of
+// size |L| is subtracted. z_t - z_s comes from the raw logits, L_t - L_s from a sum of differences, and p_s - p_t is
+// p_t expm1(-delta) where the models agree: a teacher close to its student costs no digits. Probability 0 (z = -inf):
+// the entry adds nothing on its side; forward KL is +inf where p_s = 0 < p_t, and reverse KL where p_t = 0 < p_s.
 #pragma once
 
 #include <cmath>
@@ -57,64 +56,129 @@ VIGOS_HD float transform_slope(float x, float bias, const Transform& t) {
   return t.scale * t.inv_temperature * (1.0f - y * y);
 }
 
-// One side of a row: max z, sum exp(z - max), sum exp(z - max) (z - max).
-struct Side {
-  float max = -INFINITY, sum = 0.0f, moment = 0.0f;
-
-  VIGOS_HD float origin() const { return max == -INFINITY ? 0.0f : max; }  // -inf - -inf is NaN
-  VIGOS_HD float lse() const { return max + logf(sum); }                   // nats
-  VIGOS_HD float entropy() const { return logf(sum) - moment / sum; }      // nats
+// An entry on both sides. gap = z_t - z_s, taken from the raw logits: it is exact to its own rounding where the models
+// agree, while each z carries a rounding of its own size. NaN where both are -inf.
+struct Logits {
+  float z_s, z_t, gap;
 };
 
-// Both sides and gap = sum w (x): w exp(z_t - max_t), x = z_t - z_s; with `reverse` w exp(z_s - max_s), x = z_s - z_t.
+VIGOS_HD Logits scaled_pair(float x_s, float x_t, float scale) {
+  return {x_s * scale, x_t * scale, (x_t - x_s) * scale};
+}
+
+VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_t, const Transform& t) {
+  const float difference = ((x_t - x_s) + (bias_t - bias_s)) * t.scale;
+  const float z_s = transformed(x_s, bias_s, t), z_t = transformed(x_t, bias_t, t);
+  if (!(t.softcap > 0.0f)) return {z_s, z_t, difference};
+  // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); an infinite logit is at the cap, finite.
+  const float height = t.softcap * t.inv_temperature;
+  const float gap = tanhf(difference / t.softcap) * (1.0f - (z_s / height) * (z_t / height)) * height;
+  return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_t - z_s};
+}
+
+// expm1 for |x| < 1/4: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
+VIGOS_HD float expm1_small(float x) {
+  float y = 1.0f / 720.0f;
+  y = fmaf(y, x, 1.0f / 120.0f);
+  y = fmaf(y, x, 1.0f / 24.0f);
+  y = fmaf(y, x, 1.0f / 6.0f);
+  y = fmaf(y, x, 0.5f);
+  y = fmaf(y, x, 1.0f);
+  return y * x;
+}
+
+// Running sums over some entries of a row. Both sides are summed under one shift, m = max(max_s, max_t - offset), the
+// teacher's logits lowered by `offset`: e_s = exp(z_s - m), e_t = exp(z_t - offset - m). That makes sum_t - sum_s a sum
+// of small differences where the models agree, and L_t - L_s = offset + log(1 + (sum_t - sum_s) / sum_s) exact to the
+// size of the differences. `offset` is 0 unless the sides' maxima lie more than kFar apart, where one of them would
+// underflow.
 struct RowStats {
-  Side student, teacher;
-  float gap = 0.0f;
+  float max_s = -INFINITY, max_t = -INFINITY, offset = 0.0f;
+  float sum_s = 0.0f, sum_t = 0.0f;        // sum e_s, sum e_t
+  float excess = 0.0f;                     // sum (e_t - e_s), term by term
+  float moment_s = 0.0f, moment_t = 0.0f;  // sum e_s log e_s, sum e_t log e_t
+  float gap = 0.0f;                        // sum w (z_t - z_s); w = e_t, with `reverse` e_s
+
+  VIGOS_HD float shift() const {
+    const float m = fmaxf(max_s, max_t - offset);
+    return m == -INFINITY ? 0.0f : m;  // -inf - -inf is NaN
+  }
+  VIGOS_HD float shift_t() const { return shift() + offset; }
+
+  // Nats.
+  VIGOS_HD float lse_s() const { return shift() + logf(sum_s); }
+  VIGOS_HD float lse_t() const { return shift_t() + logf(sum_t); }
+  VIGOS_HD float entropy_s() const { return logf(sum_s) - moment_s / sum_s; }
+  VIGOS_HD float entropy_t() const { return logf(sum_t) - moment_t / sum_t; }
+  VIGOS_HD float lse_gap() const {
+    const float ratio = excess / sum_s;
+    return offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) : logf(sum_t / sum_s));
+  }
 };
 
-// Moves a side to a higher maximum; returns the factor of what was summed under the old one.
+constexpr float kFar = 20.0f;  // nats
+
+VIGOS_HD float scaled(float factor, float x) { return factor == 0.0f ? 0.0f : factor * x; }  // x may be infinite
+
+// Moves the sums to other maxima, at least as high, and another offset.
 template <bool FAST>
-VIGOS_HD float raise(Side& side, float max) {
-  if (!(max > side.max)) return 1.0f;
-  const float shift = side.max - max;
-  side.max = max;
-  if (side.sum == 0.0f) return 1.0f;  // nothing summed yet, and shift may be -inf
-  const float factor = exp_of<FAST>(shift);
-  side.moment = factor == 0.0f ? 0.0f : factor * (side.moment + side.sum * shift);
-  side.sum *= factor;
-  return factor;
+VIGOS_HD void rescale(RowStats& x, float max_s, float max_t, float offset, bool reverse) {
+  const float old_s = x.shift(), old_t = x.shift_t();
+  const bool together = offset == x.offset, empty = x.sum_s == 0.0f && x.sum_t == 0.0f;
+  x.max_s = max_s;
+  x.max_t = max_t;
+  x.offset = offset;
+  if (empty) return;
+  const float down_s = old_s - x.shift(), down_t = together ? down_s : old_t - x.shift_t();
+  const float factor_s = exp_of<FAST>(down_s), factor_t = together ? factor_s : exp_of<FAST>(down_t);
+  x.moment_s = scaled(factor_s, x.moment_s + x.sum_s * down_s);
+  x.moment_t = scaled(factor_t, x.moment_t + x.sum_t * down_t);
+  x.sum_s *= factor_s;
+  x.sum_t *= factor_t;
+  x.excess = together ? x.excess * factor_s : x.sum_t - x.sum_s;
+  x.gap = scaled(reverse ? factor_s : factor_t, x.gap);
 }
 
+// Makes room for entries of up to these maxima.
 template <bool FAST>
-VIGOS_HD void raise(RowStats& row, float max_s, float max_t, bool reverse) {
-  const float factor_s = raise<FAST>(row.student, max_s);
-  const float factor_t = raise<FAST>(row.teacher, max_t);
-  const float factor = reverse ? factor_s : factor_t;
-  row.gap = factor == 0.0f ? 0.0f : factor * row.gap;  // the gap may be +inf
+VIGOS_HD void raise(RowStats& x, float max_s, float max_t, bool reverse) {
+  if (!(max_s > x.max_s) && !(max_t > x.max_t)) return;
+  max_s = fmaxf(max_s, x.max_s);
+  max_t = fmaxf(max_t, x.max_t);
+  const float between = max_t - max_s;
+  const bool far = fabsf(between - x.offset) > kFar && fabsf(between) < INFINITY;
+  rescale<FAST>(x, max_s, max_t, far ? between : x.offset, reverse);
 }
 
-// Adds one entry; both maxima already cover it.
+// Adds one entry; the maxima already cover it.
 template <bool FAST>
-VIGOS_HD void add(RowStats& row, float z_s, float z_t, bool reverse) {
-  const float above_s = z_s - row.student.origin(), above_t = z_t - row.teacher.origin();
+VIGOS_HD void add(RowStats& row, const Logits& x, bool reverse) {
+  const float shift = row.shift();
+  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, apart = x.gap - row.offset;
   const float e_s = exp_of<FAST>(above_s), e_t = exp_of<FAST>(above_t);
-  row.student.sum += e_s;
-  row.teacher.sum += e_t;
-  row.student.moment += e_s == 0.0f ? 0.0f : e_s * above_s;
-  row.teacher.moment += e_t == 0.0f ? 0.0f : e_t * above_t;
+  row.sum_s += e_s;
+  row.sum_t += e_t;
+  row.excess += fabsf(apart) < 0.25f ? e_s * expm1_small(apart) : e_t - e_s;
+  row.moment_s += e_s == 0.0f ? 0.0f : e_s * above_s;
+  row.moment_t += e_t == 0.0f ? 0.0f : e_t * above_t;
   const float weight = reverse ? e_s : e_t;
-  row.gap += weight == 0.0f ? 0.0f : weight * (reverse ? z_s - z_t : z_t - z_s);
+  row.gap += weight == 0.0f ? 0.0f : weight * x.gap;
 }
 
 template <bool FAST>
 VIGOS_HD void merge(RowStats& into, RowStats from, bool reverse) {
-  const float max_s = fmaxf(into.student.max, from.student.max), max_t = fmaxf(into.teacher.max, from.teacher.max);
-  raise<FAST>(into, max_s, max_t, reverse);
-  raise<FAST>(from, max_s, max_t, reverse);
-  into.student.sum += from.student.sum;
-  into.student.moment += from.student.moment;
-  into.teacher.sum += from.teacher.sum;
-  into.teacher.moment += from.teacher.moment;
+  raise<FAST>(into, from.max_s, from.max_t, reverse);
+  raise<FAST>(from, into.max_s, into.max_t, reverse);
+  if (into.offset != from.offset) {  // one of them saw the sides far apart: both take the smaller offset's word
+    const float offset = fabsf(into.offset) < fabsf(from.offset) ? into.offset : from.offset;
+    rescale<FAST>(into, into.max_s, into.max_t, offset, reverse);
+    rescale<FAST>(from, from.max_s, from.max_t, offset, reverse);
+  }
+  into.sum_s += from.sum_s;
+  into.sum_t += from.sum_t;
+  into.excess += from.excess;
+  into.moment_s += from.moment_s;
+  into.moment_t += from.moment_t;
   into.gap += from.gap;
 }
 
@@ -138,7 +202,7 @@ struct Row {
 
   // Nats; of the first visit alone.
   VIGOS_HD float kl() const {
-    const float value = kind == kReverseKL ? mean_gap + lse_gap : mean_gap - lse_gap;
+    const float value = kind == kReverseKL ? lse_gap - mean_gap : mean_gap - lse_gap;
     return value < 0.0f ? 0.0f : value;  // rounding; NaN stays
   }
   VIGOS_HD float divergence() const { return second() ? sums.divergence : kl(); }
@@ -150,21 +214,21 @@ VIGOS_HD Row finish(const RowStats& stats, Kind kind, float beta, float entry_cl
   row.beta = beta;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
-  row.origin_s = stats.student.origin();
-  row.origin_t = stats.teacher.origin();
-  row.inv_sum_s = 1.0f / stats.student.sum;
-  row.inv_sum_t = 1.0f / stats.teacher.sum;
-  row.lse_gap = (stats.teacher.max - stats.student.max) + logf(stats.teacher.sum / stats.student.sum);
-  row.mean_gap = stats.gap / (kind == kReverseKL ? stats.student.sum : stats.teacher.sum);
+  row.origin_s = stats.shift();
+  row.origin_t = stats.shift_t();
+  row.inv_sum_s = 1.0f / stats.sum_s;
+  row.inv_sum_t = 1.0f / stats.sum_t;
+  row.lse_gap = stats.lse_gap();
+  row.mean_gap = stats.gap / (kind == kReverseKL ? stats.sum_s : stats.sum_t);
   return row;
 }
 
 // What a later gradient pass needs of a row: the normalisers, and the means that its gradient subtracts.
-constexpr int kRowState = 7;
+constexpr int kRowState = 8;  // STATE in vigos/engines/problem.py
 
 VIGOS_HD void save(const Row& row, float* state) {
   const float fields[kRowState] = {row.origin_s, row.origin_t, row.inv_sum_s, row.inv_sum_t,
-                                   row.lse_gap,  row.mean_gap, row.sums.mean};
+                                   row.lse_gap,  row.mean_gap, row.sums.mean, 0.0f};
   for (int i = 0; i < kRowState; ++i) state[i] = fields[i];
 }
 
@@ -186,13 +250,15 @@ VIGOS_HD Row restore(const float* state, Kind kind, float beta, float entry_clip
 
 // One entry under known normalisers.
 struct Entry {
-  float p_s, p_t, delta;  // delta is +-inf or NaN where a probability is 0
+  float p_s, p_t;
+  float delta;  // +-inf or NaN where a probability is 0
+  float gap;    // z_t - z_s
 };
 
 template <bool FAST>
-VIGOS_HD Entry entry_of(const Row& row, float z_s, float z_t) {
-  return {exp_of<FAST>(z_s - row.origin_s) * row.inv_sum_s, exp_of<FAST>(z_t - row.origin_t) * row.inv_sum_t,
-          (z_t - z_s) - row.lse_gap};
+VIGOS_HD Entry entry_of(const Row& row, const Logits& x) {
+  return {exp_of<FAST>(x.z_s - row.origin_s) * row.inv_sum_s, exp_of<FAST>(x.z_t - row.origin_t) * row.inv_sum_t,
+          x.gap - row.lse_gap, x.gap};
 }
 
 // log(p_s / m); log(p_t / m) is this plus delta, except where delta = +inf.
@@ -231,27 +297,16 @@ VIGOS_HD void add_second(SecondSums& sums, const Row& row, const Entry& e) {
   }
 }
 
-// expm1 for |x| < 1/4: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
-VIGOS_HD float expm1_small(float x) {
-  float y = 1.0f / 720.0f;
-  y = fmaf(y, x, 1.0f / 120.0f);
-  y = fmaf(y, x, 1.0f / 24.0f);
-  y = fmaf(y, x, 1.0f / 6.0f);
-  y = fmaf(y, x, 0.5f);
-  y = fmaf(y, x, 1.0f);
-  return y * x;
-}
-
 // p_s - p_t, without cancellation where the two are close.
 VIGOS_HD float difference(const Entry& e) {
   return fabsf(e.delta) < 0.25f ? e.p_t * expm1_small(-e.delta) : e.p_s - e.p_t;
 }
 
 // d divergence / d z_s of the entry, for rows of either KL without a second visit.
-VIGOS_HD float gradient_kl(const Row& row, const Entry& e, float z_s, float z_t) {
+VIGOS_HD float gradient_kl(const Row& row, const Entry& e) {
   if (row.kind == kForwardKL) return difference(e);
-  // The normalisers drop out: log p_s - log p_t - KL = (z_s - z_t) - mean_gap.
-  return e.p_s == 0.0f ? 0.0f : e.p_s * ((z_s - z_t) - row.mean_gap);
+  // The normalisers drop out: log p_s - log p_t - KL = mean_gap - (z_t - z_s).
+  return e.p_s == 0.0f ? 0.0f : e.p_s * (row.mean_gap - e.gap);
 }
 
 // The same after a second visit.
@@ -262,8 +317,8 @@ VIGOS_HD float gradient_second(const Row& row, const Entry& e) {
   return (clipped ? 0.0f : term_slope(row, e)) - subtracted;
 }
 
-VIGOS_HD float gradient(const Row& row, const Entry& e, float z_s, float z_t) {
-  return row.second() ? gradient_second(row, e) : gradient_kl(row, e, z_s, z_t);
+VIGOS_HD float gradient(const Row& row, const Entry& e) {
+  return row.second() ? gradient_second(row, e) : gradient_kl(row, e);
 }
 
 }  // namespace vigos

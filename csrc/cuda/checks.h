@@ -1,11 +1,13 @@
 // What every launcher says when an argument, or a call to CUDA, is wrong.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
 
 namespace vigos {
 
@@ -28,8 +30,10 @@ inline void require_aligned(const char* name, const void* pointer, int64_t bytes
           "address " + std::to_string(reinterpret_cast<uintptr_t>(pointer)));
 }
 
+#if defined(__CUDACC__)
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+#endif
 
 }  // namespace vigos

@@ -4,9 +4,11 @@
 // Traffic: resident 2 V reads + V writes a row (the floor); two-pass 4 V reads (the second mostly from L2) + V writes.
 // Rows of either KL take two visits, vector by vector: statistics, gradient. JSD and clipped entries take three, the
 // last two entry by entry (consecutive threads, consecutive entries): one copy of their long code keeps the registers
-// of the common case. The blocks of a cluster exchange their statistics, 28 bytes, through distributed shared memory.
+// of the common case. The blocks of a cluster exchange their statistics, 36 bytes, through distributed shared memory.
 // No atomics: bitwise repeatable. Numbers and their errors: ../numerics.h.
 #pragma once
+
+#include <cstring>
 
 #include "logits_rows.h"
 
@@ -38,15 +40,19 @@ struct alignas(16) RowShared {
 
 __device__ __forceinline__ RowStats shuffled(const RowStats& x, int mask) {
   RowStats y;
-  y.student = {device::shuffle_xor(x.student.max, mask), device::shuffle_xor(x.student.sum, mask),
-               device::shuffle_xor(x.student.moment, mask)};
-  y.teacher = {device::shuffle_xor(x.teacher.max, mask), device::shuffle_xor(x.teacher.sum, mask),
-               device::shuffle_xor(x.teacher.moment, mask)};
+  y.max_s = device::shuffle_xor(x.max_s, mask);
+  y.max_t = device::shuffle_xor(x.max_t, mask);
+  y.offset = device::shuffle_xor(x.offset, mask);
+  y.sum_s = device::shuffle_xor(x.sum_s, mask);
+  y.sum_t = device::shuffle_xor(x.sum_t, mask);
+  y.excess = device::shuffle_xor(x.excess, mask);
+  y.moment_s = device::shuffle_xor(x.moment_s, mask);
+  y.moment_t = device::shuffle_xor(x.moment_t, mask);
   y.gap = device::shuffle_xor(x.gap, mask);
   return y;
 }
 
-// Merges over a group of `lanes` lanes; every lane ends with the same bits, since the merge is symmetric.
+// Merges over `lanes` lanes, a power of two. Lane 0's result counts.
 template <bool FAST>
 __device__ __forceinline__ RowStats warp_merge(RowStats x, int lanes, bool reverse) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) merge<FAST>(x, shuffled(x, mask), reverse);
@@ -81,7 +87,8 @@ struct RowReader {
     if constexpr (ALIGNED) {
       if (column + kVec <= p.vocab) {
         const uint4 raw = device::load_streaming(reinterpret_cast<const uint4*>(row + column));
-        return *reinterpret_cast<const Vector*>(&raw);
+        memcpy(&v, &raw, sizeof v);
+        return v;
       }
     }
 #pragma unroll
@@ -115,17 +122,22 @@ struct RowReader {
   __device__ __forceinline__ bool live_entry(int i) const { return first * kVec + i < p.logical_vocab; }
 
   // i: the entry's place in the slice.
-  __device__ __forceinline__ float z(T raw, const float* bias, int i) const {
+  __device__ __forceinline__ float bias(const float* of, int i) const { return of ? of[first * kVec + i] : 0.0f; }
+  __device__ __forceinline__ float z(T raw, const float* bias_of, int i) const {
     const float x = static_cast<float>(raw);
     if constexpr (!TRANSFORMED) return x * p.transform.scale;
-    return transformed(x, bias ? bias[first * kVec + i] : 0.0f, p.transform);
+    return transformed(x, bias(bias_of, i), p.transform);
   }
   __device__ __forceinline__ float z_student(T raw, int i) const { return z(raw, p.student_bias, i); }
   __device__ __forceinline__ float z_teacher(T raw, int i) const { return z(raw, p.teacher_bias, i); }
+  __device__ __forceinline__ Logits pair(T raw_s, T raw_t, int i) const {
+    const float x_s = static_cast<float>(raw_s), x_t = static_cast<float>(raw_t);
+    if constexpr (!TRANSFORMED) return scaled_pair(x_s, x_t, p.transform.scale);
+    return transformed_pair(x_s, bias(p.student_bias, i), x_t, bias(p.teacher_bias, i), p.transform);
+  }
   __device__ __forceinline__ float slope(T raw, int i) const {
     if constexpr (!TRANSFORMED) return p.transform.scale;
-    return transform_slope(static_cast<float>(raw), p.student_bias ? p.student_bias[first * kVec + i] : 0.0f,
-                           p.transform);
+    return transform_slope(static_cast<float>(raw), bias(p.student_bias, i), p.transform);
   }
 };
 
@@ -222,8 +234,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
           if (j < live) {
-            add<FAST>(stats, reader.z_student(s[u].value[j], index * kVec + j),
-                      reader.z_teacher(t[u].value[j], index * kVec + j), reverse);
+            add<FAST>(stats, reader.pair(s[u].value[j], t[u].value[j], index * kVec + j), reverse);
           }
         }
       }
@@ -254,9 +265,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
 #pragma unroll 1
     for (int i = thread; i < reader.entries(); i += kRowThreads) {
       if (!reader.live_entry(i)) continue;
-      const float z_s = reader.z_student(reader.student_entry(i), i),
-                  z_t = reader.z_teacher(reader.teacher_entry(i), i);
-      add_second(sums, row, entry_of<FAST>(row, z_s, z_t));
+      add_second(sums, row, entry_of<FAST>(row, reader.pair(reader.student_entry(i), reader.teacher_entry(i), i)));
     }
     sums = warp_sum(sums, 32);
     if (lane == 0) shared.warp_second[warp] = sums;
@@ -282,14 +291,14 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
   if (reporter) {
     p.divergence[r] = divergence;
     p.clipped[r] = clipped;
-    p.student_entropy[r] = stats.student.entropy();
-    p.teacher_entropy[r] = stats.teacher.entropy();
-    p.student_lse[r] = stats.student.lse();
-    p.teacher_lse[r] = stats.teacher.lse();
+    p.student_entropy[r] = stats.entropy_s();
+    p.teacher_entropy[r] = stats.entropy_t();
+    p.student_lse[r] = stats.lse_s();
+    p.teacher_lse[r] = stats.lse_t();
     if (p.state) save(row, p.state + r * kRowState);
     if (p.labels) {
-      p.student_logprob[r] = (label_s - stats.student.max) - logf(stats.student.sum);
-      p.teacher_logprob[r] = (label_t - stats.teacher.max) - logf(stats.teacher.sum);
+      p.student_logprob[r] = (label_s - stats.shift()) - logf(stats.sum_s);
+      p.teacher_logprob[r] = (label_t - stats.shift_t()) - logf(stats.sum_t);
     }
   }
 
@@ -303,7 +312,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
         float value = 0.0f;
         if (reader.live_entry(i)) {
           const T s = reader.student_entry(i);
-          const Entry e = entry_of<FAST>(row, reader.z_student(s, i), reader.z_teacher(reader.teacher_entry(i), i));
+          const Entry e = entry_of<FAST>(row, reader.pair(s, reader.teacher_entry(i), i));
           value = weight * reader.slope(s, i) * gradient_second(row, e);
         }
         out[first * kVec + i] = G(value);
@@ -318,8 +327,8 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
           const int i = index * kVec + j;
           float value = 0.0f;
           if (j < live) {
-            const float z_s = reader.z_student(s.value[j], i), z_t = reader.z_teacher(t.value[j], i);
-            value = weight * reader.slope(s.value[j], i) * gradient_kl(row, entry_of<FAST>(row, z_s, z_t), z_s, z_t);
+            const Entry e = entry_of<FAST>(row, reader.pair(s.value[j], t.value[j], i));
+            value = weight * reader.slope(s.value[j], i) * gradient_kl(row, e);
           }
           g.value[j] = G(value);
         }
@@ -364,14 +373,13 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
       float sum = 0.0f;
       const T s = reader.student_entry(i);
       if (reader.live_entry(i)) {
-        const float z_s = reader.z_student(s, i);
 #pragma unroll 1
         for (int64_t k = begin; k < end; ++k) {
           const int64_t r = p.order[k];
           if (p.row_grad[r] == 0.0f) continue;
           const Row row = row_of(r);
-          const float z_t = reader.z_teacher(teacher_of(r)[first * kVec + i], i);
-          sum += p.row_grad[r] * gradient(row, entry_of<FAST>(row, z_s, z_t), z_s, z_t);
+          const Entry e = entry_of<FAST>(row, reader.pair(s, teacher_of(r)[first * kVec + i], i));
+          sum += p.row_grad[r] * gradient(row, e);
         }
         sum *= reader.slope(s, i);
       }
@@ -393,8 +401,7 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
       for (int j = 0; j < kVec; ++j) {
         const int i = index * kVec + j;
         if (j < live) {
-          const float z_s = reader.z_student(s.value[j], i), z_t = reader.z_teacher(t.value[j], i);
-          sum[j] += row_grad * gradient_kl(row, entry_of<FAST>(row, z_s, z_t), z_s, z_t);
+          sum[j] += row_grad * gradient_kl(row, entry_of<FAST>(row, reader.pair(s.value[j], t.value[j], i)));
         }
       }
     }

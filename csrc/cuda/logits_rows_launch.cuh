@@ -10,6 +10,7 @@
 
 #include "device.cuh"
 #include "logits_rows.cuh"
+#include "logits_rows_host.h"
 
 namespace vigos {
 
@@ -67,10 +68,8 @@ __global__ void __launch_bounds__(kGradientThreads)
 
 template <typename T>
 cudaError_t dispatch_gradient(const LogitsGradientParams& p, bool aligned, cudaStream_t stream) {
-  const int64_t per_vector = aligned ? kVectorBytes / static_cast<int64_t>(sizeof(T)) : 1;
-  const int64_t per_block = per_vector * kGradientVectors;
-  const int blocks_per_row = static_cast<int>((p.vocab + per_block - 1) / per_block);
-  const dim3 grid(static_cast<unsigned>(p.rows * blocks_per_row));
+  const auto [blocks, blocks_per_row] = gradient_grid(p, aligned ? kVectorBytes / static_cast<int64_t>(sizeof(T)) : 1);
+  const dim3 grid(static_cast<unsigned>(blocks));
   if (!aligned) {
     logits_gradient_kernel<T, false, true><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
   } else if (p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f) {

@@ -1,0 +1,132 @@
+// What the launchers do before a launch: checks, the plan, the choice of a path. Host code without CUDA, so that the
+// tests' emulation goes through it too.
+#pragma once
+
+#include <string>
+
+#include "checks.h"
+#include "logits_rows.cuh"
+
+namespace vigos {
+
+inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, const std::string& path) {
+  require(path == "auto" || path == "resident" || path == "two_pass", "path", "auto, resident or two_pass", path);
+  require(logits == Dtype::kFloat32 || logits == gradient, "gradient_dtype", "the logits' dtype, or any for float32",
+          static_cast<int64_t>(gradient));
+  require(p.vocab > 0, "vocab", "> 0", p.vocab);
+  require(p.rows >= 0, "rows", ">= 0", p.rows);
+  require(p.logical_vocab > 0 && p.logical_vocab <= p.vocab, "logical_vocab", "in [1, " + std::to_string(p.vocab) + "]",
+          p.logical_vocab);
+  require(p.rows <= INT32_MAX / kMaxCluster, "rows", "at most 2**31 / 8 a launch", p.rows);
+  require(p.vocab <= INT32_MAX, "vocab", "below 2**31", p.vocab);
+  require(p.stride_student >= p.vocab, "stride_student", "at least vocab", p.stride_student);
+  require(p.stride_teacher >= p.vocab, "stride_teacher", "at least vocab", p.stride_teacher);
+  require_aligned("student", p.student, item_size(logits));
+  require_aligned("teacher", p.teacher, item_size(logits));
+  require_aligned("dlogits", p.dlogits, item_size(gradient));
+  if (p.rows == 0) return;
+  require_pointer("student", p.student);
+  require_pointer("teacher", p.teacher);
+  require_pointer("kind", p.kind);
+  require_pointer("weight", p.weight);
+  require_pointer("clip", p.clip);
+  require_pointer("divergence", p.divergence);
+  require_pointer("clipped", p.clipped);
+  require_pointer("student_entropy", p.student_entropy);
+  require_pointer("teacher_entropy", p.teacher_entropy);
+  require_pointer("student_lse", p.student_lse);
+  require_pointer("teacher_lse", p.teacher_lse);
+  if (p.labels) {
+    require_pointer("student_logprob", p.student_logprob);
+    require_pointer("teacher_logprob", p.teacher_logprob);
+  }
+  if (p.dlogits) {
+    require(p.stride_dlogits >= p.vocab, "stride_dlogits", "at least vocab", p.stride_dlogits);
+    require(p.dlogits != p.student || (logits == gradient && p.stride_dlogits == p.stride_student), "dlogits",
+            "another buffer than student where dtype or stride differ", p.stride_dlogits);
+    require(p.dlogits != p.student || p.student_row == nullptr || p.dlogits_by_student_row, "dlogits_by_student_row",
+            "true where the gradient goes in place of gathered rows", 0);
+  }
+}
+
+inline void check_gradient(const LogitsGradientParams& p, Dtype logits) {
+  require(p.vocab > 0 && p.vocab <= INT32_MAX, "vocab", "in [1, 2**31)", p.vocab);
+  require(p.rows >= 0, "rows", ">= 0", p.rows);
+  require(p.logical_vocab > 0 && p.logical_vocab <= p.vocab, "logical_vocab", "in [1, " + std::to_string(p.vocab) + "]",
+          p.logical_vocab);
+  require(p.stride_student >= p.vocab, "stride_student", "at least vocab", p.stride_student);
+  require(p.stride_teacher >= p.vocab, "stride_teacher", "at least vocab", p.stride_teacher);
+  require(p.stride_dlogits >= p.vocab, "stride_dlogits", "at least vocab", p.stride_dlogits);
+  require(p.rows <= INT32_MAX / ((p.vocab + kGradientVectors - 1) / kGradientVectors), "rows",
+          "fewer: rows times blocks a row must stay below 2**31", p.rows);
+  require_aligned("student", p.student, item_size(logits));
+  require_aligned("teacher", p.teacher, item_size(logits));
+  require_aligned("dlogits", p.dlogits, item_size(logits));
+  if (p.rows == 0) return;
+  require_pointer("student", p.student);
+  require_pointer("teacher", p.teacher);
+  require_pointer("dlogits", p.dlogits);
+  require_pointer("order", p.order);
+  require_pointer("offsets", p.offsets);
+  require_pointer("teacher_row", p.teacher_row);
+  require_pointer("kind", p.kind);
+  require_pointer("row_grad", p.row_grad);
+  require_pointer("state", p.state);
+  require(p.dlogits != p.student || p.stride_dlogits == p.stride_student, "stride_dlogits",
+          "stride_student where the gradient goes in place of the logits", p.stride_dlogits);
+}
+
+// The kernels read z = x * scale where there is no softcap: the temperature goes in with it.
+inline Transform folded(Transform t) {
+  if (!(t.softcap > 0.0f)) {
+    t.scale *= t.inv_temperature;
+    t.inv_temperature = 1.0f;
+  }
+  return t;
+}
+
+// 16-byte loads of both sides, and stores of as many gradients.
+template <typename P>
+bool vectors_fit(const P& p, Dtype logits, Dtype gradient) {
+  const int64_t count = kVectorBytes / item_size(logits);
+  return aligned_to(p.student, kVectorBytes) && aligned_to(p.teacher, kVectorBytes) &&
+         aligned_to(p.dlogits, count * item_size(gradient)) && p.stride_student % count == 0 &&
+         p.stride_teacher % count == 0 && (!p.dlogits || p.stride_dlogits % count == 0);
+}
+
+inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit) {
+  require(vocab > 0, "vocab", "> 0", vocab);
+  const LogitsRowsPlan two_pass{false, 1, sizeof(RowShared)};
+  if (compute_capability < 90) return two_pass;
+  // The smallest cluster that leaves room for two blocks a multiprocessor; else the largest, if a row fits at all.
+  for (const int64_t budget : {shared_limit / 2 - 1024, shared_limit}) {
+    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      const int64_t per_vector = kVectorBytes / item_size(dtype);
+      const int64_t vectors = (vocab + per_vector - 1) / per_vector;
+      const int64_t bytes = sizeof(RowShared) + 2 * kVectorBytes * ((vectors + cluster - 1) / cluster);
+      if (bytes <= budget) return {true, cluster, bytes};
+    }
+  }
+  return two_pass;
+}
+
+struct GradientGrid {
+  int64_t blocks;
+  int blocks_per_row;
+};
+
+inline GradientGrid gradient_grid(const LogitsGradientParams& p, int64_t entries_per_vector) {
+  const int64_t per_block = entries_per_vector * kGradientVectors;
+  const int64_t blocks_per_row = (p.vocab + per_block - 1) / per_block;
+  return {p.rows * blocks_per_row, static_cast<int>(blocks_per_row)};
+}
+
+// The plan after `path`: "auto", "resident" or "two_pass".
+inline LogitsRowsPlan chosen_plan(const LogitsRowsParams& p, Dtype dtype, const std::string& path,
+                                  int compute_capability, int64_t shared_limit) {
+  const LogitsRowsPlan plan = plan_rows(p.vocab, dtype, compute_capability, shared_limit);
+  if (path == "resident") require(plan.resident, "path", "two_pass: a row does not fit in shared memory here", path);
+  return path == "two_pass" ? LogitsRowsPlan{false, 1, sizeof(RowShared)} : plan;
+}
+
+}  // namespace vigos

@@ -1,0 +1,54 @@
+"""The CUDA row kernels on the CPU, behind the engine `impl="cuda"`: see cuda_emulator.cpp for what that proves."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(into: Path) -> ModuleType:
+    """The emulator as a Python module; compiled once for each state of its sources."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation of the CUDA kernels needs g++")
+    pybind11 = pytest.importorskip("pybind11")
+    csrc = ROOT / "csrc"
+    headers = [csrc / "numerics.h", *sorted((csrc / "cuda").glob("*.h")), *sorted((csrc / "cuda").glob("*.cuh"))]
+    sources = [ROOT / "tests/cuda_emulator.cpp", csrc / "cuda/register.cpp"]
+    text = b"".join(path.read_bytes() for path in sources + headers) + sys.version.encode()
+    library = into / f"cuda_emulator-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [
+                compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
+                '-DVIGOS_CUDA_ARCHITECTURES="emulated"', f"-I{pybind11.get_include()}",
+                f"-I{sysconfig.get_path('include')}", f"-I{csrc / 'cuda'}", *map(str, sources),
+                "-o", str(partial),
+            ],
+            check=True,
+        )  # fmt: skip
+        partial.replace(library)
+    spec = importlib.util.spec_from_file_location("cuda_emulator", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """torch.mm(a, b, out_dtype=float32), which the CPU does not have."""
+    return a.float() @ b.float()
