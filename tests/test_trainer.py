@@ -160,8 +160,9 @@ def straight_line(student: Any, teacher: Any, args: ViGOSConfig, data: list[dict
 CASES: dict[str, dict[str, Any]] = {
     "paper": {"token_clip": 0.3},
     "separate": {"token_clip": 0.3, "teacher_scoring": "separate", "student_scoring": "separate"},
-    "boundary": {"token_clip": 0.4, "description_end_clip": 1.7, "reasoning_start_clip": 2.3},
-    "released": {"preset": "released", "token_clip": 0.4, "description_end_clip": 1.7, "reasoning_start_clip": 2.3},
+    # Boundary clips below and above what their tokens have, so that a clip on a neighbour shows.
+    "boundary": {"token_clip": 0.4, "description_end_clip": 0.011, "reasoning_start_clip": 0.017},
+    "released": {"preset": "released", "token_clip": 0.01, "description_end_clip": 9.0, "reasoning_start_clip": 9.0},
     "sequence": {"normalize": "sequence", "clip_mode": "none"},
     "jsd": {"divergence": "jsd", "jsd_beta": 0.3, "token_clip": 0.1},
     "entry": {"clip_mode": "entry", "entry_clip": 0.02},
