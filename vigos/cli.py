@@ -1,12 +1,14 @@
 """The command line: `vigos demo | train | eval | compare | world | doctor`.
 
-Exit codes: 0 all is well; 1 the run failed, with one line that says why; 2 the command line or the configuration is wrong.
+Exit codes: 0 all is well; 1 the run failed, with one line that says why; 2 the command line or the configuration is
+wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -56,11 +58,15 @@ class Source:
 
     model: str = dataclasses.field(default="", metadata={"help": "Model folder or hub name."})
     data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
-    data_root: str | None = dataclasses.field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    data_root: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder that image paths are relative to."}
+    )
     streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
     attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
-    trust_remote_code: bool = dataclasses.field(default=False, metadata={"help": "Run code from the model's repository."})
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Run code from the model's repository."}
+    )
     resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
 
 
@@ -78,7 +84,7 @@ def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfi
     from vigos.config import ViGOSConfig
 
     known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
-    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False)
+    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False)  # type: ignore[list-item]
     if config is not None:
         if not config.is_file():
             raise UsageError(f"--config: no such file: {config}")
@@ -120,7 +126,7 @@ def train(
         table = Table("option", "default", "what it does")
         for kind in (Source, ViGOSConfig):
             for f in dataclasses.fields(kind):
-                if f.init and kind.__dict__.get("__annotations__", {}).get(f.name) is not None:
+                if f.init and f.name in inspect.get_annotations(kind):  # ours, not those of TrainingArguments
                     table.add_row("--" + f.name, repr(f.default), str(f.metadata.get("help", "")))
         console.print(table)
         console.print("and every field of transformers.TrainingArguments")
@@ -167,6 +173,29 @@ def evaluate_command(
     console.print(f"records and summary: {output}")
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="records.jsonl of one run.")],
+    b: Annotated[Path, typer.Argument(help="records.jsonl of the other.")],
+) -> None:
+    """Paired comparison of two evaluations on the rows they share: b - a, 95 % interval, exact p."""
+    from vigos.evaluation import EvaluationResult
+    from vigos.evaluation import compare as paired
+
+    first, second = EvaluationResult.load(a), EvaluationResult.load(b)
+    table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p")
+    for metric in ("accuracy", "score", "prior", "valid_rate", "unparseable"):
+        if not (first.values(metric) and second.values(metric)):  # type: ignore[arg-type]
+            continue
+        c = paired(first, second, metric=metric)  # type: ignore[arg-type]
+        low, high = c.interval
+        table.add_row(
+            metric, str(c.rows), f"{100 * c.a:.1f}", f"{100 * c.b:.1f}", f"{100 * c.difference:+.1f}",
+            f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}",
+        )  # fmt: skip
+    console.print(table)
+
+
 # --- world -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +212,7 @@ def world_generate(
     """Write images and JSONL in the format a user brings."""
     from vigos import world
 
-    knobs = {"noise": noise, "conflict": conflict, "label_bias": label_bias}
+    knobs: dict[str, Any] = {"noise": noise, "conflict": conflict, "label_bias": label_bias}
     path = world.write_world(folder, split=split, n=n, seed=seed, **{k: v for k, v in knobs.items() if v is not None})
     console.print(f"wrote {path}")
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vigos.prompts import Prompts
+
 
 @dataclass(frozen=True)
 class DemoSize:
@@ -27,6 +29,8 @@ SHOWN = {
     "KL description": "kl/perception",
     "KL reasoning": "kl/reasoning",
 }
+
+MAX_TOKENS = 96  # of a completion; they take about 50
 
 QUICK = DemoSize(steps=50, rows_a_step=32, triplets=50)
 FULL = DemoSize(steps=120, rows_a_step=32, triplets=200)
@@ -54,7 +58,7 @@ def demo_config(output_dir: Path, size: DemoSize, seed: int) -> Any:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        max_completion_length=96,
+        max_completion_length=MAX_TOKENS,
         lora_r=32,
         lora_alpha=64,
         lora_dropout=0.0,
@@ -141,6 +145,26 @@ def _interval(bounds: list[float]) -> str:
     return f"[dim]({100 * bounds[0]:.0f}–{100 * bounds[1]:.0f})[/]"
 
 
+def _evaluate(
+    model: Any, processor: Any, rows: Path, prompts: Prompts, records: Path, seed: int, console: Console
+) -> dict[str, Any]:
+    """Score, Prior and the share in the asked format, one sample a question at temperature 1."""
+    from rich.progress import Progress
+
+    from vigos.evaluation import evaluate
+
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("questions", total=None)
+        result = evaluate(
+            model, processor, rows, prompts=prompts, temperature=1.0, max_new_tokens=MAX_TOKENS, batch_size=150,
+            seed=seed, records=records, resume=False,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    found = result.summary()
+    keys = [f"{name}{end}" for name in ("score", "prior", "valid_rate", "accuracy") for end in ("", "_interval")]
+    return {key: found[key] for key in [*keys, "unparseable", "tokens_mean", "invalid_reasons"]}
+
+
 def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
     """Trains; shows a bar with rate, time left and the last metrics on a terminal, a line now and then elsewhere."""
     from rich.progress import (
@@ -163,7 +187,8 @@ def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
         task = progress.add_task("steps", total=steps, note="")
 
         class Show(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                logs = kwargs["logs"]
                 note = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN.items() if key in logs)
                 progress.update(task, completed=state.global_step, note=note)
                 if not console.is_terminal and (state.global_step % 20 == 0 or state.global_step == 1):

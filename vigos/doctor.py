@@ -49,20 +49,24 @@ def machine() -> list[Finding]:
     ]
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        detail = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        detail = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
         findings.append(Finding("machine", "gpu", True, detail))
     else:
         findings.append(Finding("machine", "gpu", None, "none visible to torch; the reference and cpu engines run"))
     built = importlib.util.find_spec("vigos._C") is not None
-    how = "built" if built else "not built: install a C++ compiler, then pip install -e . (VIGOS_BUILD=require shows why it fails)"
-    findings.append(Finding("machine", "vigos._C", built, how))
+    how = "install a C++ compiler, then VIGOS_BUILD=require pip install -e . shows why it was not built"
+    findings.append(Finding("machine", "vigos._C", built, "built" if built else how))
     return findings
 
 
 def packages() -> list[Finding]:
     """Optional packages: found versions, or what each would bring."""
     found = {name: _version(name) for name in PACKAGES}
-    return [Finding("packages", name, True if found[name] else None, found[name] or PACKAGES[name]) for name in PACKAGES]
+    return [
+        Finding("packages", name, version is not None or None, version or PACKAGES[name])
+        for name, version in found.items()
+    ]
 
 
 def self_check(impl: str) -> Finding:

@@ -81,6 +81,7 @@ def evaluate_from_source(
     from vigos.evaluation import evaluate
     from vigos.prompts import Prompts
 
+    loaded: Any
     loaded, processor = load_model(model, dtype=dtype)
     if adapter:
         from peft import PeftModel
