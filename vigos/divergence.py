@@ -458,10 +458,11 @@ _linear_backward_op.register_autograd(_once)
 
 def linear_divergence(
     student_hidden: Tensor, lm_head_weight: Tensor, teacher_hidden: Tensor,
-    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision | None = None, temperature: float = 1.0, beta: float = 0.5,
-    entry_clip: float | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
-    logit_softcap: float | None = None, logit_scale: float = 1.0, labels: Tensor | None = None,
-    vocab_size: int | None = None, process_group: dist.ProcessGroup | None = None, impl: str = "auto",
+    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision | None = None,
+    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None, logit_softcap: float | None = None, logit_scale: float = 1.0,
+    labels: Tensor | None = None, vocab_size: int | None = None, process_group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
 ) -> DivergenceOutput:  # fmt: skip
     """Token-level divergence between the heads' distributions over the whole vocabulary, and its gradient.
 

@@ -104,7 +104,8 @@ def entropy(z: Tensor) -> Tensor:
 
 def linear_divergence(
     student_hidden: Tensor, lm_head_weight: Tensor, teacher_hidden: Tensor,
-    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision, temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None,
+    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision,
+    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None,
     student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, logit_softcap: float | None = None,
     logit_scale: float = 1.0, vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -24,8 +24,8 @@ class Rows:
         kind: int8 (R,), FORWARD_KL, REVERSE_KL or JSD.
         weight, clip: float32 (R,); the loss is sum of weight * min(divergence, clip).
         labels: int64 (R,) global vocabulary ids, or None.
-        temperature, scale, softcap: z = softcap * tanh(scale * raw / softcap) / temperature, or scale * raw / temperature
-            where softcap is None.
+        temperature, scale, softcap: z = softcap * tanh(scale * raw / softcap) / temperature; where softcap is None,
+            scale * raw / temperature.
         beta: of rows of kind JSD, in (0, 1).
         entry_clip: clip of each vocabulary entry's term before the sum, or None.
         vocab_size: logical size of the whole vocabulary; global ids beyond it have probability 0.

@@ -1,0 +1,298 @@
+// The row kernels for one instruction set. See divergence.h for the layout, simd.h for the vectors.
+//
+// With x = log p_s - log p_t, formed as (z_s - z_t) - (lse_s - lse_t) so that a teacher close to its student costs no
+// digits, and p_s, p_t formed from the larger of the two and exp(-|x|):
+//
+//   forward KL  sum p_t (expm1(x) - x)         a = p_s - p_t
+//   reverse KL  sum p_s (expm1(-x) + x)        a = p_s x
+//   JSD(beta)   sum beta p_t (log p_t - log m) + a,  a = (1 - beta) p_s (log p_s - log m),  m = (1 - beta) p_s + beta
+//   p_t
+//
+// and d/dz_s = a - p_s S with S = sum a, the same for all three. The KL sums are the textbook ones plus
+// sum (p_s - p_t) = 0: no term is negative, and an error of lse_s - lse_t shows in second order only; a - p_s S does
+// not show one at all. With a clip the textbook terms u are clipped: where u is above it, a = p_s for forward and -p_s
+// for reverse KL, 0 for JSD. The first visit accumulates exp(z - max) in float32 over 64 entries and in float64 from
+// there on, so do the others.
+#pragma once
+
+#include "divergence.h"
+#include "simd.h"
+
+namespace vigos::cpu::VIGOS_ISA {
+
+constexpr int kBlock = 64;
+
+// How raw logits become z.
+enum { kScaled, kBiased, kCapped };
+
+struct Entry {
+  vf z_s, z_t, gap;  // gap = z_s - z_t, with as little rounding as possible
+  vf slope;          // d z_s / d raw_s
+};
+
+template <int FORM>
+inline Entry entry(vf raw_s, vf raw_t, const Transform& f, int64_t v) {
+  Entry out;
+  vf difference = raw_s - raw_t;
+  if constexpr (FORM != kScaled) {
+    if (f.bias_gap != nullptr) {
+      raw_s += f.bias_s[v];
+      raw_t += f.bias_t[v];
+      difference += f.bias_gap[v];
+    }
+  }
+  if constexpr (FORM == kCapped) {
+    const vf t_s = tanh_(raw_s * f.inner), t_t = tanh_(raw_t * f.inner);
+    out.z_s = t_s * f.height;
+    out.z_t = t_t * f.height;
+    const vf gap = tanh_(difference * f.inner) * (1.0f - t_s * t_t) * f.height;
+    out.gap = abs_(difference) < kInf ? gap : out.z_s - out.z_t;  // the cap makes infinite logits finite
+    out.slope = (1.0f - t_s * t_s) * f.alpha;
+  } else {
+    out.z_s = raw_s * f.alpha;
+    out.z_t = raw_t * f.alpha;
+    const vi neither = (out.z_s == -kInf) & (out.z_t == -kInf);
+    out.gap = neither ? vf{} : difference * f.alpha;
+    out.slope = splat(f.alpha);
+  }
+  return out;
+}
+
+template <int FORM>
+void statistics_form(const View& view, const Transform& f, ColumnStatistics* statistics) {
+  vf z_s[kBlock], z_t[kBlock];
+  for (int64_t from = 0; from < view.steps; from += kBlock) {
+    const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
+    for (int64_t lane = 0; lane < view.lanes; lane += W) {
+      const float* s = view.s + from * view.ld_s + lane;
+      const float* t = view.t + from * view.ld_t + lane;
+      ColumnStatistics* of = statistics + lane;
+      float top_s[W], top_t[W], total_s[W], total_t[W], first_s[W], first_t[W];
+      vf most_s = splat(-kInf), most_t = splat(-kInf);
+      for (int i = 0; i < n; ++i) {
+        const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
+        z_s[i] = e.z_s;
+        z_t[i] = e.z_t;
+        most_s = max_(e.z_s, most_s);
+        most_t = max_(e.z_t, most_t);
+      }
+      for (int l = 0; l < W; ++l)
+        top_s[l] = static_cast<float>(of[l].top_s), top_t[l] = static_cast<float>(of[l].top_t);
+      most_s = max_(load(top_s), most_s);
+      most_t = max_(load(top_t), most_t);
+      store(top_s, most_s);
+      store(top_t, most_t);
+      const vf base_s = most_s == -kInf ? vf{} : most_s, base_t = most_t == -kInf ? vf{} : most_t;
+      vf sum_s{}, sum_t{}, sum_first_s{}, sum_first_t{};
+      for (int i = 0; i < n; ++i) {
+        const vf d_s = z_s[i] - base_s, d_t = z_t[i] - base_t;
+        const vf e_s = exp_(d_s), e_t = exp_(d_t);
+        sum_s += e_s;
+        sum_t += e_t;
+        sum_first_s += e_s * max_(d_s, splat(-100.0f));  // 0 * -inf
+        sum_first_t += e_t * max_(d_t, splat(-100.0f));
+      }
+      store(total_s, sum_s);
+      store(total_t, sum_t);
+      store(first_s, sum_first_s);
+      store(first_t, sum_first_t);
+      for (int l = 0; l < W; ++l) {
+        const auto add = [](double& top, double& total, double& first, double top_now, double total_now,
+                            double first_now) {
+          if (top_now != top && total != 0.0) {  // exp of the fall of everything summed so far
+            const double fallen = __builtin_exp(top - top_now);
+            first = fallen * (first + total * (top - top_now));
+            total *= fallen;
+          }
+          top = top_now;
+          total += total_now;
+          first += first_now;
+        };
+        add(of[l].top_s, of[l].total_s, of[l].first_s, top_s[l], total_s[l], first_s[l]);
+        add(of[l].top_t, of[l].total_t, of[l].first_t, top_t[l], total_t[l], first_t[l]);
+      }
+    }
+  }
+}
+
+// Sets of kinds that have code of their own; a strip with any other mixture runs the code for all three.
+enum { kSetForward = 1, kSetReverse = 2, kSetJSD = 4, kSetAll = 7 };
+
+struct Column {
+  vf top_s, top_t, log_total_s, log_total_t, delta;
+  vi forward, reverse;  // masks
+};
+
+inline Column column(const Normalised& n, int64_t lane) {
+  const vi kind = load(n.kind + lane);
+  return {load(n.top_s + lane), load(n.top_t + lane), load(n.log_total_s + lane), load(n.log_total_t + lane),
+          load(n.delta + lane), kind == kForwardKL,   kind == kReverseKL};
+}
+
+struct Terms {
+  vf value;  // of the divergence
+  vf a;      // of the gradient
+  vf p_s;
+};
+
+template <int KINDS, bool CLIP, bool VALUE>
+inline Terms terms(const Entry& e, const Column& c, const Options& o) {
+  const vf x = e.gap - c.delta;
+  const vi up = x > 0.0f;  // the student's probability is the larger
+  const vf a = abs_(x);
+  const Fall f = fall(a);
+  const vf larger = exp_(up ? (e.z_s - c.top_s) - c.log_total_s : (e.z_t - c.top_t) - c.log_total_t);
+  const vf smaller = larger * f.ex;
+  const vf p_s = up ? larger : smaller, p_t = up ? smaller : larger;
+  // larger * (expm1(-a) + a), and its counterpart with the probabilities exchanged
+  vf of_larger{}, of_smaller{};
+  if constexpr (!CLIP && VALUE && (KINDS & (kSetForward | kSetReverse)) != 0) {
+    of_larger = a == kInf ? a : larger * f.h;
+    of_smaller = -larger * (a < 0.25f ? f.h + f.e * a : f.e + min_(a, splat(200.0f)) * f.ex);
+  }
+  Terms forward{}, reverse{}, jsd{};
+  if constexpr ((KINDS & kSetForward) != 0) {
+    const vf difference = larger * (up ? -f.e : f.e);
+    if constexpr (CLIP) {
+      const vf u = p_t > 0.0f ? -p_t * x : vf{};
+      const vi inside = u <= o.entry_clip;
+      forward = {inside ? u : splat(o.entry_clip), inside ? difference : p_s, p_s};
+    } else {
+      forward = {up ? of_smaller : of_larger, difference, p_s};
+    }
+  }
+  if constexpr ((KINDS & kSetReverse) != 0) {
+    const vf u = p_s > 0.0f ? p_s * x : (x == x ? vf{} : x);
+    if constexpr (CLIP) {
+      const vi inside = u <= o.entry_clip;
+      reverse = {inside ? u : splat(o.entry_clip), inside ? u : -p_s, p_s};
+    } else {
+      reverse = {up ? of_larger : of_smaller, u, p_s};
+    }
+  }
+  if constexpr ((KINDS & kSetJSD) != 0) {
+    const vf b = up ? splat(o.beta) : splat(1.0f - o.beta);
+    const vf to_m = log1p_(b * f.e);     // log m - log larger
+    const vf g_larger = -larger * to_m;  // p (log p - log m) of the larger
+    const vf g_smaller = -smaller * (min_(a, splat(200.0f)) + to_m);
+    const vf g_s = (1.0f - o.beta) * (up ? g_larger : g_smaller);
+    const vf u = g_s + o.beta * (up ? g_smaller : g_larger);
+    if constexpr (CLIP) {
+      const vi inside = u <= o.entry_clip;
+      jsd = {inside ? u : splat(o.entry_clip), inside ? g_s : vf{}, p_s};
+    } else {
+      jsd = {u, g_s, p_s};
+    }
+  }
+  if constexpr (KINDS == kSetForward) return forward;
+  if constexpr (KINDS == kSetReverse) return reverse;
+  if constexpr (KINDS == kSetJSD) return jsd;
+  return {c.forward ? forward.value : (c.reverse ? reverse.value : jsd.value),
+          c.forward ? forward.a : (c.reverse ? reverse.a : jsd.a), p_s};
+}
+
+template <int FORM, int KINDS, bool CLIP>
+void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
+                   const Normalised& normalised, double* value, double* gradient) {
+  const Column c = column(normalised, lane);
+  const float* s = view.s + from * view.ld_s + lane;
+  const float* t = view.t + from * view.ld_t + lane;
+  vf sum_value{}, sum_a{};
+  for (int i = 0; i < n; ++i) {
+    const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
+    const Terms terms_ = terms<KINDS, CLIP, true>(e, c, o);
+    sum_value += terms_.value;
+    sum_a += terms_.a;
+  }
+  for (int l = 0; l < W; ++l) {
+    value[lane + l] += sum_value[l];
+    gradient[lane + l] += sum_a[l];
+  }
+}
+
+template <int FORM, int KINDS, bool CLIP>
+void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
+                    const Normalised& normalised, const float* scale, float* out, int64_t ld_out) {
+  const Column c = column(normalised, lane);
+  const vf S = load(normalised.gradient + lane), factor = load(scale + lane);
+  const float* s = view.s + from * view.ld_s + lane;
+  const float* t = view.t + from * view.ld_t + lane;
+  out += from * ld_out + lane;
+  for (int i = 0; i < n; ++i) {
+    const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
+    const Terms terms_ = terms<KINDS, CLIP, false>(e, c, o);
+    store(out + i * ld_out, (terms_.a - terms_.p_s * S) * (e.slope * factor));
+  }
+}
+
+inline int kinds_of(const int32_t* kind) {
+  int set = 0;
+  for (int l = 0; l < W; ++l) set |= 1 << kind[l];
+  return set == kSetForward || set == kSetReverse || set == kSetJSD ? set : static_cast<int>(kSetAll);
+}
+
+// Runs `visit.template strip<FORM, KINDS, CLIP>(from, n, lane)` for every block and strip of the view.
+template <typename Visit>
+void for_strips(const View& view, const Transform& f, const Options& o, const Normalised& normalised, Visit&& visit) {
+  const int form = f.inner != 0.0f ? kCapped : (f.bias_gap != nullptr ? kBiased : kScaled);
+  for (int64_t from = 0; from < view.steps; from += kBlock) {
+    const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
+    for (int64_t lane = 0; lane < view.lanes; lane += W) {
+      const int kinds = kinds_of(normalised.kind + lane);
+      const auto with_clip = [&]<int FORM, int KINDS>() {
+        if (o.has_clip)
+          visit.template operator()<FORM, KINDS, true>(from, n, lane);
+        else
+          visit.template operator()<FORM, KINDS, false>(from, n, lane);
+      };
+      const auto with_kinds = [&]<int FORM>() {
+        switch (kinds) {
+          case kSetForward:
+            return with_clip.template operator()<FORM, kSetForward>();
+          case kSetReverse:
+            return with_clip.template operator()<FORM, kSetReverse>();
+          case kSetJSD:
+            return with_clip.template operator()<FORM, kSetJSD>();
+          default:
+            return with_clip.template operator()<FORM, kSetAll>();
+        }
+      };
+      switch (form) {
+        case kScaled:
+          with_kinds.template operator()<kScaled>();
+          break;
+        case kBiased:
+          with_kinds.template operator()<kBiased>();
+          break;
+        default:
+          with_kinds.template operator()<kCapped>();
+          break;
+      }
+    }
+  }
+}
+
+void statistics(const View& view, const Transform& f, ColumnStatistics* to) {
+  if (f.inner != 0.0f)
+    statistics_form<kCapped>(view, f, to);
+  else if (f.bias_gap != nullptr)
+    statistics_form<kBiased>(view, f, to);
+  else
+    statistics_form<kScaled>(view, f, to);
+}
+
+void measure(const View& view, const Transform& f, const Options& o, const Normalised& normalised, double* value,
+             double* gradient) {
+  for_strips(view, f, o, normalised, [&]<int FORM, int KINDS, bool CLIP>(int64_t from, int n, int64_t lane) {
+    measure_strip<FORM, KINDS, CLIP>(view, from, n, lane, f, o, normalised, value, gradient);
+  });
+}
+
+void gradient(const View& view, const Transform& f, const Options& o, const Normalised& normalised, const float* scale,
+              float* out, int64_t ld_out) {
+  for_strips(view, f, o, normalised, [&]<int FORM, int KINDS, bool CLIP>(int64_t from, int n, int64_t lane) {
+    gradient_strip<FORM, KINDS, CLIP>(view, from, n, lane, f, o, normalised, scale, out, ld_out);
+  });
+}
+
+}  // namespace vigos::cpu::VIGOS_ISA

@@ -1,0 +1,182 @@
+// Float32 matrix products for one instruction set, in the two shapes the divergence needs.
+//
+// A product is computed in pieces of kDepth along k, each summed from zero in registers and then added to c: the sum
+// over a vocabulary does not lose digits to its own size. An element's result depends on its row of a and its column of
+// b alone, not on how many others there are or where it stands among them; vendor libraries do not promise that.
+#pragma once
+
+#include "divergence.h"
+#include "simd.h"
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace vigos::cpu::VIGOS_ISA {
+
+constexpr int kRows = VIGOS_TILE_ROWS;        // rows of a register tile
+constexpr int kVectors = VIGOS_TILE_VECTORS;  // vectors across it
+constexpr int kPanel = kVectors * W;
+constexpr int64_t kDepth = 256;
+
+template <int ROWS, int VECTORS, bool TRANSPOSED>
+inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c, int64_t ld_c, bool add) {
+  vf sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = vf{};
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    vf right[VECTORS];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + p * (VECTORS * W) + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const vf left = splat(TRANSPOSED ? a[p * ld + i] : a[i * ld + p]);
+#pragma GCC unroll 16
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + i * ld_c + j * W;
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+template <int VECTORS, bool TRANSPOSED>
+void strip_of_tiles(const float* a, int64_t ld, const float* b, int64_t m, int64_t k, float* c, int64_t ld_c,
+                    bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows) {
+    tile<kRows, VECTORS, TRANSPOSED>(a + (TRANSPOSED ? i : i * ld), ld, b, k, c + i * ld_c, ld_c, add);
+  }
+  for (; i < m; ++i) tile<1, VECTORS, TRANSPOSED>(a + (TRANSPOSED ? i : i * ld), ld, b, k, c + i * ld_c, ld_c, add);
+}
+
+template <bool TRANSPOSED>
+void panel_product(const float* a, int64_t ld, const float* b, int vectors, int64_t m, int64_t k, float* c,
+                   int64_t ld_c, bool add) {
+  switch (vectors) {
+    case 1:
+      return strip_of_tiles<1, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+    case 2:
+      return strip_of_tiles<2, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+    case 3:
+      return strip_of_tiles<3, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+    default:
+      return strip_of_tiles<4, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+  }
+}
+
+void multiply(const float* a, int64_t ld, bool transposed, const float* packed, int64_t m, int64_t n, int64_t k,
+              float* c, int64_t ld_c, bool add) {
+  for (int64_t p = 0; p < k; p += kDepth) {
+    const int64_t depth = k - p < kDepth ? k - p : kDepth;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t columns = n - j < kPanel ? n - j : kPanel;
+      const int vectors = static_cast<int>((columns + W - 1) / W);
+      const float* b = packed + j * k + p * vectors * W;
+      const float* left = a + (transposed ? p * ld : p);
+      const auto product = transposed ? panel_product<true> : panel_product<false>;
+      if (columns % W == 0) {
+        product(left, ld, b, vectors, m, depth, c + j, ld_c, add || p > 0);
+        continue;
+      }
+      float edge[kRows * kPanel];  // columns that do not fill a vector
+      for (int64_t i = 0; i < m; i += kRows) {
+        const int64_t rows = m - i < kRows ? m - i : kRows;
+        product(left + (transposed ? i : i * ld), ld, b, vectors, rows, depth, edge, kPanel, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* to = c + (i + r) * ld_c + j;
+          for (int64_t q = 0; q < columns; ++q) to[q] = (add || p > 0 ? to[q] : 0.0f) + edge[r * kPanel + q];
+        }
+      }
+    }
+  }
+}
+
+void widen(const void* from, DType dtype, int64_t n, float* to) {
+  if (dtype == kFloat32) {
+    __builtin_memcpy(to, from, n * sizeof(float));
+  } else if (dtype == kBFloat16) {
+    const uint16_t* half = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t word = static_cast<uint32_t>(half[i]) << 16;
+      __builtin_memcpy(to + i, &word, sizeof word);
+    }
+  } else {
+    const uint16_t* half = static_cast<const uint16_t*>(from);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i));
+      _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, word));
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+    }
+#endif
+    for (; i < n; ++i) {
+      _Float16 value;
+      __builtin_memcpy(&value, half + i, sizeof value);
+      to[i] = static_cast<float>(value);
+    }
+  }
+}
+
+void narrow(const float* from, int64_t n, void* to, DType dtype) {
+  if (dtype == kFloat32) {
+    __builtin_memcpy(to, from, n * sizeof(float));
+  } else if (dtype == kBFloat16) {  // to nearest, ties to even
+    uint16_t* half = static_cast<uint16_t*>(to);
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t word;
+      __builtin_memcpy(&word, from + i, sizeof word);
+      const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
+      half[i] = static_cast<uint16_t>(nan ? (word >> 16) | 0x40u : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const _Float16 value = static_cast<_Float16>(from[i]);
+      __builtin_memcpy(static_cast<uint16_t*>(to) + i, &value, sizeof value);
+    }
+  }
+}
+
+void pack_rows(const float* x, int64_t ld, int64_t k, int64_t n, float* to) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t columns = n - j < kPanel ? n - j : kPanel;
+    const int64_t width = (columns + W - 1) / W * W;
+    float* panel = to + j * k;
+    for (int64_t q = 0; q < width; ++q) {
+      for (int64_t p = 0; p < k; ++p) panel[p * width + q] = q < columns ? x[(j + q) * ld + p] : 0.0f;
+    }
+  }
+}
+
+void pack_panel(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to) {
+  const int64_t width = (n + W - 1) / W * W, size = dtype == kFloat32 ? 4 : 2;
+  for (int64_t p = 0; p < k; ++p) {
+    widen(static_cast<const char*>(x) + p * ld * size, dtype, n, to + p * width);
+    for (int64_t q = n; q < width; ++q) to[p * width + q] = 0.0f;
+  }
+}
+
+void evaluate(int function, const float* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += W) {
+    float in[W] = {}, out[W];
+    const int64_t count = n - i < W ? n - i : W;
+    for (int64_t l = 0; l < count; ++l) in[l] = x[i + l];
+    const vf v = load(in);
+    store(out, function == 0 ? exp_(v) : function == 1 ? fall(v).e : function == 2 ? log1p_(v) : tanh_(v));
+    for (int64_t l = 0; l < count; ++l) y[i + l] = out[l];
+  }
+}
+
+}  // namespace vigos::cpu::VIGOS_ISA

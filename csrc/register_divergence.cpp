@@ -1,0 +1,139 @@
+// The CPU engine's functions as Python sees them: pointers and strides as integers, checked by vigos/engines/cpu.py.
+#include "register_divergence.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "divergence.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace vigos {
+namespace {
+
+using namespace cpu;
+
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Matrix matrix(std::uintptr_t data, int dtype, int64_t ld, int64_t rows, int64_t columns) {
+  return {at<const void>(data), static_cast<DType>(dtype), ld, rows, columns};
+}
+
+// Rows of `floats` (6, width): S, top_s, log total_s, top_t, log total_t, delta.
+Normalised normalised(std::uintptr_t floats, int64_t width, std::uintptr_t kind) {
+  const float* of = at<const float>(floats);
+  return {of + width, of + 3 * width, of + 2 * width, of + 4 * width, of + 5 * width, of, at<const int32_t>(kind)};
+}
+
+}  // namespace
+
+void register_divergence(py::module_& m) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  using Address = std::uintptr_t;
+
+  py::class_<Matrix>(m, "Matrix", "Address, dtype (0 float32, 1 bfloat16, 2 float16), row stride, rows, columns.")
+      .def(py::init(&matrix), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("rows"), py::arg("columns"));
+  py::class_<Transform>(m, "Transform", "From raw logits to z.")
+      .def(py::init([](float alpha, float inner, float height, Address bias_s, Address bias_t, Address bias_gap) {
+             return Transform{
+                 alpha, inner, height, at<const float>(bias_s), at<const float>(bias_t), at<const float>(bias_gap)};
+           }),
+           py::arg("alpha"), py::arg("inner"), py::arg("height"), py::arg("bias_s"), py::arg("bias_t"),
+           py::arg("bias_gap"));
+  py::class_<Options>(m, "Options", "beta of JSD, and the clip of each entry's term or None.")
+      .def(py::init([](float beta, std::optional<float> clip) {
+             return Options{beta, clip.value_or(0.0f), clip.has_value()};
+           }),
+           py::arg("beta"), py::arg("entry_clip"));
+  py::class_<Chunk>(m, "Chunk", "Logits (v, width) of both sides.")
+      .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width) {
+             return Chunk{at<float>(s), at<float>(t), ld_s, ld_t, v, width};
+           }),
+           py::arg("s"), py::arg("t"), py::arg("ld_s"), py::arg("ld_t"), py::arg("v"), py::arg("width"));
+
+  m.def("isa", [] { return std::string(isa().name); }, "The instruction set in use: avx512, avx2 or portable.");
+  m.def(
+      "select_isa",
+      [](const std::string& name) {
+        if (!select_isa(name.c_str())) throw std::invalid_argument("this machine does not run " + name);
+      },
+      py::arg("name"), "Use a named instruction set, or the best one again with \"best\".");
+  m.def("thread_backend", &thread_backend, "What threads come from: openmp (torch's own) or std::thread.");
+
+  m.def(
+      "project",
+      [](const Matrix& head, Address x, int64_t ld_x, int64_t n, Address out, int64_t ld_out, int threads) {
+        project(head, at<const float>(x), ld_x, n, at<float>(out), ld_out, threads);
+      },
+      py::arg("head"), py::arg("x"), py::arg("ld_x"), py::arg("n"), py::arg("out"), py::arg("ld_out"),
+      py::arg("threads"), released);
+  m.def(
+      "backproject",
+      [](Address g, int64_t ld_g, int64_t l, const Matrix& head, Address out, int threads) {
+        backproject(at<const float>(g), ld_g, l, head, at<float>(out), threads);
+      },
+      py::arg("g"), py::arg("ld_g"), py::arg("l"), py::arg("head"), py::arg("out"), py::arg("threads"), released);
+  m.def(
+      "accumulate_head",
+      [](Address g, int64_t ld_g, int64_t v, int64_t l, Address hidden, int64_t d, Address out, int threads) {
+        accumulate_head(at<const float>(g), ld_g, v, l, at<const float>(hidden), d, at<float>(out), threads);
+      },
+      py::arg("g"), py::arg("ld_g"), py::arg("v"), py::arg("l"), py::arg("hidden"), py::arg("d"), py::arg("out"),
+      py::arg("threads"), released);
+  m.def(
+      "chunk_statistics",
+      [](const Chunk& chunk, const Transform& f, Address out, int threads) {
+        chunk_statistics(chunk, f, at<double>(out), threads);
+      },
+      py::arg("chunk"), py::arg("transform"), py::arg("out"), py::arg("threads"), released);
+  m.def(
+      "chunk_measure",
+      [](const Chunk& chunk, const Transform& f, const Options& o, Address floats, Address kind, Address out,
+         int threads) { chunk_measure(chunk, f, o, normalised(floats, chunk.width, kind), at<double>(out), threads); },
+      py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
+      py::arg("out"), py::arg("threads"), released);
+  m.def(
+      "chunk_gradient",
+      [](const Chunk& chunk, const Transform& f, const Options& o, Address floats, Address kind, Address live,
+         int64_t n_live, int64_t padded, int threads) {
+        chunk_gradient(chunk, f, o, normalised(floats, chunk.width, kind), at<const int32_t>(live), n_live, padded,
+                       threads);
+      },
+      py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
+      py::arg("live"), py::arg("n_live"), py::arg("padded"), py::arg("threads"), released);
+  m.def(
+      "rows_forward",
+      [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
+         int64_t n, int64_t v, const Transform& f, const Options& o, Address out, int threads) {
+        rows_forward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
+                     at<const int32_t>(kind), n, v, f, o, at<double>(out), threads);
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("student_row"), py::arg("teacher_row"), py::arg("kind"),
+      py::arg("n"), py::arg("v"), py::arg("transform"), py::arg("options"), py::arg("out"), py::arg("threads"),
+      released);
+  m.def(
+      "rows_backward",
+      [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
+         Address state, int64_t ld_state, Address scale, int64_t n, int64_t v, const Transform& f, const Options& o,
+         const Matrix& out, bool add, int threads) {
+        rows_backward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
+                      at<const int32_t>(kind), at<const float>(state), ld_state, at<const float>(scale), n, v, f, o,
+                      out, add, threads);
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("student_row"), py::arg("teacher_row"), py::arg("kind"),
+      py::arg("state"), py::arg("ld_state"), py::arg("scale"), py::arg("n"), py::arg("v"), py::arg("transform"),
+      py::arg("options"), py::arg("out"), py::arg("add"), py::arg("threads"), released);
+  m.def(
+      "evaluate",
+      [](int function, Address x, int64_t n, Address y) {
+        isa().evaluate(function, at<const float>(x), n, at<float>(y));
+      },
+      py::arg("function"), py::arg("x"), py::arg("n"), py::arg("y"), released,
+      "The vector functions, for their tests: 0 exp, 1 exp(-x) - 1, 2 log1p, 3 tanh.");
+}
+
+}  // namespace vigos
