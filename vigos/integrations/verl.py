@@ -4,9 +4,8 @@ verl's teacher is an inference server that returns the log-probabilities of its 
 logits exist. Its `forward_kl_topk` keeps a log-softmax of them for backward, in their own dtype. Ours needs the row's
 log-sum-exp only: float32 sums, one chunk of rows at a time, and one gradient in the logits' dtype.
 
-    import vigos.integrations.verl as drop_in      # in the module that `actor_rollout_ref.model.external_lib` names
-    drop_in.register()
-    # then distillation.distillation_loss.loss_mode=vigos_forward_kl_topk
+    export VERL_USE_EXTERNAL_MODULES=vigos.integrations.verl_plugin     # calls register() in every process of verl
+    ... distillation.distillation_loss.loss_mode=vigos_forward_kl_topk
 
 Per token, over the teacher's k ids: loss = sum p (log p - log q) with q the student's softmax over the whole
 vocabulary, both log-probabilities bounded from below by `log_prob_min_clamp`; student_mass = sum q, teacher_mass =
