@@ -42,6 +42,9 @@ from vigos.spans import Validity, parse_rollout, token_bytes
 FORMAT = 1  # of the records file
 Metric = Literal["accuracy", "score", "prior", "valid_rate", "unparseable"]
 
+# Two runs are compared in every metric at once; so that a false alarm in any of them is rarer than 5 %.
+LEVEL = 0.05 / len(get_args(Metric))
+
 ROLE, CONFLICT, PRIOR, TRIPLET, VARIANT = "role", "conflict", "prior", "triplet", "variant"
 
 
@@ -82,7 +85,7 @@ def sign_test(better: int, worse: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float], clusters: Sequence[Any] | None = None, *, resamples: int = 4000, seed: int = 0
+    values: Sequence[float], clusters: Sequence[Any] | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values` (R,) under resampling of rows, or of whole `clusters`."""
     if len(values) == 0:
@@ -97,7 +100,8 @@ def bootstrap_interval(
     chunk = max(1, 2**21 // C)  # (chunk, C) indices at a time
     for start in range(0, resamples, chunk):
         drawn = torch.randint(C, (min(chunk, resamples - start), C), generator=generator)
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+        rows = sizes[drawn].sum(1) if len(values) > C else float(C)
+        means.append(sums[drawn].sum(1) / rows)
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
@@ -232,6 +236,7 @@ class Comparison:
         interval: 95 % bootstrap interval of the difference, over rows, or over triplets where the rows have them.
         p_value: exact two-sided sign test on the rows where they differ; with one sample a row, McNemar's test.
         better, worse: rows where b is above a, and below.
+        differs: p_value below `LEVEL`.
     """
 
     metric: str
@@ -243,6 +248,10 @@ class Comparison:
     p_value: float
     better: int
     worse: int
+
+    @property
+    def differs(self) -> bool:
+        return self.p_value < LEVEL
 
 
 def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accuracy", seed: int = 0) -> Comparison:
