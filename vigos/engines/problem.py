@@ -178,7 +178,7 @@ def chunk_width(n: int, most: int, multiple: int = 16) -> int:
     depend on which rows share its chunk.
     """
     chunks = max(1, math.ceil(n / max(most, multiple)))
-    return multiple * math.ceil(math.ceil(n / chunks) / multiple)
+    return multiple * math.ceil(math.ceil(max(n, 1) / chunks) / multiple)  # no rows: a width all the same
 
 
 def chunks(n: int, width: int) -> Iterator[slice]:
