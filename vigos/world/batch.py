@@ -46,6 +46,7 @@ class FastEncoder:
         self.processor = processor
         self._prompts: dict[tuple[Role, str, str, str | None, int, int], Prompt] = {}
         self._texts: dict[str, list[int]] = {}
+        self._encode = self.tokenizer.backend_tokenizer.encode  # ten times faster than the tokenizer around it
         image = processor.image_processor
         self.patch, self.merge, self.frames = image.patch_size, image.merge_size, image.temporal_patch_size
         self.mean, self.std = (
@@ -57,7 +58,7 @@ class FastEncoder:
     def text(self, text: str) -> list[int]:
         """Ids of a completion's text, tokenised by itself."""
         if text not in self._texts:
-            self._texts[text] = self.tokenizer.encode(text, add_special_tokens=False)
+            self._texts[text] = self._encode(text, add_special_tokens=False).ids
         return self._texts[text]
 
     def prompt(
@@ -86,7 +87,7 @@ class FastEncoder:
         return EncodedPrompt(prompt.ids, (prompt.ids == self.image_token).long(), None)
 
     def patches(self, images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
-        """Images of one size (B, H, W, 3) uint8, sides multiples of patch * merge, as patches (B, P, C * frames * patch²)."""
+        """Images (B, H, W, 3) uint8, sides multiples of patch * merge, as patches (B, P, C * frames * patch²)."""
         pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float()
         pixels = (pixels * (1 / 255) - self.mean) / self.std
         batch, channels, height, width = pixels.shape

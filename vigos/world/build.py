@@ -55,8 +55,8 @@ def corpus(n: int = 4000, seed: int = 0) -> Iterator[str]:
 def build_tokenizer(vocab_size: int = 512) -> Any:
     """Byte-level BPE with Qwen2.5-VL's special tokens.
 
-    Tags and `\\boxed{` are ordinary text. Runs of punctuation are one pre-token, so merges such as `.</`, `><` and `>\\`
-    cross the borders of the tags.
+    Tags and `\\boxed{` are ordinary text. Runs of punctuation are one pre-token, so merges such as `.</`, `><` and
+    `>\\` cross the borders of the tags.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

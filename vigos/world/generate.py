@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vigos.world.digits import CELL, SPLITS, Scene, Split, draw_scene, render
+from vigos.world.digits import CELL, SPLITS, Scene, draw_scene, render
 from vigos.world.tasks import KINDS, USUAL_INK, Kind, Question, ask_any, draw_digits, draw_inks, triplet
 
 # Questions of a training file: mostly inks, because that is where the prior lives.
@@ -24,7 +24,7 @@ def _share(name: str, value: float) -> float:
 
 def write_world(
     folder: str | Path,
-    split: Split = "train",
+    split: str = "train",
     n: int = 1000,
     seed: int = 0,
     *,
@@ -57,7 +57,8 @@ def write_world(
         kind_weights: relative frequency of the kinds of questions (independent questions only).
         progress: called with (written, total) after each image.
     """
-    if split not in SPLITS:
+    name = next((known for known in SPLITS if known == split), None)
+    if name is None:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
@@ -71,20 +72,20 @@ def write_world(
         raise ValueError(f"kind_weights must name kinds among {', '.join(KINDS)}, got {sorted(unknown)}")
     triplets = split == "test" if triplets is None else triplets
 
-    rng = np.random.default_rng([seed, SPLITS.index(split), int(triplets)])
+    rng = np.random.default_rng([seed, SPLITS.index(name), int(triplets)])
     items: list[tuple[Scene, Question, dict[str, Any]]] = []
     for index in range(n):
         count = int(rng.integers(least, most + 1))
         if triplets:
             variant = "FP"[index % 2]
-            scenes, questions = triplet(rng, split, count=count, variant=variant)  # type: ignore[arg-type]
+            scenes, questions = triplet(rng, name, count=count, variant=variant)  # type: ignore[arg-type]
             for place, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
                 role = "conflict" if place else "prior"
                 items.append((scene, question, {"triplet": index, "variant": variant, "role": role}))
         else:
             shown = draw_digits(rng, count)
-            scene = draw_scene(rng, split, digits=shown, inks=draw_inks(rng, shown, conflict))
-            items.append((scene, ask_any(rng, scene, split, weights), {}))
+            scene = draw_scene(rng, name, digits=shown, inks=draw_inks(rng, shown, conflict))
+            items.append((scene, ask_any(rng, scene, name, weights), {}))
 
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -93,14 +94,14 @@ def write_world(
     path = folder / f"{split}.jsonl"
     with path.open("w", encoding="utf-8") as lines:
         for index, (scene, question, extra) in enumerate(items):
-            name = f"images/{split}-{index:05d}.png"
-            Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(folder / name)
+            image = f"images/{split}-{index:05d}.png"
+            Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(folder / image)
             answer = question.answer
             if question.kind == "ink" and rng.random() < label_bias:
                 assert question.digit is not None
                 answer = USUAL_INK[question.digit]
             row = {
-                "problem": question.problem, "images": [name], "answer": answer, "problem_id": f"{split}-{index:05d}",
+                "problem": question.problem, "images": [image], "answer": answer, "problem_id": f"{split}-{index:05d}",
                 "kind": question.kind, "digits": scene.digits, "inks": scene.inks, **extra,
             }  # fmt: skip
             lines.write(json.dumps(row) + "\n")

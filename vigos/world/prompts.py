@@ -6,7 +6,9 @@ from pathlib import Path
 
 from vigos.prompts import Prompts
 
+PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
+
 
 def world_prompts() -> Prompts:
     """The templates of `vigos/world/prompts.yaml`: what the base was warmed up on and what its training must use."""
-    return Prompts.from_file(Path(__file__).with_name("prompts.yaml"))
+    return Prompts.from_file(PROMPTS_FILE)

@@ -30,7 +30,8 @@ WORDINGS: dict[Split, dict[str, tuple[str, ...]]] = {
             "Which digit is {i}?", "Name the {i} digit.", "What digit is written in {i}?", "Tell the digit in {i} ink.",
         ),
         "larger": (
-            "Which digit is larger?", "Name the larger digit.", "What is the larger digit?", "Tell which digit is more.",
+            "Which digit is larger?", "Name the larger digit.", "What is the larger digit?",
+            "Tell which digit is more.",
         ),
         "sum": (
             "What is the sum?", "Name the sum of the digits.", "Tell the sum.", "What is the sum of the digits?",
@@ -83,7 +84,7 @@ def ask(
     rng: np.random.Generator, scene: Scene, kind: Kind, split: Split, *, digit: int | None = None,
     variant: Variant = "P",
 ) -> Question:  # fmt: skip
-    """A question of `kind` about `scene` in one of the wordings of `split`; `digit` fixes what an ink question names."""
+    """A question of `kind` about `scene`, worded as in `split`; `digit` fixes what an ink question names."""
     wordings = WORDINGS[split]
     ink: str | None = None
     if kind == "ink":
@@ -109,7 +110,7 @@ def ask(
     template = str(rng.choice(wordings[kind]))
     problem = template.replace("{d}", str(digit)).replace("{i}", str(ink))
     if variant == "F":
-        if kind != "ink":
+        if kind != "ink" or digit is None:
             raise ValueError(f"only ink questions have an F variant, got kind {kind!r}")
         fact = str(rng.choice(wordings["fact"]))
         problem = fact.replace("{d}", str(digit)).replace("{i}", USUAL_INK[digit]) + " " + problem
