@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from vigos.prefix_tree import PrefixPack, PrefixTree, check_sequence, fed_ids, placeholders
@@ -88,7 +89,7 @@ def hidden_states(
 
     Differentiable when gradients are enabled. D is the width of the language-model head's input; M the sum of the
     lengths of `scored`; the dtype is what the model computes in. With a wrapped model every rank has to call this
-    together: ranks that need fewer forwards run idle ones over a single token.
+    together: ranks that need fewer forwards run idle ones that give no rows.
 
     Args:
         model: a transformers model with a language-model head, bare, adapted by PEFT, or wrapped (DDP, FSDP, …).
@@ -113,8 +114,8 @@ class _Pass:
     taken: Tensor  # (m,) int64
     rows: Tensor  # (m,) int64
     tokens: int
-    images: tuple[ImageInputs, ...]
-    packed: bool
+    images: tuple[ImageInputs, ...] = ()
+    packed: bool = False
 
 
 def _plan(
@@ -128,6 +129,7 @@ def _plan(
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     base = base_model(model)
+    lm_head(model)
     for sequence in sequences:
         check_sequence(sequence)
         _check_images(base, sequence)
@@ -140,10 +142,18 @@ def _plan(
 
 def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: VisionCache | None) -> Tensor:
     base = base_model(model)
-    parts = []
+    forwards = _forwards_on_every_rank(model, len(passes))
     shown = [image.key for each in passes if each.packed for image in each.images]
     if vision is None and len(set(shown)) < len(shown) and VisionCache.obstacle(base) is None:
         vision = VisionCache(max_images=len(shown))  # prompts that share an image but no prefix
+    nothing = torch.empty(0, dtype=torch.int64)
+    idle = _Pass(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
+    if forwards > len(passes) and _sharded(
+        model
+    ):  # the blocks of the vision tower are collectives too: idle forwards show it an image
+        idle = min((each for each in passes if each.images), key=lambda each: each.tokens, default=idle)
+    passes = [*passes, *[replace(idle, taken=nothing, rows=nothing)] * (forwards - len(passes))]
+    parts = []
     for each in passes:
         inputs = each.build()
         plan = inputs.get("tree_plan")
@@ -152,7 +162,7 @@ def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: Visio
                 stack.enter_context(installed(base))
             if vision is not None and each.images:
                 stack.enter_context(vision.serving(base, each.images))
-            hidden = head_input(model, inputs)
+            parts.append(head_rows(model, inputs, each.taken))
         if plan is not None:
             layers = base.config.get_text_config().num_hidden_layers
             if plan.calls != layers:
@@ -160,22 +170,17 @@ def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: Visio
                     f"scoring='tree' needs {layers} attention layers that go through AttentionInterface, got "
                     f"{plan.calls} of {type(base).__name__}; use scoring='separate'"
                 )
-        parts.append(hidden.flatten(0, 1).index_select(0, each.taken.to(hidden.device)))
-    idle = None
-    for _ in range(_forwards_on_every_rank(model, len(passes)) - len(passes)):
-        one = head_input(model, {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)})
-        idle = one if idle is None else idle + one
     if parts:
         rows = torch.cat([each.rows for each in passes])
         order = torch.empty_like(rows)
         order[rows] = torch.arange(len(rows))
+        # Idle forwards give no rows but stay in the graph, so that their backward hooks run on this rank too.
         out = torch.cat(parts).index_select(0, order.to(parts[0].device))
     else:
         weight = base.get_input_embeddings().weight
         out = torch.zeros(0, base.config.get_text_config().hidden_size, dtype=weight.dtype, device=weight.device)
     assert len(out) == num_rows
-    # The idle forwards stay in the graph, so that their backward hooks run on this rank too.
-    return out if idle is None else torch.cat([out, idle[0, :0].to(out.dtype)])
+    return out
 
 
 def _forwards_on_every_rank(model: nn.Module, forwards: int) -> int:
@@ -185,25 +190,32 @@ def _forwards_on_every_rank(model: nn.Module, forwards: int) -> int:
     replicated = isinstance(model, DistributedDataParallel)
     if replicated and not torch.is_grad_enabled():  # the module inside is called, without the wrapper
         return forwards
-    sharded = any(type(m).__name__.startswith("FSDP") for m in model.modules()) or any(
-        hasattr(p, "ds_id") for p in model.parameters()
-    )
-    if not (replicated or sharded):
+    if not (replicated or _sharded(model)):
         return forwards
     most = torch.tensor(forwards, device=base_model(model).device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
 
 
+def _sharded(model: nn.Module) -> bool:
+    """FSDP of either kind, or ZeRO-3: a forward gathers weights from every rank."""
+    return any(type(m).__name__.startswith("FSDP") or isinstance(m, FSDPModule) for m in model.modules()) or any(
+        hasattr(p, "ds_id") for p in model.parameters()
+    )
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def head_input(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Runs `model(**inputs)` and returns what its language-model head was given, (B, T, D). No logits are computed.
+def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor:
+    """Runs `model(**inputs)` and returns rows of what its language-model head was given. No logits are computed.
 
     The innermost module's `forward` is redirected for the call, so that a wrapper's own forward, with its hooks, sees
     the returned tensor as the module's output.
+
+    Args:
+        taken: (m,) int64, which of the B * T positions are returned, as (m, D).
     """
     core, head = unwrap(model), lm_head(model)
     if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
@@ -224,7 +236,7 @@ def head_input(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
                 f"model must apply its language-model head once a forward, got {len(caught)} times "
                 f"in {type(base_model(model)).__name__}"
             )
-        return caught[0]
+        return caught[0].flatten(0, 1).index_select(0, taken.to(caught[0].device))
 
     original = core.forward
     with _replaced_forward(core, redirected):
@@ -370,11 +382,11 @@ def check_tree(base: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"scoring='tree' needs a decoder-only model, got {name}; use scoring='separate'")
     reason = _NOT_SHARED.get(config.model_type)
-    if reason is None and getattr(base, "_is_stateful", False):
-        reason = "it carries recurrent state along the sequence"
     other = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SHARED_LAYERS))
     if reason is None and other:
         reason = f"its layers of type {', '.join(other)} carry state that branches cannot share"
+    if reason is None and getattr(base, "_is_stateful", False):
+        reason = "it carries recurrent state along the sequence"
     if reason is not None:
         raise ValueError(f"scoring='tree' cannot share prefixes of {name}: {reason}; use scoring='separate'")
 
