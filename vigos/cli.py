@@ -10,13 +10,16 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError:  # the base install has torch and triton alone
     sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
@@ -24,7 +27,12 @@ except ImportError:  # the base install has torch and triton alone
 if TYPE_CHECKING:
     from vigos.config import ViGOSConfig
 
-app = typer.Typer(help="Visually grounded on-policy self-distillation.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Visually grounded on-policy self-distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 world_app = typer.Typer(help="The built-in world: handwritten digits in inks.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
 console = Console()
@@ -84,7 +92,7 @@ def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfi
     from vigos.config import ViGOSConfig
 
     known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
-    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False)  # type: ignore[list-item]
+    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False, allow_abbrev=False)  # type: ignore[list-item]
     if config is not None:
         if not config.is_file():
             raise UsageError(f"--config: no such file: {config}")
@@ -255,20 +263,29 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
         table = Table("", "what", "state", "detail")
         for f in findings:
             state = {True: "[green]ok", False: "[red]broken", None: "[dim]not here"}[f.ok]
-            table.add_row(f.section, f.name, state, f.detail)
+            table.add_row(f.section, f.name, state, escape(f.detail))
         console.print(table)
     if any(f.ok is False for f in findings):
         raise typer.Exit(1)
 
 
+def _quiet_libraries() -> None:
+    """Leaves the screen to us: no bars of transformers where nobody watches, no notes meant for its developers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def main(argv: list[str] | None = None) -> Any:
     """Runs the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
+    _quiet_libraries()
     try:
         return app(argv)
     except UsageError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)
-    except ValueError as error:  # raised by our own checks, worded for the user
+    except (ValueError, OSError) as error:  # our own checks, and files and models that are not there
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(1)
 
