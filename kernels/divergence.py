@@ -6,7 +6,7 @@
 
 Kernels, in the order a caller launches them (R rows, S slices of the vocabulary):
 
-    _stats_kernel          a row's slice -> 9 partial sums                       reads both logits
+    _stats_kernel          a row's slice -> 10 partial sums                       reads both logits
     _finish_kernel         slices merged -> statistics, state
     _second_stats_kernel   JSD and clipped entries: two more sums                reads both logits, for those rows
     _second_finish_kernel  merged -> divergence, the last column of the state
@@ -38,6 +38,7 @@ from vigos.kernels.entries import (
     MOMENT_T,
     N_PARTIAL,
     N_STATE,
+    PIVOT,
     REVERSE,
     SUM_S,
     SUM_T,
@@ -132,6 +133,7 @@ def _stats_kernel(
     moment_s = tl.full((BLOCK_V,), 0.0, tl.float32)
     moment_t = tl.full((BLOCK_V,), 0.0, tl.float32)
     gap = tl.full((BLOCK_V,), 0.0, tl.float32)
+    pivot = tl.full((BLOCK_V,), 0.0, tl.float32)
     first = split * span
     last = tl.minimum(first + span, V)
     for start in range(first, last, BLOCK_V):
@@ -139,10 +141,12 @@ def _stats_kernel(
         z_s, z_t, _ = _load_pair(
             s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out, SOFTCAP
         )
-        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = observe_pair(
-            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, z_s, z_t, reverse
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot = observe_pair(
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, reverse
         )
-    row_gap = merge_gap(gap, tl.where(reverse, top_s, top_t), 0)
+    row_gap, row_pivot = merge_gap(
+        gap, pivot, tl.where(reverse, top_s, top_t), tl.where(reverse, total_s, total_t), 0
+    )  # fmt: skip
     row_top_s, row_total_s, row_moment_s = merge_side(top_s, total_s, moment_s, 0)
     row_top_t, row_total_t, row_moment_t = merge_side(top_t, total_t, moment_t, 0)
     out = partial_ptr + r.to(tl.int64) * tl.num_programs(1) + split
@@ -153,6 +157,7 @@ def _stats_kernel(
     tl.store(out + SUM_T * stride_pc, row_total_t)
     tl.store(out + MOMENT_T * stride_pc, row_moment_t)
     tl.store(out + GAP * stride_pc, row_gap)
+    tl.store(out + PIVOT * stride_pc, row_pivot)
     if label_ptr is not None:
         at = tl.load(label_ptr + r) - vocab_start
         mine = (at >= first) & (at < last) & (at < vocab)
@@ -184,12 +189,13 @@ def _finish_kernel(
     moments_s = tl.load(parts + MOMENT_S * stride_pc, mask=mask, other=0.0)
     moments_t = tl.load(parts + MOMENT_T * stride_pc, mask=mask, other=0.0)
     gaps = tl.load(parts + GAP * stride_pc, mask=mask, other=0.0)
-    gap = merge_gap(gaps, tl.where(reverse, tops_s, tops_t), 0)
+    pivots = tl.load(parts + PIVOT * stride_pc, mask=mask, other=0.0)
+    gap, pivot = merge_gap(gaps, pivots, tl.where(reverse, tops_s, tops_t), tl.where(reverse, totals_s, totals_t), 0)
     top_s, total_s, moment_s = merge_side(tops_s, totals_s, moments_s, 0)
     top_t, total_t, moment_t = merge_side(tops_t, totals_t, moments_t, 0)
     lse_gap = (top_t - top_s) + tl.log(total_t / total_s)
     mean_gap = gap / tl.where(reverse, total_s, total_t)
-    kl = tl.where(reverse, mean_gap + lse_gap, mean_gap - lse_gap)
+    kl = tl.where(reverse, pivot + lse_gap, pivot - lse_gap) + mean_gap
     kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; NaN stays
     lse_s = top_s + tl.log(total_s)
     lse_t = top_t + tl.log(total_t)
@@ -210,8 +216,9 @@ def _finish_kernel(
     tl.store(state + 2, 1.0 / total_s)
     tl.store(state + 3, 1.0 / total_t)
     tl.store(state + 4, lse_gap)
-    tl.store(state + 5, mean_gap)
-    tl.store(state + 6, 0.0)
+    tl.store(state + 5, pivot)
+    tl.store(state + 6, mean_gap)
+    tl.store(state + 7, 0.0)
 
 
 @triton.jit
@@ -261,7 +268,7 @@ def _second_finish_kernel(
         if not CLIP_ENTRIES:
             value = tl.where(value < 0.0, 0.0, value)  # rounding; clipped sums may be negative in earnest
         tl.store(stats_ptr + r, value)
-        tl.store(state_ptr + r * stride_state + 6, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0))
+        tl.store(state_ptr + r * stride_state + 7, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0))
 
 
 @triton.jit
@@ -295,8 +302,9 @@ def _grad_kernel(
                 z_s, z_t, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
             )
             g = slope_of(
-                z_s, z_t, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), kind, beta, entry_clip, CLIP_ENTRIES
-            )
+                z_s, z_t, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), tl.load(state + 7), kind, beta,
+                entry_clip, CLIP_ENTRIES,
+            )  # fmt: skip
             acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
     out = out_ptr + i.to(tl.int64) * stride_om + offs.to(tl.int64) * stride_ov
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=offs < V)
@@ -310,7 +318,7 @@ def slices(vocab: int) -> int:
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
-    """(9, R, S) partial statistics of each row's slices of the vocabulary (columns named in entries.py)."""
+    """(10, R, S) partial statistics of each row's slices of the vocabulary (columns named in entries.py)."""
     n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
@@ -326,7 +334,7 @@ def row_partials(
 
 
 def finish(partial: Tensor, options: Options, state: Tensor) -> Tensor:
-    """(7, R) statistics in the order of `vigos.engines.problem.Statistics`; writes `state` (R, >= 7)."""
+    """(7, R) statistics in the order of `vigos.engines.problem.Statistics`; writes `state` (R, 8)."""
     _, n, splits = partial.shape
     labels = options.labels is not None
     stats = torch.empty(7 if labels else 5, n, dtype=torch.float32, device=partial.device)

@@ -9,7 +9,8 @@
                                                                 d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
 
 Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum of exp(z - max) (z - max), which gives
-the entropy, and one gap weighted by the side that the expectation is over. Each lane keeps a running maximum of its own
+the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to z_t - z_s of the
+likeliest entry so far: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane keeps a running maximum of its own
 (Milakov & Gimelshein 2018), so that lanes meet once a row instead of once a block. JSD and the clip of each entry's term
 need both L first: a second sweep. `p_s - p_t` is p_t expm1(-delta) where the models agree, so that a teacher close to its
 student costs no digits, and L_t - L_s is formed from differences: nothing of size |L| is subtracted.
@@ -22,9 +23,10 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 # Columns of a row's partial statistics, one set per slice of the vocabulary, and of its finished state.
-MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, LABEL_S, LABEL_T = map(tl.constexpr, range(9))
-N_PARTIAL = 9
-N_STATE = 7  # origin_s, origin_t, 1 / sum_s, 1 / sum_t, L_t - L_s, mean gap, mean slope of the second sweep
+MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, PIVOT, LABEL_S, LABEL_T = map(tl.constexpr, range(10))
+N_PARTIAL = 10
+# origin_s, origin_t, 1 / sum_s, 1 / sum_t, L_t - L_s, pivot, mean gap less the pivot, mean slope of the second sweep
+N_STATE = 8
 
 INF = tl.constexpr(float("inf"))
 REVERSE = tl.constexpr(1)  # as in vigos/supervision.py
@@ -84,16 +86,20 @@ def observe(top, total, moment, z):
 
 
 @triton.jit
-def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, z_s, z_t, reverse):
-    """Both sides and the gap after one more entry in each lane. `reverse`: the expectation is over the student."""
+def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, reverse):
+    """Both sides, the gap and its pivot after one more entry in each lane. `reverse`: the student weights the gap."""
+    total = tl.where(reverse, total_s, total_t)
+    top = tl.where(reverse, top_s, top_t)
     top_s, total_s, moment_s, held_s, new_s = observe(top_s, total_s, moment_s, z_s)
     top_t, total_t, moment_t, held_t, new_t = observe(top_t, total_t, moment_t, z_t)
     held = tl.where(reverse, held_s, held_t)
     new = tl.where(reverse, new_s, new_t)
     x = tl.where(reverse, z_s - z_t, z_t - z_s)
+    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(x) < INF), x, pivot)
     # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
-    gap = tl.where(held == 0.0, 0.0, gap * held) + tl.where(new == 0.0, 0.0, new * x)
-    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap
+    gap = tl.where(held == 0.0, 0.0, held * (gap + total * (pivot - moved)))
+    gap += tl.where(new == 0.0, 0.0, new * (x - moved))
+    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap, moved
 
 
 @triton.jit
@@ -114,10 +120,13 @@ def merge_side(top, total, moment, axis: tl.constexpr):
 
 
 @triton.jit
-def merge_gap(gap, top, axis: tl.constexpr):
-    """The gap of all lanes; `top` is the maximum of the side that weights it."""
-    f = lift(top, tl.max(top, axis, keep_dims=True))
-    return tl.sum(tl.where(f == 0.0, 0.0, gap * f), axis)
+def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
+    """(gap, pivot) of all lanes; `top` and `total` are those of the side that weights the gap."""
+    highest = tl.max(top, axis, keep_dims=True)
+    f = lift(top, highest)
+    common = tl.max(tl.where(top == highest, pivot, -INF), axis, keep_dims=True)
+    merged = tl.sum(tl.where(f == 0.0, 0.0, f * (gap + total * (pivot - common))), axis)
+    return merged, tl.max(common, axis)
 
 
 @triton.jit
@@ -172,7 +181,9 @@ def second_terms(p_s, p_t, delta, kind, beta, entry_clip):
 
 
 @triton.jit
-def slope_of(z_s, z_t, p_s, p_t, delta, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr):
+def slope_of(
+    z_s, z_t, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr
+):  # fmt: skip
     """d divergence / d z_s."""
     if CLIP_ENTRIES:
         value, slope = term(p_s, p_t, delta, kind, beta)
@@ -188,7 +199,7 @@ def slope_of(z_s, z_t, p_s, p_t, delta, mean_gap, mean_slope, kind, beta, entry_
         else:
             if kind == REVERSE:
                 # The normalisers drop out of log p_s - log p_t - KL.
-                g = tl.where(p_s == 0.0, 0.0, p_s * ((z_s - z_t) - mean_gap))
+                g = tl.where(p_s == 0.0, 0.0, p_s * (((z_s - z_t) - pivot) - mean_gap))
             else:
                 g = difference(p_s, p_t, delta)
     return g

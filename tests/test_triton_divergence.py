@@ -108,7 +108,7 @@ def ours(impl, tensors, rows, *, train_head=False, upstream=None, **options):
 # One row; rows past a chunk; V neither even nor a multiple of a block, V under a block, D odd.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    ("n", "m", "r", "d", "v"), [(1, 1, 1, 8, 7), (5, 4, 20, 24, 777), (3, 6, 17, 33, 256), (18, 18, 5, 16, 130)]
+    ("n", "m", "r", "d", "v"), [(1, 1, 1, 8, 7), (5, 4, 9, 24, 389), (3, 6, 17, 33, 256), (18, 18, 5, 16, 130)]
 )
 def test_every_kind_mixed(small, impl, n, m, r, d, v):
     *tensors, rows = problem(n, m, r, d, v)
@@ -126,8 +126,8 @@ def test_every_kind_mixed(small, impl, n, m, r, d, v):
 @pytest.mark.parametrize("near", [1e-3, 1e-2, 0.1])
 def test_teacher_close_to_student(small, impl, kind, near):
     """Where training happens: the gradient is small, and must not be the difference of two rounded numbers."""
-    *tensors, rows = problem(16, 16, 16, 24, 777, near=near)
-    aligned = torch.arange(16, device=DEVICE)
+    *tensors, rows = problem(6, 6, 6, 24, 389, near=near)
+    aligned = torch.arange(6, device=DEVICE)
     rows = replace(rows, student_row=aligned, teacher_row=aligned, kind=torch.full_like(rows.kind, kind))
     out, (dhidden, _) = ours(impl, tensors, rows)
     _, divergence, (want, _) = exact(tensors, rows)
@@ -141,10 +141,10 @@ def test_teacher_close_to_student(small, impl, kind, near):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_operands(small, impl, dtype):
     """The error of dhidden is that of rounding the gradient once: at most 0.5 %, in the norm of each row."""
-    *tensors, rows = problem(8, 8, 20, 32, 777, dtype, near=0.05)
+    *tensors, rows = problem(6, 6, 12, 32, 389, dtype, near=0.05)
     _, (dhidden, _) = ours(impl, tensors, rows)
     _, _, (want, _) = exact(tensors, rows)
-    used = torch.zeros(8, dtype=torch.bool, device=DEVICE)
+    used = torch.zeros(6, dtype=torch.bool, device=DEVICE)
     used[rows.student_row] = True
     error = (dhidden.double() - want).norm(dim=1)[used] / want.norm(dim=1)[used]
     assert error.max() <= 5e-3, error
@@ -153,11 +153,11 @@ def test_16_bit_operands(small, impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_option_and_the_head(small, impl):
-    *tensors, rows = problem(6, 5, 20, 24, 389, shared=False, d_t=17)
-    bias_s, bias_t = (torch.randn(389, device=DEVICE) for _ in range(2))
+    *tensors, rows = problem(6, 5, 18, 24, 289, shared=False, d_t=17)
+    bias_s, bias_t = (torch.randn(289, device=DEVICE) for _ in range(2))
     tensors = [*tensors, bias_s, bias_t]
-    upstream = torch.randn(20, device=DEVICE)
-    options = {"temperature": 1.3, "beta": 0.3, "logit_softcap": 8.0, "logit_scale": 0.7, "vocab_size": 380}
+    upstream = torch.randn(18, device=DEVICE)
+    options = {"temperature": 1.3, "beta": 0.3, "logit_softcap": 8.0, "logit_scale": 0.7, "vocab_size": 270}
     for entry_clip in (None, 0.01):
         options["entry_clip"] = entry_clip
         out, grads = ours(impl, tensors, rows, train_head=True, upstream=upstream, **options)
@@ -170,10 +170,10 @@ def test_every_option_and_the_head(small, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_statistics_and_labels(small, impl):
-    *tensors, rows = problem(6, 5, 20, 24, 777)
-    labels = torch.randint(700, (20,), device=DEVICE)
-    out = vigos.linear_divergence(*tensors, supervision=rows, labels=labels, vocab_size=700, impl=impl)
-    options = {"vocab_size": 700}
+    *tensors, rows = problem(6, 5, 18, 24, 389)
+    labels = torch.randint(300, (18,), device=DEVICE)
+    out = vigos.linear_divergence(*tensors, supervision=rows, labels=labels, vocab_size=300, impl=impl)
+    options = {"vocab_size": 300}
     z_s = reference.logits(tensors[0].double(), tensors[1].double(), **options)[rows.student_row]
     z_t = reference.logits(tensors[2].double(), tensors[1].double(), **options)[rows.teacher_row]
     for side, z in (("student", z_s), ("teacher", z_t)):
@@ -189,7 +189,7 @@ def test_statistics_and_labels(small, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_clipped_rows_and_weight_zero_have_exactly_no_gradient(small, impl):
-    *tensors, rows = problem(40, 8, 40, 24, 389)
+    *tensors, rows = problem(40, 8, 40, 24, 130)
     rows = replace(rows, student_row=torch.arange(40, device=DEVICE))
     _, divergence, _ = exact(tensors, rows)
     clip = torch.where(torch.arange(40, device=DEVICE) % 2 == 0, 0.5 * divergence.float(), 1e3)
@@ -210,7 +210,7 @@ def test_clipped_rows_and_weight_zero_have_exactly_no_gradient(small, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_does_not_depend_on_its_neighbours(small, impl):
     """Bit for bit: the same row alone in the loss, and among rows that are clipped or not."""
-    *tensors, rows = problem(40, 8, 40, 24, 389)
+    *tensors, rows = problem(40, 8, 40, 24, 130)
     rows = replace(rows, student_row=torch.arange(40, device=DEVICE))
     alone, (one, _) = ours(impl, tensors, rows)
     _, divergence, _ = exact(tensors, rows)
@@ -224,7 +224,7 @@ def test_a_row_does_not_depend_on_its_neighbours(small, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_identical_models_give_exactly_zero(small, impl):
-    *tensors, rows = problem(16, 16, 16, 24, 389)
+    *tensors, rows = problem(6, 6, 6, 24, 389)
     tensors[2] = tensors[0].clone()
     rows = replace(rows, teacher_row=rows.student_row)
     out, (dhidden, _) = ours(impl, tensors, rows)
@@ -246,7 +246,7 @@ def test_no_rows(small, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_in_an_unsupervised_row_stays_there(small, impl):
-    *tensors, rows = problem(6, 5, 12, 24, 389)
+    *tensors, rows = problem(6, 5, 6, 24, 200)
     rows = replace(rows, student_row=rows.student_row % 5)
     clean, (want, _) = ours(impl, tensors, rows)
     tensors[0][5] = math.nan
@@ -257,7 +257,7 @@ def test_nan_in_an_unsupervised_row_stays_there(small, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_repeatable_bit_for_bit(small, impl):
-    *tensors, rows = problem(6, 5, 20, 24, 777)
+    *tensors, rows = problem(6, 5, 9, 24, 389)
     a, b = (ours(impl, tensors, rows, train_head=True) for _ in range(2))
     assert torch.equal(a[0].divergence, b[0].divergence)
     assert all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
@@ -266,8 +266,8 @@ def test_repeatable_bit_for_bit(small, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_outputs_are_written_in_full(small, impl, monkeypatch):
     """Every buffer starts as NaN."""
-    *tensors, rows = problem(6, 5, 20, 24, 389)
-    rows = replace(rows, clip=torch.where(torch.arange(20, device=DEVICE) % 2 == 0, 0.5, INF))
+    *tensors, rows = problem(6, 5, 18, 24, 289)
+    rows = replace(rows, clip=torch.where(torch.arange(18, device=DEVICE) % 2 == 0, 0.5, INF))
     _, want = ours(impl, tensors, rows, train_head=True)
     plain = torch.empty
 
@@ -276,7 +276,7 @@ def test_outputs_are_written_in_full(small, impl, monkeypatch):
         return x.fill_(math.nan) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    labels = torch.arange(20, device=DEVICE)
+    labels = torch.arange(18, device=DEVICE)
     out, got = ours(impl, tensors, rows, train_head=True, labels=labels)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     for name, value in vars(out).items():
@@ -319,11 +319,11 @@ def logits_exact(student, teacher, rows, dtype=torch.float64, upstream=None, **o
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("v", [1, 127, 128, 1001])
+@pytest.mark.parametrize("v", [1, 127, 128, 401])
 def test_logits(small, dtype, v):
     """Repeated rows add up; rows nobody supervises get exact zeros."""
     student, teacher = peaked(7, v, 0, dtype), peaked(5, v, 1, dtype)
-    *_, rows = problem(6, 5, 20, 4, 8)
+    *_, rows = problem(6, 5, 12, 4, 8)
     s = student.clone().requires_grad_()
     out = vigos.logits_divergence(s, teacher, supervision=rows, impl="triton")
     out.loss.backward()

@@ -156,7 +156,7 @@ def half_scale(options: Options, state: Tensor) -> Tensor:
     |d KL(student || teacher) / dz| = p |log p/q - KL| <= 2 KL + 2/e, because sum p |log p/q| <= KL + 2/e; the other
     divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
     """
-    kl = torch.where(options.kind == REVERSE_KL, (state[:, 5] + state[:, 4]).clamp(min=0.0), 0.5)
+    kl = torch.where(options.kind == REVERSE_KL, (state[:, 5] + state[:, 4] + state[:, 6]).clamp(min=0.0), 0.5)
     scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.alpha * (2.0 * kl + 1.0)))))
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 
