@@ -239,6 +239,7 @@ torch.save(out, sys.argv[2])
 """
 
 
+@pytest.mark.slow  # a second process that imports torch and interprets Triton
 def test_fused_linear_jsd(tmp_path: Path) -> None:
     """Liger's needs Triton: its kernel runs in the interpreter, in a process of its own."""
     cases: list[dict[str, Any]] = []
