@@ -9,6 +9,8 @@ import zlib
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -306,6 +308,18 @@ def test_bad_rows(folder, changes, reason, tmp_path_factory):
     (folder / "bomb.png").write_bytes(bomb(9_000, 9_000))  # past our bound
     (folder / "huge.png").write_bytes(bomb(60_000, 60_000))  # past Pillow's own as well
     assert reason_of(folder, **changes) == reason
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
+def test_damaged_files_are_bad_rows_and_nothing_else(kind, data):
+    content = bytearray(encoded(Image.linear_gradient("L").resize((12, 10)).convert("RGB"), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 60).map(lambda i: i % len(content)))
+        content[place] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(1, len(content)) | st.just(len(content)))]
+    (row,) = load_rows([record(0) | {"images": [bytes(content)]}], bad_rows="return")
+    assert isinstance(row, BadRow) or row["images"][0].mode == "RGB"
 
 
 def test_limits_are_arguments(folder):
