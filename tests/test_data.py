@@ -310,6 +310,7 @@ def test_bad_rows(folder, changes, reason, tmp_path_factory):
     assert reason_of(folder, **changes) == reason
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it finds odd
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
 def test_damaged_files_are_bad_rows_and_nothing_else(kind, data):
