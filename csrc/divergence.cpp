@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kLanes = 16;       // columns come in multiples of it
 constexpr int64_t kSuperBlock = 96;  // rows of a head whose piece of it stays in the second-level cache
-constexpr int64_t kPiece = 256;      // vocabulary entries of a packed piece of the head
+constexpr int64_t kPiece = 256;      // vocabulary entries of a packed piece of the head, and its panels: both and
+constexpr int64_t kPanels = 7;       // the sums they add to stay in the second-level cache
 constexpr int64_t kRowBlock = 1024;  // entries of a row at a time: 64 steps of 16 lanes
 constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
 
@@ -143,22 +144,22 @@ void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float*
       a = wide;
       ld = k;
     }
-    of.multiply(a, ld, false, packed, rows, n, k, out + from * ld_out, ld_out, false);
+    of.multiply(a, ld, packed, rows, n, k, out + from * ld_out, ld_out, false);
   });
 }
 
 void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, float* out, int threads) {
   const Isa& of = isa();
   const int64_t d = head.columns, v = head.rows;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(4, v / 4096));
-  const int64_t length = (v + parts - 1) / parts, panels = (d + of.panel - 1) / of.panel;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, v / 4096));
+  const int64_t length = (v + parts - 1) / parts, group = kPanels * of.panel, groups = (d + group - 1) / group;
   static thread_local Scratch partial_scratch;
   float* partial = partial_scratch.at_least(parts * l * d);
-  parallel_for(parts * panels, threads, [&](int64_t i) {
-    static thread_local Scratch packed_scratch;
-    float* packed = packed_scratch.at_least(kPiece * of.panel);
-    const int64_t part = i / panels, column = i % panels * of.panel;
-    const int64_t columns = std::min<int64_t>(of.panel, d - column);
+  parallel_for(parts * groups, threads, [&](int64_t i) {
+    static thread_local Scratch packed_scratch, tiles_scratch;
+    float* packed = packed_scratch.at_least(kPiece * group);
+    float* tiles = tiles_scratch.at_least(kPiece * (l + of.tile_rows));
+    const int64_t part = i / groups, column = i % groups * group, columns = std::min(group, d - column);
     const int64_t begin = part * length, end = std::min(v, begin + length);
     float* to = partial + part * l * d + column;
     if (begin >= end) {
@@ -166,8 +167,15 @@ void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, fl
     }
     for (int64_t from = begin; from < end; from += kPiece) {
       const int64_t rows = std::min(kPiece, end - from);
-      of.pack_panel(head.at(from, column), head.dtype, head.ld, rows, columns, packed);
-      of.multiply(g + from * ld_g, ld_g, true, packed, l, columns, rows, to, d, from > begin);
+      of.pack_columns(head.at(from, column), head.dtype, head.ld, rows, columns, packed);
+      of.pack_tiles(g + from * ld_g, ld_g, rows, l, tiles);
+      Prefetch next;
+      if (from + rows < end) {
+        const int64_t size = head.dtype == kFloat32 ? 4 : 2;
+        next = {static_cast<const char*>(head.at(from + rows, column)), std::min(kPiece, end - from - rows),
+                (columns * size + 63) / 64, head.ld * size};
+      }
+      of.multiply_tiles(tiles, packed, l, columns, rows, to, d, from > begin, next);
     }
   });
   parallel_for(l, threads, [&](int64_t r) {
@@ -184,12 +192,10 @@ void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const f
   const Isa& of = isa();
   static thread_local Scratch packed_scratch;
   float* packed = packed_scratch.at_least(l * ((d + kLanes - 1) / kLanes * kLanes));
-  for (int64_t j = 0; j < d; j += of.panel) {
-    of.pack_panel(hidden + j, kFloat32, d, l, std::min<int64_t>(of.panel, d - j), packed + j * l);
-  }
+  of.pack_columns(hidden, kFloat32, d, l, d, packed);
   parallel_for((v + kSuperBlock - 1) / kSuperBlock, threads, [&](int64_t i) {
     const int64_t from = i * kSuperBlock, rows = std::min(kSuperBlock, v - from);
-    of.multiply(g + from * ld_g, ld_g, false, packed, rows, d, l, out + from * d, d, true);
+    of.multiply(g + from * ld_g, ld_g, packed, rows, d, l, out + from * d, d, true);
   });
 }
 

@@ -56,10 +56,17 @@ struct View {
   int64_t lanes;
 };
 
+// Rows of memory to bring into the second-level cache: `lines` cache lines of each, `stride` bytes apart.
+struct Prefetch {
+  const char* data = nullptr;
+  int64_t rows = 0, lines = 1, stride = 0;
+};
+
 // The functions of one instruction set.
 struct Isa {
   const char* name;
-  int panel;  // columns of a packed panel of the matrix products
+  int panel;      // columns of a packed panel of the matrix products
+  int tile_rows;  // rows of a tile of them
 
   // First visit: adds a view to the running statistics of its columns.
   void (*statistics)(const View&, const Transform&, ColumnStatistics*);
@@ -73,11 +80,16 @@ struct Isa {
   void (*narrow)(const float* from, int64_t n, void* to, DType dtype);
   // Columns of the right operand, B(k, j) = x[j * ld + k], into panels.
   void (*pack_rows)(const float* x, int64_t ld, int64_t k, int64_t n, float* to);
-  // Rows of it, B(k, j) = x[k * ld + j] of any dtype, into one panel of columns j < n.
-  void (*pack_panel)(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to);
-  // c (m, n) = or += a (m, k) @ packed. a(i, k) = a[i * ld + k], or a[k * ld + i] if transposed.
-  void (*multiply)(const float* a, int64_t ld, bool transposed, const float* packed, int64_t m, int64_t n, int64_t k,
-                   float* c, int64_t ld_c, bool add);
+  // Rows of it, B(k, j) = x[k * ld + j] of any dtype, into panels.
+  void (*pack_columns)(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to);
+  // Columns of the left operand, A(i, k) = x[k * ld + i], into tiles; room for m + rows - 1 rows.
+  void (*pack_tiles)(const float* x, int64_t ld, int64_t k, int64_t m, float* to);
+  // c (m, n) = or += A (m, k) @ packed panels, A(i, k) = a[i * ld + k].
+  void (*multiply)(const float* a, int64_t ld, const float* packed, int64_t m, int64_t n, int64_t k, float* c,
+                   int64_t ld_c, bool add);
+  // The same from tiles, over a depth k in one piece; what comes next is fetched meanwhile.
+  void (*multiply_tiles)(const float* tiles, const float* packed, int64_t m, int64_t n, int64_t k, float* c,
+                         int64_t ld_c, bool add, const Prefetch& next);
   // The functions of simd.h, for their tests: 0 exp, 1 expm1(-x), 2 log1p, 3 tanh.
   void (*evaluate)(int function, const float* x, int64_t n, float* y);
 };

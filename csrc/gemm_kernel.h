@@ -19,7 +19,7 @@ constexpr int kVectors = VIGOS_TILE_VECTORS;  // vectors across it
 constexpr int kPanel = kVectors * W;
 constexpr int64_t kDepth = 256;
 
-template <int ROWS, int VECTORS, bool TRANSPOSED>
+template <int ROWS, int VECTORS, bool TILED>
 inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c, int64_t ld_c, bool add) {
   vf sum[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -33,7 +33,7 @@ inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c
     for (int j = 0; j < VECTORS; ++j) right[j] = load(b + p * (VECTORS * W) + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const vf left = splat(TRANSPOSED ? a[p * ld + i] : a[i * ld + p]);
+      const vf left = splat(TILED ? a[p * kRows + i] : a[i * ld + p]);
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) sum[i][j] += left * right[j];
     }
@@ -48,54 +48,86 @@ inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c
   }
 }
 
-template <int VECTORS, bool TRANSPOSED>
+// Rows that do not fill a tile: one tile of as many.
+template <int ROWS, int VECTORS, bool TILED>
+inline void last_tile(int64_t rows, const float* a, int64_t ld, const float* b, int64_t k, float* c, int64_t ld_c,
+                      bool add) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return tile<ROWS, VECTORS, TILED>(a, ld, b, k, c, ld_c, add);
+    last_tile<ROWS - 1, VECTORS, TILED>(rows, a, ld, b, k, c, ld_c, add);
+  }
+}
+
+template <int VECTORS, bool TILED>
 void strip_of_tiles(const float* a, int64_t ld, const float* b, int64_t m, int64_t k, float* c, int64_t ld_c,
                     bool add) {
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows) {
-    tile<kRows, VECTORS, TRANSPOSED>(a + (TRANSPOSED ? i : i * ld), ld, b, k, c + i * ld_c, ld_c, add);
+  for (int64_t i = 0; i < m; i += kRows) {
+    const float* left = a + (TILED ? i * k : i * ld);
+    if (m - i >= kRows)
+      tile<kRows, VECTORS, TILED>(left, ld, b, k, c + i * ld_c, ld_c, add);
+    else
+      last_tile<kRows - 1, VECTORS, TILED>(m - i, left, ld, b, k, c + i * ld_c, ld_c, add);
   }
-  for (; i < m; ++i) tile<1, VECTORS, TRANSPOSED>(a + (TRANSPOSED ? i : i * ld), ld, b, k, c + i * ld_c, ld_c, add);
 }
 
-template <bool TRANSPOSED>
+template <bool TILED>
 void panel_product(const float* a, int64_t ld, const float* b, int vectors, int64_t m, int64_t k, float* c,
                    int64_t ld_c, bool add) {
+  static_assert(kVectors <= 4);
   switch (vectors) {
     case 1:
-      return strip_of_tiles<1, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+      return strip_of_tiles<1, TILED>(a, ld, b, m, k, c, ld_c, add);
     case 2:
-      return strip_of_tiles<2, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+      return strip_of_tiles<2, TILED>(a, ld, b, m, k, c, ld_c, add);
     case 3:
-      return strip_of_tiles<3, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+      return strip_of_tiles<3, TILED>(a, ld, b, m, k, c, ld_c, add);
     default:
-      return strip_of_tiles<4, TRANSPOSED>(a, ld, b, m, k, c, ld_c, add);
+      return strip_of_tiles<4, TILED>(a, ld, b, m, k, c, ld_c, add);
   }
 }
 
-void multiply(const float* a, int64_t ld, bool transposed, const float* packed, int64_t m, int64_t n, int64_t k,
-              float* c, int64_t ld_c, bool add) {
+// One panel of columns, over a depth of at most kDepth.
+template <bool TILED>
+void panel_columns(const float* a, int64_t ld, const float* b, int64_t m, int64_t columns, int64_t k, float* c,
+                   int64_t ld_c, bool add) {
+  const int vectors = static_cast<int>((columns + W - 1) / W);
+  if (columns % W == 0) return panel_product<TILED>(a, ld, b, vectors, m, k, c, ld_c, add);
+  float edge[kRows * kPanel];  // columns that do not fill a vector
+  for (int64_t i = 0; i < m; i += kRows) {
+    const int64_t rows = m - i < kRows ? m - i : kRows;
+    panel_product<TILED>(a + (TILED ? i * k : i * ld), ld, b, vectors, rows, k, edge, vectors * W, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = c + (i + r) * ld_c;
+      for (int64_t q = 0; q < columns; ++q) to[q] = (add ? to[q] : 0.0f) + edge[r * vectors * W + q];
+    }
+  }
+}
+
+void multiply(const float* a, int64_t ld, const float* packed, int64_t m, int64_t n, int64_t k, float* c, int64_t ld_c,
+              bool add) {
   for (int64_t p = 0; p < k; p += kDepth) {
     const int64_t depth = k - p < kDepth ? k - p : kDepth;
     for (int64_t j = 0; j < n; j += kPanel) {
-      const int64_t columns = n - j < kPanel ? n - j : kPanel;
-      const int vectors = static_cast<int>((columns + W - 1) / W);
-      const float* b = packed + j * k + p * vectors * W;
-      const float* left = a + (transposed ? p * ld : p);
-      const auto product = transposed ? panel_product<true> : panel_product<false>;
-      if (columns % W == 0) {
-        product(left, ld, b, vectors, m, depth, c + j, ld_c, add || p > 0);
-        continue;
+      const int64_t columns = n - j < kPanel ? n - j : kPanel, width = (columns + W - 1) / W * W;
+      panel_columns<false>(a + p, ld, packed + j * k + p * width, m, columns, depth, c + j, ld_c, add || p > 0);
+    }
+  }
+}
+
+void multiply_tiles(const float* tiles, const float* packed, int64_t m, int64_t n, int64_t k, float* c, int64_t ld_c,
+                    bool add, const Prefetch& next) {
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t columns = n - j < kPanel ? n - j : kPanel, panel = j / kPanel;
+    // This panel's share of the lines to come, a tile's share at a time.
+    const int64_t lines = next.rows * next.lines, first = lines * panel / panels;
+    const int64_t share = lines * (panel + 1) / panels - first;
+    for (int64_t i = 0; i < m; i += kRows) {
+      const int64_t rows = m - i < kRows ? m - i : kRows;
+      for (int64_t line = first + share * i / m; line < first + share * (i + rows) / m; ++line) {
+        __builtin_prefetch(next.data + line / next.lines * next.stride + line % next.lines * 64, 0, 2);
       }
-      float edge[kRows * kPanel];  // columns that do not fill a vector
-      for (int64_t i = 0; i < m; i += kRows) {
-        const int64_t rows = m - i < kRows ? m - i : kRows;
-        product(left + (transposed ? i : i * ld), ld, b, vectors, rows, depth, edge, kPanel, false);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* to = c + (i + r) * ld_c + j;
-          for (int64_t q = 0; q < columns; ++q) to[q] = (add || p > 0 ? to[q] : 0.0f) + edge[r * kPanel + q];
-        }
-      }
+      panel_columns<true>(tiles + i * k, 0, packed + j * k, rows, columns, k, c + i * ld_c + j, ld_c, add);
     }
   }
 }
@@ -160,11 +192,30 @@ void pack_rows(const float* x, int64_t ld, int64_t k, int64_t n, float* to) {
   }
 }
 
-void pack_panel(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to) {
-  const int64_t width = (n + W - 1) / W * W, size = dtype == kFloat32 ? 4 : 2;
+void pack_columns(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to) {
+  const int64_t size = dtype == kFloat32 ? 4 : 2;
   for (int64_t p = 0; p < k; ++p) {
-    widen(static_cast<const char*>(x) + p * ld * size, dtype, n, to + p * width);
-    for (int64_t q = n; q < width; ++q) to[p * width + q] = 0.0f;
+    const char* row = static_cast<const char*>(x) + p * ld * size;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t columns = n - j < kPanel ? n - j : kPanel, width = (columns + W - 1) / W * W;
+      float* panel = to + j * k + p * width;
+      widen(row + j * size, dtype, columns, panel);
+      for (int64_t q = columns; q < width; ++q) panel[q] = 0.0f;
+    }
+  }
+}
+
+void pack_tiles(const float* x, int64_t ld, int64_t k, int64_t m, float* to) {
+  for (int64_t p = 0; p < k; ++p) {
+    for (int64_t i = 0; i < m; i += kRows) {
+      const int64_t rows = m - i < kRows ? m - i : kRows;
+      float* tile = to + i * k + p * kRows;
+      if (rows == kRows) {
+        __builtin_memcpy(tile, x + p * ld + i, kRows * sizeof(float));
+      } else {
+        for (int64_t r = 0; r < rows; ++r) tile[r] = x[p * ld + i + r];
+      }
+    }
   }
 }
 

@@ -11,9 +11,20 @@ namespace vigos::cpu {
 
 const Isa& VIGOS_TABLE_NAME(VIGOS_ISA)() {
   namespace of = VIGOS_ISA;
-  static const Isa table = {
-      VIGOS_STRING(VIGOS_ISA), of::kPanel,     of::statistics, of::measure, of::gradient, of::widen, of::narrow,
-      of::pack_rows,           of::pack_panel, of::multiply,   of::evaluate};
+  static const Isa table = {VIGOS_STRING(VIGOS_ISA),
+                            of::kPanel,
+                            of::kRows,
+                            of::statistics,
+                            of::measure,
+                            of::gradient,
+                            of::widen,
+                            of::narrow,
+                            of::pack_rows,
+                            of::pack_columns,
+                            of::pack_tiles,
+                            of::multiply,
+                            of::multiply_tiles,
+                            of::evaluate};
   return table;
 }
 
