@@ -11,6 +11,9 @@
 #include <cstring>
 
 #include "logits_rows.h"
+#if defined(__CUDACC__)
+#include "device.cuh"
+#endif
 
 namespace vigos {
 
