@@ -303,9 +303,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", name, "--device", args.device]
         for option in ("tokens", "width", "vocabulary", "repeats"):
             command += [f"--{option}", str(getattr(args, option))]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        )
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
         x = json.loads(done.stdout.splitlines()[-1])
