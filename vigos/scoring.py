@@ -506,7 +506,7 @@ class TeacherScorer:
 
     Args:
         model: the student itself, whose adapter is switched off for the call, or a separate frozen or EMA model.
-        scoring, token_budget, backend, vision: as in `hidden_states`.
+        scoring, token_budget, backend: as in `hidden_states`.
         verify: "first" compares the first row's sequences with unshared forwards once, "always" in each call; a
             mismatch warns and switches to scoring="separate". "never" trusts the tree.
         adapter: "off" scores with the weights under the adapter, the frozen teacher; "on" with the adapted ones.
@@ -521,7 +521,6 @@ class TeacherScorer:
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         backend: str = "auto",
         adapter: Literal["off", "on"] = "off",
-        vision: VisionCache | None = None,
     ) -> None:
         if scoring not in SCORINGS:
             raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
@@ -530,7 +529,7 @@ class TeacherScorer:
         if adapter not in ("off", "on"):
             raise ValueError(f"adapter must be 'off' or 'on', got {adapter!r}")
         self.model, self.scoring, self.verify = model, scoring, verify
-        self.token_budget, self.backend, self.adapter, self.vision = token_budget, backend, adapter, vision
+        self.token_budget, self.backend, self.adapter = token_budget, backend, adapter
         self.stats = ScoringStats(0, 0, 0, 0.0)
         self.verified = False  # whether a row has been compared with unshared forwards
         self.deviation = 0.0  # what that comparison gave, relative to the norm of a hidden state
@@ -538,16 +537,20 @@ class TeacherScorer:
             check_adapter(model)
 
     @torch.no_grad()
-    def score(self, batch: TeacherBatch) -> tuple[Tensor, Supervision]:
-        """The teacher's hidden rows (M, D), in the order of `batch.teacher_sequences`, and the batch's supervision."""
+    def score(self, batch: TeacherBatch, *, vision: VisionCache | None = None) -> tuple[Tensor, Supervision]:
+        """The teacher's hidden rows (M, D), in the order of `batch.teacher_sequences`, and the batch's supervision.
+
+        Args:
+            vision: as in `hidden_states`; pass the same one to the student's call and its images are encoded once.
+        """
         start = time.perf_counter()
         sequences = list(batch.teacher_sequences)
         with teacher_mode(self.model, adapter=self.adapter):
-            hidden, passes = self._hidden(sequences)
+            hidden, passes = self._hidden(sequences, vision)
             if self.scoring == "tree" and (self.verify == "always" or (self.verify == "first" and not self.verified)):
                 self._compare(sequences, hidden)
                 if self.scoring == "separate":
-                    hidden, passes = self._hidden(sequences)
+                    hidden, passes = self._hidden(sequences, vision)
         self.stats = ScoringStats(
             tokens=sum(each.tokens for each in passes),
             tokens_separate=sum(len(fed_ids(s)) for s in sequences),
@@ -556,9 +559,9 @@ class TeacherScorer:
         )
         return hidden, batch.supervision
 
-    def _hidden(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, list[_Pass]]:
+    def _hidden(self, sequences: Sequence[ScoredSequence], vision: VisionCache | None) -> tuple[Tensor, list[_Pass]]:
         passes = _plan(self.model, sequences, self.scoring, self.token_budget, self.backend, None)
-        return _run(self.model, passes, sum(len(s.scored) for s in sequences), self.vision), passes
+        return _run(self.model, passes, sum(len(s.scored) for s in sequences), vision), passes
 
     def _compare(self, sequences: Sequence[ScoredSequence], hidden: Tensor) -> None:
         """Compares the first row's states with its sequences run alone; a mismatch warns and ends sharing.

@@ -283,7 +283,9 @@ def _triton(
 ) -> Tensor:
     from vigos.kernels.tree_attention import tree_attention
 
-    return tree_attention(query, key, value, plan.subtree_end, scale=scale, window=window, softcap=softcap)
+    return tree_attention(
+        query, key, value, plan.subtree_end, scale=scale, window=window, softcap=softcap, positions=plan.depth
+    )
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {

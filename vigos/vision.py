@@ -37,6 +37,11 @@ class VisionCache:
         self._features: OrderedDict[str, SimpleNamespace] = OrderedDict()
         self._base: Any = None
 
+    @classmethod
+    def for_model(cls, base: Any, max_images: int = 64) -> VisionCache | None:
+        """A cache if the features of this transformers model can be kept, else None."""
+        return cls(max_images) if cls.obstacle(base) is None else None
+
     @staticmethod
     def obstacle(base: Any) -> str | None:
         """Why features of this transformers model cannot be kept; None if they can."""

@@ -1,0 +1,284 @@
+"""Teacher scoring: the prefix tree against separate forwards and against the released scheme.
+
+    python bench/prefix_tree.py                              # this machine, a model that fits it
+    python bench/prefix_tree.py --size 3b --device cuda      # random weights of the 3B shape
+
+Three schemes score the same step, in turn, so that a busy machine slows them alike:
+
+    released   three teachers, each a padded batch of every whole rollout: three vision passes, logits for all tokens
+    separate   routed and cut, one padded batch after another under a token budget, no logits
+    tree       routed and cut, every distinct prefix once, no logits
+
+Before a time is printed, the hidden states of `tree` are compared with those of `separate`. Operations are counted by
+torch's counter. Processor time is that of all threads together, the steadier figure on a busy machine. Memory is the
+highest resident size (CPU) or allocation (GPU) above what was there before. Ratios are against `released`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from vigos.scoring import _padded_batch, hidden_states
+from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
+
+IMAGE, VISION_START, VISION_END = 3, 4, 5
+PATCH, MERGE = 14, 2
+DESCRIPTION, COMPLETION, QUESTION, ANSWER, SYSTEM = 64, 192, 60, 40, 24  # tokens
+
+# text: hidden, intermediate, layers, heads, kv heads, vocabulary; vision: hidden, intermediate, depth, heads.
+# 3b and 7b are Qwen2.5-VL's shapes; in all of them the tower costs about as much a token as the language model.
+SIZES = {
+    "5m": ((256, 768, 6, 4, 2, 32_000), (128, 344, 6, 4)),
+    "25m": ((512, 1408, 8, 8, 2, 32_000), (256, 684, 8, 4)),
+    "100m": ((768, 2304, 14, 12, 2, 32_000), (384, 1024, 12, 6)),
+    "3b": ((2048, 11_008, 36, 16, 2, 151_936), (1280, 3420, 32, 16)),
+    "7b": ((3584, 18_944, 28, 28, 4, 152_064), (1280, 3420, 32, 16)),
+}
+# image tokens, rollouts a prompt, invalid rollouts a prompt
+CASES = [(256, 1, 0), (1024, 1, 0), (256, 4, 0), (1024, 4, 0), (1024, 4, 2), (1024, 4, 4), (64, 4, 0)]
+GPU_CASES = [(n, r, i) for n in (64, 256, 1024, 4096) for r in (1, 4, 8) for i in (0, r // 2, r)]
+
+
+def build(size: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    (hidden, inner, layers, heads, kv_heads, vocab), (v_hidden, v_inner, depth, v_heads) = SIZES[size]
+    half = hidden // heads // 2  # rotary frequencies, a quarter for time and the rest for height and width
+    part = half * 3 // 8
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+            "max_position_embeddings": 32_768, "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * part, part, part],
+            },
+        },
+        vision_config={
+            "hidden_size": v_hidden, "intermediate_size": v_inner, "depth": depth, "num_heads": v_heads,
+            "out_hidden_size": hidden, "patch_size": PATCH, "spatial_merge_size": MERGE,
+            "fullatt_block_indexes": list(range(depth // 4 - 1, depth, depth // 4)),
+        },
+        image_token_id=IMAGE, video_token_id=6, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+
+
+def words(n: int, seed: int) -> torch.Tensor:
+    return torch.randint(10, 30_000, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def picture(tokens: int, seed: int) -> ImageInputs:
+    """Random pixels of an image that takes `tokens` placeholders, as Qwen's processor lays them out."""
+    columns = next(c for c in range(int(tokens**0.5), 0, -1) if tokens % c == 0)
+    grid = torch.tensor([[1, MERGE * tokens // columns, MERGE * columns]])
+    pixels = torch.randn(4 * tokens, 3 * 2 * PATCH * PATCH, generator=torch.Generator().manual_seed(seed))
+    return ImageInputs.of({"pixel_values": pixels, "image_grid_thw": grid})
+
+
+def prompt(image: ImageInputs, tokens: int, user: torch.Tensor) -> EncodedPrompt:
+    ids = torch.cat([
+        words(SYSTEM, 1), torch.tensor([VISION_START]), torch.full((tokens,), IMAGE), torch.tensor([VISION_END]), user
+    ])  # fmt: skip
+    return EncodedPrompt(ids, (ids == IMAGE).long(), image)
+
+
+def step(image_tokens: int, rollouts: int, invalid: int, rows: int = 4) -> tuple[list, list[list]]:
+    """A step of `rows` rollouts: what the routed teachers score, and the released scheme's three batches."""
+    routed: list[ScoredSequence] = []
+    released: list[list[ScoredSequence]] = [[], [], []]
+    for row in range(max(rows, rollouts)):
+        problem = row // rollouts
+        image = picture(image_tokens, 100 + problem)
+        question, answer = words(QUESTION, 200 + problem), words(ANSWER, 300 + problem)
+        roles = {
+            "perception": prompt(image, image_tokens, words(5, 2)),
+            "reasoning": prompt(image, image_tokens, torch.cat([question, answer, words(5, 3)])),
+            "reference": prompt(image, image_tokens, torch.cat([question, answer, words(30, 4)])),
+        }
+        completion = words(COMPLETION, 400 + row)
+        for batch, encoded in zip(released, roles.values(), strict=True):
+            batch.append(ScoredSequence(encoded, completion, torch.arange(COMPLETION), (row, "")))
+        if row % rollouts < invalid:
+            spans = {"reference": torch.arange(COMPLETION)}
+        else:
+            spans = {"perception": torch.arange(DESCRIPTION), "reasoning": torch.arange(DESCRIPTION + 4, COMPLETION)}
+        routed += [ScoredSequence(roles[role], completion, span, (row, role)) for role, span in spans.items()]
+    return routed, released
+
+
+def run_released(model: torch.nn.Module, batches: list[list[ScoredSequence]]) -> None:
+    for batch in batches:
+        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
+        model(**_padded_batch(model, members, None), use_cache=False).logits  # noqa: B018
+
+
+@contextmanager
+def peak_mib(device: str, out: list[float]):
+    """Appends the highest memory use above the start, in MiB."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield
+        out.append((torch.cuda.max_memory_allocated() - start) / 2**20)
+        return
+    page, highest, done = os.sysconf("SC_PAGE_SIZE"), 0, threading.Event()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.005):
+            highest = max(highest, resident())
+
+    start, thread = resident(), threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    out.append(max(highest - start, 0) / 2**20)
+
+
+def cpu_flash(query, key, *_, **__):
+    """torch's counter knows no operations of its CPU attention."""
+    return 4 * query[0] * query[1] * query[2] * query[3] * key[2]
+
+
+Result = tuple[float, float, float, float]  # teraflop, wall seconds, processor seconds, peak MiB
+
+
+def measure(fns: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, Result]:
+    """Medians of each scheme, the schemes taking turns."""
+    flops: dict[str, float] = {}
+    wall, processor, memory = ({name: [] for name in fns} for _ in range(3))
+    table = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash}
+    for name, fn in fns.items():  # also the warm-up
+        with FlopCounterMode(display=False, custom_mapping=table) as counter:
+            fn()
+        flops[name] = counter.get_total_flops() / 1e12
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            with peak_mib(device, memory[name]):
+                start, used = time.perf_counter(), time.process_time()
+                fn()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                wall[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - used)
+    return {n: (flops[n], median(wall[n]), median(processor[n]), max(memory[n])) for n in fns}
+
+
+def schemes(
+    model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]], backend: str
+) -> dict[str, Callable[[], object]]:
+    return {
+        "released": lambda: run_released(model, released),
+        "separate": lambda: hidden_states(model, routed, scoring="separate"),
+        "tree": lambda: hidden_states(model, routed, scoring="tree", backend=backend),
+    }
+
+
+def machine(device: str) -> dict[str, str]:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.machine())
+        name = f"{cpu}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", default="auto", help="attention of the tree")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=None, help="only the first so many cases")
+    parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/prefix_tree_SIZE.csv")
+    args = parser.parse_args()
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = build(args.size, args.device, dtype)
+    out = args.out or Path(__file__).parent / "results" / args.device / f"prefix_tree_{args.size}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about, lines = machine(args.device), []
+    print(" · ".join(about.values()))
+    print(
+        " image rollouts invalid scheme     tokens    Tflop        s    cpu s     MiB   released/this: flop    s  cpu s"
+    )
+    for image_tokens, rollouts, invalid in (CASES if args.device == "cpu" else GPU_CASES)[: args.cases]:
+        routed, released = step(image_tokens, rollouts, invalid)
+        tree = hidden_states(model, routed, scoring="tree", backend=args.backend)
+        separate = hidden_states(model, routed, scoring="separate")
+        deviation = ((tree - separate).norm() / separate.norm()).item()
+        if not deviation < (1e-4 if dtype == torch.float32 else 3e-2):
+            raise SystemExit(f"tree and separate differ by {deviation:.1e} of their norm")
+        result = measure(schemes(model, routed, released, args.backend), args.device, args.repeats)
+        tokens = counts(model, routed, released)
+        for scheme, (flops, wall, processor, mib) in result.items():
+            ratios = [base / own for base, own in zip(result["released"][:3], (flops, wall, processor), strict=True)]
+            print(
+                f"{image_tokens:6} {rollouts:8} {invalid:7} {scheme:9} {tokens[scheme]:7} {flops:8.3f} {wall:8.3f} "
+                f"{processor:8.3f} {mib:7.0f}             {ratios[0]:7.2f} {ratios[1]:5.2f} {ratios[2]:5.2f}",
+                flush=True,
+            )
+            lines.append(
+                {
+                    "size": args.size, "image_tokens": image_tokens, "rollouts": rollouts, "invalid_a_prompt": invalid,
+                    "scheme": scheme, "tokens": tokens[scheme], "teraflop": round(flops, 5),
+                    "runtime_s": round(wall, 4), "processor_s": round(processor, 4), "peak_mib": round(mib),
+                    "flop_ratio": round(ratios[0], 3), "speedup": round(ratios[1], 3),
+                    "processor_speedup": round(ratios[2], 3), "deviation": f"{deviation:.1e}", **about,
+                }
+            )  # fmt: skip
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+def counts(
+    model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]]
+) -> dict[str, int]:
+    """Tokens the language model reads, padding included."""
+    from vigos.scoring import _plan
+
+    longest = [max(len(s.prompt.ids) + len(s.completion_ids) for s in batch) for batch in released]
+    return {
+        "released": sum(len(batch) * n for batch, n in zip(released, longest, strict=True)),
+        **{
+            scheme: sum(each.tokens for each in _plan(model, routed, scheme, 16_384, "auto", None))
+            for scheme in ("separate", "tree")
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
