@@ -13,12 +13,12 @@ inline LinearHopperPlan plan_linear(int64_t rows, int64_t vocab, int multiproces
   require(vocab > 0, "vocab", "> 0", vocab);
   require(multiprocessors > 0, "multiprocessors", "> 0", multiprocessors);
   const int64_t row_tiles = (rows + kTileM - 1) / kTileM, tiles = (vocab + kTileN - 1) / kTileN;
-  // As many parts as make the waves of blocks shortest; each part costs a little merging, so the fewest win a tie.
+  // As many parts as make the waves of blocks shortest, where a block's start and end cost about two tiles.
   int best = 1;
   int64_t shortest = INT64_MAX;
   for (int splits = 1; splits <= multiprocessors && splits <= tiles; ++splits) {
     const int64_t waves = (row_tiles * splits + multiprocessors - 1) / multiprocessors;
-    const int64_t length = waves * ((tiles + splits - 1) / splits);
+    const int64_t length = waves * ((tiles + splits - 1) / splits + 2);
     if (length < shortest) {
       shortest = length;
       best = splits;

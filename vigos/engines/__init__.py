@@ -19,7 +19,7 @@ import torch
 
 from vigos.engines.problem import LinearProblem, LogitsProblem
 
-IMPLS = ("reference", "cpu", "triton", "triton_streaming", "cuda")
+IMPLS = ("reference", "cpu", "triton", "triton_streaming", "cuda", "cuda_hopper")
 
 # What `auto` tries, in order. An engine that no run on a GPU has checked stays out of it.
 AUTO = {

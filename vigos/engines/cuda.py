@@ -179,6 +179,17 @@ def _slice(statistics: Statistics, at: slice) -> Statistics:
     return Statistics(*(None if x is None else x[at] for x in vars(statistics).values()))  # type: ignore[arg-type]
 
 
+def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor) -> None:
+    """dweight (V, D) fp32 += dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
+
+    The weights go to the narrow operand. Block by block of the vocabulary: no second (V, D) tensor exists.
+    """
+    v, d = dweight.shape
+    weighted = torch.where(live[:, None], hidden.float() * weight[:, None], 0.0).to(hidden.dtype)
+    for block in chunks(v, max(1, CHUNK_BYTES // (4 * d))):
+        dweight[block] += _mm(dlogits[:, block].T, weighted)
+
+
 def forward(problem: LinearProblem) -> LinearResult:
     """Statistics of every row; gradients of the rows through which the loss has one."""
     device, r = problem.device, problem.n_rows
@@ -232,10 +243,7 @@ def forward(problem: LinearProblem) -> LinearResult:
         if result.dbias is not None:
             result.dbias += torch.mv(dlogits[:n].float().T, weight)
         if result.dweight is not None:
-            # The weights go to the narrow operand. Block by block: no second (V, D) tensor exists.
-            weighted = torch.where(live[:, None], hidden_s[:n].float() * weight[:, None], 0.0).to(head_s.dtype)
-            for block in chunks(v, max(1, CHUNK_BYTES // (4 * d))):
-                result.dweight[block] += _mm(dlogits[:n, block].T, weighted)
+            add_dweight(result.dweight, dlogits[:n], hidden_s[:n], live, part.weight)
     return result
 
 
