@@ -20,6 +20,7 @@ struct Transform {
   const float* bias_s = nullptr;  // (V,), both or neither
   const float* bias_t = nullptr;
   const float* bias_gap = nullptr;  // bias_s - bias_t, 0 where both are -inf
+  bool difference = false;          // the student's raw logits are given as raw_s - raw_t
 };
 
 struct Options {

@@ -22,8 +22,8 @@ namespace vigos::cpu::VIGOS_ISA {
 
 constexpr int kBlock = 64;
 
-// How raw logits become z.
-enum { kScaled, kBiased, kCapped };
+// How raw logits become z; kDifference is added to one of the three.
+enum { kScaled, kBiased, kCapped, kDifference = 4 };
 
 struct Entry {
   vf z_s, z_t, gap;  // gap = z_s - z_t, with as little rounding as possible
@@ -34,14 +34,18 @@ template <int FORM>
 inline Entry entry(vf raw_s, vf raw_t, const Transform& f, int64_t v) {
   Entry out;
   vf difference = raw_s - raw_t;
-  if constexpr (FORM != kScaled) {
+  if constexpr ((FORM & kDifference) != 0) {
+    difference = raw_s;
+    raw_s += raw_t;
+  }
+  if constexpr ((FORM & 3) != kScaled) {
     if (f.bias_gap != nullptr) {
       raw_s += f.bias_s[v];
       raw_t += f.bias_t[v];
       difference += f.bias_gap[v];
     }
   }
-  if constexpr (FORM == kCapped) {
+  if constexpr ((FORM & 3) == kCapped) {
     const vf t_s = tanh_(raw_s * f.inner), t_t = tanh_(raw_t * f.inner);
     out.z_s = t_s * f.height;
     out.z_t = t_t * f.height;
@@ -129,6 +133,9 @@ inline Column column(const Normalised& n, int64_t lane) {
           load(n.delta + lane), kind == kForwardKL,   kind == kReverseKL};
 }
 
+// min(u, clip), and NaN where u is.
+inline vf min_nan(vf u, float clip) { return u > clip ? splat(clip) : u; }
+
 struct Terms {
   vf value;  // of the divergence
   vf a;      // of the gradient
@@ -154,9 +161,9 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
   if constexpr ((KINDS & kSetForward) != 0) {
     const vf difference = larger * (up ? -f.e : f.e);
     if constexpr (CLIP) {
-      const vf u = p_t > 0.0f ? -p_t * x : vf{};
+      const vf u = p_t > 0.0f ? -p_t * x : (x == x ? vf{} : x);
       const vi inside = u <= o.entry_clip;
-      forward = {inside ? u : splat(o.entry_clip), inside ? difference : p_s, p_s};
+      forward = {min_nan(u, o.entry_clip), inside ? difference : p_s, p_s};
     } else {
       forward = {up ? of_smaller : of_larger, difference, p_s};
     }
@@ -165,7 +172,7 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
     const vf u = p_s > 0.0f ? p_s * x : (x == x ? vf{} : x);
     if constexpr (CLIP) {
       const vi inside = u <= o.entry_clip;
-      reverse = {inside ? u : splat(o.entry_clip), inside ? u : -p_s, p_s};
+      reverse = {min_nan(u, o.entry_clip), inside ? u : -p_s, p_s};
     } else {
       reverse = {up ? of_larger : of_smaller, u, p_s};
     }
@@ -179,7 +186,7 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
     const vf u = g_s + o.beta * (up ? g_smaller : g_larger);
     if constexpr (CLIP) {
       const vi inside = u <= o.entry_clip;
-      jsd = {inside ? u : splat(o.entry_clip), inside ? g_s : vf{}, p_s};
+      jsd = {min_nan(u, o.entry_clip), inside ? g_s : vf{}, p_s};
     } else {
       jsd = {u, g_s, p_s};
     }
@@ -231,10 +238,28 @@ inline int kinds_of(const int32_t* kind) {
   return set == kSetForward || set == kSetReverse || set == kSetJSD ? set : static_cast<int>(kSetAll);
 }
 
-// Runs `visit.template strip<FORM, KINDS, CLIP>(from, n, lane)` for every block and strip of the view.
+template <typename Visit>
+void with_form(const Transform& f, Visit&& visit) {
+  const int form = f.inner != 0.0f ? kCapped : (f.bias_gap != nullptr ? kBiased : kScaled);
+  switch (f.difference ? form + kDifference : form) {
+    case kScaled:
+      return visit.template operator()<kScaled>();
+    case kBiased:
+      return visit.template operator()<kBiased>();
+    case kCapped:
+      return visit.template operator()<kCapped>();
+    case kScaled + kDifference:
+      return visit.template operator()<kScaled + kDifference>();
+    case kBiased + kDifference:
+      return visit.template operator()<kBiased + kDifference>();
+    default:
+      return visit.template operator()<kCapped + kDifference>();
+  }
+}
+
+// Runs `visit<FORM, KINDS, CLIP>(from, n, lane)` for every block and strip of the view.
 template <typename Visit>
 void for_strips(const View& view, const Transform& f, const Options& o, const Normalised& normalised, Visit&& visit) {
-  const int form = f.inner != 0.0f ? kCapped : (f.bias_gap != nullptr ? kBiased : kScaled);
   for (int64_t from = 0; from < view.steps; from += kBlock) {
     const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
     for (int64_t lane = 0; lane < view.lanes; lane += W) {
@@ -257,28 +282,13 @@ void for_strips(const View& view, const Transform& f, const Options& o, const No
             return with_clip.template operator()<FORM, kSetAll>();
         }
       };
-      switch (form) {
-        case kScaled:
-          with_kinds.template operator()<kScaled>();
-          break;
-        case kBiased:
-          with_kinds.template operator()<kBiased>();
-          break;
-        default:
-          with_kinds.template operator()<kCapped>();
-          break;
-      }
+      with_form(f, [&]<int FORM>() { with_kinds.template operator()<FORM>(); });
     }
   }
 }
 
 void statistics(const View& view, const Transform& f, ColumnStatistics* to) {
-  if (f.inner != 0.0f)
-    statistics_form<kCapped>(view, f, to);
-  else if (f.bias_gap != nullptr)
-    statistics_form<kBiased>(view, f, to);
-  else
-    statistics_form<kScaled>(view, f, to);
+  with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, to); });
 }
 
 void measure(const View& view, const Transform& f, const Options& o, const Normalised& normalised, double* value,

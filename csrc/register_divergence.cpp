@@ -38,12 +38,14 @@ void register_divergence(py::module_& m) {
   py::class_<Matrix>(m, "Matrix", "Address, dtype (0 float32, 1 bfloat16, 2 float16), row stride, rows, columns.")
       .def(py::init(&matrix), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("rows"), py::arg("columns"));
   py::class_<Transform>(m, "Transform", "From raw logits to z.")
-      .def(py::init([](float alpha, float inner, float height, Address bias_s, Address bias_t, Address bias_gap) {
+      .def(py::init([](float alpha, float inner, float height, Address bias_s, Address bias_t, Address bias_gap,
+                       bool difference) {
              return Transform{
-                 alpha, inner, height, at<const float>(bias_s), at<const float>(bias_t), at<const float>(bias_gap)};
+                 alpha,     inner, height, at<const float>(bias_s), at<const float>(bias_t), at<const float>(bias_gap),
+                 difference};
            }),
            py::arg("alpha"), py::arg("inner"), py::arg("height"), py::arg("bias_s"), py::arg("bias_t"),
-           py::arg("bias_gap"));
+           py::arg("bias_gap"), py::arg("difference"));
   py::class_<Options>(m, "Options", "beta of JSD, and the clip of each entry's term or None.")
       .def(py::init([](float beta, std::optional<float> clip) {
              return Options{beta, clip.value_or(0.0f), clip.has_value()};

@@ -56,7 +56,9 @@ def _sum(terms: Tensor, entry_clip: float | None) -> Tensor:
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float | None = None) -> Tensor:
     """KL(teacher || student) of each row, in nats: (N, V), (N, V) -> (N,)."""
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    return _sum(log_p.exp() * _gap(log_p, log_q), entry_clip)
+    gap, p = _gap(log_p, log_q), log_p.exp()
+    p = torch.where(gap == INF, p.clamp_min(torch.finfo(p.dtype).tiny), p)  # possible, however improbable: not 0 * inf
+    return _sum(p * gap, entry_clip)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float | None = None) -> Tensor:

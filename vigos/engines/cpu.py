@@ -1,9 +1,10 @@
 """impl="cpu": chunks of logits from a matrix product, a C++ row kernel over them, and the product for the gradient.
 
 A chunk's logits lie as (V, columns): the student's columns, then the teacher's. With a shared head they come from one
-product of 2C columns, so the head is read once for both. The row kernel (csrc/divergence_kernel.h) takes tokens along
-its SIMD lanes and visits the chunk three times: statistics; divergence; and, for rows that are live, the gradient,
-written over the student's logits and closed up so that the last product sees live rows alone.
+product of 2C columns, so the head is read once for both; the student's columns then are (student - teacher) @ head.T,
+whose rounding is relative to the difference that the gradient is made of. The row kernel (csrc/divergence_kernel.h)
+takes tokens along its SIMD lanes and visits the chunk three times: statistics; divergence; and, for rows that are live,
+the gradient, written over the student's logits and closed up so that the last product sees live rows alone.
 
 The products are csrc/gemm_kernel.h: a row's result depends on nothing but that row, and 16-bit heads are widened a
 block at a time on the way in, so logits are float32 whatever the head is.
@@ -79,7 +80,10 @@ def _threads() -> int:
 class _Transform:
     """`_C.Transform` and the bias vectors it points to."""
 
-    def __init__(self, rows: Rows, bias_s: Tensor | None = None, bias_t: Tensor | None = None, v: int = 0) -> None:
+    def __init__(
+        self, rows: Rows, bias_s: Tensor | None = None, bias_t: Tensor | None = None, v: int = 0,
+        difference: bool = False,
+    ) -> None:  # fmt: skip
         addresses = (0, 0, 0)
         if bias_s is not None or bias_t is not None:
             zero = torch.zeros(v)
@@ -90,7 +94,7 @@ class _Transform:
             addresses = tuple(x.data_ptr() for x in self.keep)  # type: ignore[assignment]
         inner = 0.0 if rows.softcap is None else rows.scale / rows.softcap
         height = 0.0 if rows.softcap is None else rows.softcap / rows.temperature
-        self.of = _c().Transform(rows.alpha, inner, height, *addresses)
+        self.of = _c().Transform(rows.alpha, inner, height, *addresses, difference)
 
 
 def _matrix(x: Tensor) -> object:
@@ -169,7 +173,7 @@ def forward(problem: LinearProblem) -> LinearResult:
         return result
     head_s = _Head(problem.student_weight, real)
     head_t = None if problem.teacher_weight is None else _Head(problem.teacher_weight, real)
-    transform = _Transform(problem, problem.student_bias, problem.teacher_bias, real)
+    transform = _Transform(problem, problem.student_bias, problem.teacher_bias, real, difference=head_t is None)
     options = c.Options(problem.beta, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
@@ -192,7 +196,11 @@ def forward(problem: LinearProblem) -> LinearResult:
         kind[:n] = problem.kind[rows]
         kind[n:] = kind[n - 1]
         if both is not None:
+            student = hidden_s[:n].clone() if result.dweight is not None else None
+            hidden_s -= hidden_t
             head_s.project(both, logits)
+            if student is not None:
+                hidden_s[:n] = student
         else:
             assert head_t is not None
             head_s.project(hidden_s, logits[:, :width])
@@ -265,8 +273,11 @@ def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor) -> Ten
     mine = (at >= 0) & (at < logits.shape[0])
     out = torch.zeros(2, n, dtype=torch.float64)
     columns = torch.arange(n)[mine]
+    raws = [logits[at[mine], columns + side * width].double() for side in (0, 1)]
+    if problem.teacher_weight is None:
+        raws[0] += raws[1]
     for side, bias in enumerate((problem.student_bias, problem.teacher_bias)):
-        raw = logits[at[mine], columns + side * width].double()
+        raw = raws[side]
         if bias is not None:
             raw += bias[at[mine]].double()
         if problem.softcap is None:
@@ -307,9 +318,10 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
         student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
         teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
         kinds, part = kind[rows].contiguous(), out[rows[0] : rows[-1] + 1] if len(rows) else out
+        student_row, teacher_row = student_row.contiguous(), teacher_row.contiguous()
         c.rows_forward(
-            _matrix(student), _matrix(teacher), student_row.contiguous().data_ptr(), teacher_row.contiguous().data_ptr(),
-            kinds.data_ptr(), len(rows), v, transform.of, options, part.data_ptr(), _threads(),
+            _matrix(student), _matrix(teacher), student_row.data_ptr(), teacher_row.data_ptr(), kinds.data_ptr(),
+            len(rows), v, transform.of, options, part.data_ptr(), _threads(),
         )  # fmt: skip
     state = torch.zeros(r, STATE)
     state[:, :6] = out[:, 1:7]

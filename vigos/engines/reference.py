@@ -1,13 +1,17 @@
 """Chunked PyTorch: any float dtype, any device, never N x V elements. The plain path, and what `auto` ends with.
 
 With x = log p_s - log p_t, taken as (z_s - z_t) - (lse_s - lse_t) so that near teachers lose nothing:
-    forward KL   sum p_t (expm1(x) - x)                        gradient p_t expm1(x)
-    reverse KL   sum p_s (expm1(-x) + x)                       gradient p_s (x - KL)
-    JSD(beta)    sum beta p_t (log p_t - log m) + g            gradient g - p_s sum g
-                     with m = (1 - beta) p_s + beta p_t and g = (1 - beta) p_s (log p_s - log m)
-The two KL sums are the textbook ones plus sum (p_s - p_t) = 0, which makes every term of them >= 0 and of second order.
-They do not notice an error of lse_s - lse_t to first order; the gradient does, so the residual sum (p_s - p_t) is
-measured and taken out. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD.
+
+    forward KL   sum p_t (expm1(x) - x)                               a = p_s - p_t
+    reverse KL   sum p_s (expm1(-x) + x)                              a = p_s x
+    JSD(beta)    sum beta p_t (log p_t - log m) + a,  m = (1 - beta) p_s + beta p_t
+                                                                      a = (1 - beta) p_s (log p_s - log m)
+
+and d/dz_s = a - p_s S with S = sum a, for all three. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
+which makes every term of them >= 0 and of second order; they do not notice an error of lse_s - lse_t to first order,
+and neither does a - p_s S. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD; where a term is
+above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head (student - teacher) @ head.T
+is computed instead of the student's logits: its rounding is relative to the difference the gradient is made of.
 """
 
 from __future__ import annotations
@@ -58,8 +62,9 @@ class _Pair:
     slope: Tensor | float  # d z_s / d raw_s, (C, V) under a softcap
 
 
-def _pair(rows: Rows, raw_s: Tensor, raw_t: Tensor, bias_s: Tensor | None, bias_t: Tensor | None) -> _Pair:
-    difference = raw_s - raw_t
+def _pair(
+    rows: Rows, difference: Tensor, raw_s: Tensor, raw_t: Tensor, bias_s: Tensor | None, bias_t: Tensor | None
+) -> _Pair:
     if bias_s is not None:
         raw_s = raw_s + bias_s
     if bias_t is not None:
@@ -119,7 +124,7 @@ def _terms(pair: _Pair, lse_s: Tensor, lse_t: Tensor, delta: Tensor) -> _Terms:
     student_larger = x > 0
     larger = torch.where(student_larger, pair.z_s - lse_s[:, None], pair.z_t - lse_t[:, None]).exp()
     fall = larger * torch.expm1(-x.abs())
-    smaller = larger + fall
+    smaller = larger * torch.exp(-x.abs())
     return _Terms(
         x,
         torch.where(student_larger, larger, smaller),
@@ -130,88 +135,59 @@ def _terms(pair: _Pair, lse_s: Tensor, lse_t: Tensor, delta: Tensor) -> _Terms:
     )
 
 
-def _log_ratios_to_mixture(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
-    """log p_s - log m and log p_t - log m, m = (1 - beta) p_s + beta p_t; 0 where the probability is 0."""
+def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
+    """p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
     a = terms.x.abs()
-    to_larger = torch.log1p(torch.where(terms.student_larger, beta, 1 - beta) * torch.expm1(-a))
-    larger, smaller = -to_larger, -a - to_larger
-    smaller = torch.where(torch.isinf(a), 0.0, smaller)
-    return torch.where(terms.student_larger, larger, smaller), torch.where(terms.student_larger, smaller, larger)
+    # The weighting side's probability is the larger one, or the smaller one.
+    weighting_larger = torch.where(a == INF, INF, terms.larger * _expm1_plus(a))
+    near = -(_expm1_plus(a) + torch.expm1(-a) * a)
+    far = -(torch.expm1(-a) + a.clamp(max=1e3) * torch.exp(-a))
+    return torch.where(
+        terms.student_larger == of_student, weighting_larger, torch.where(a < 0.25, near, far) * terms.larger
+    )
 
 
-def _entry_terms(terms: _Terms, kind: int, beta: float) -> tuple[Tensor, Tensor | None]:
-    """Textbook terms of the sum over the vocabulary, and for JSD also g."""
-    if kind == FORWARD_KL:
-        return torch.where(terms.p_t > 0, -terms.p_t * terms.x, 0.0), None
-    if kind == REVERSE_KL:
-        return torch.where(terms.p_s > 0, terms.p_s * terms.x, 0.0), None
-    ratio_s, ratio_t = _log_ratios_to_mixture(terms, beta)
-    g = (1 - beta) * terms.p_s * ratio_s
-    return beta * terms.p_t * ratio_t + g, g
-
-
-def _sums(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(divergence, first, second) of each row: the divergence and the two sums its gradient needs.
-
-    first: forward KL 0; reverse KL the sum of its (unclipped) terms; JSD the sum of g. second: the probability that
-    clipped entries hold, of the teacher for forward, of the student for reverse KL.
-    """
-    u, g = _entry_terms(terms, kind, rows.beta)
-    zero = torch.zeros_like(u[:, 0])
-    if rows.entry_clip is not None:
-        inside = u <= rows.entry_clip
-        value = torch.where(inside, u, rows.entry_clip).sum(-1)
-        outside = torch.where(inside, 0.0, terms.p_t if kind == FORWARD_KL else terms.p_s).sum(-1)
-        first = torch.where(inside, u if g is None else g, 0.0).sum(-1)
-        return value, (zero if kind == FORWARD_KL else first), (zero if kind == JSD else outside)
-    if kind == JSD:
-        assert g is not None
-        return u.sum(-1), g.sum(-1), zero
+def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
+    """(divergence's terms, the student's share of them)."""
     a = terms.x.abs()
-    of_larger = terms.larger * _expm1_plus(a)  # larger * (log larger - log smaller) + smaller - larger
-    e = torch.expm1(-a)
-    of_smaller = torch.where(a < 0.5, -(_expm1_plus(a) + e * a), -(e + a.clamp(max=1e3) * torch.exp(-a))) * terms.larger
-    of_larger = torch.where(terms.larger > 0, of_larger, 0.0)
-    from_student = kind == REVERSE_KL
-    value = torch.where(terms.student_larger == from_student, of_larger, of_smaller).sum(-1)
-    return value, (value if from_student else zero), zero
+    to_mixture = torch.log1p(torch.where(terms.student_larger, beta, 1 - beta) * torch.expm1(-a))
+    larger = -terms.larger * to_mixture  # p (log p - log m)
+    smaller = -torch.where(terms.student_larger, terms.p_t, terms.p_s) * (a.clamp(max=1e3) + to_mixture)
+    student = (1 - beta) * torch.where(terms.student_larger, larger, smaller)
+    return student + beta * torch.where(terms.student_larger, smaller, larger), student
 
 
-def _gradient(terms: _Terms, kind: int, rows: Rows, first: Tensor, second: Tensor) -> Tensor:
-    """d divergence / d z_s, (C, V)."""
-    first, second = first[:, None], second[:, None]
+def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(terms of the divergence, a), (C, V) each."""
     clip = rows.entry_clip
-    if kind == FORWARD_KL:
-        if clip is None:
-            return terms.difference
-        inside = _entry_terms(terms, kind, rows.beta)[0] <= clip
-        return torch.where(inside, terms.difference - terms.p_s * second, terms.p_s * (1 - second))
-    if kind == REVERSE_KL:
-        with_gap = torch.where(terms.p_s > 0, terms.p_s * (terms.x - first + second), 0.0)
-        if clip is None:
-            return with_gap
-        inside = _entry_terms(terms, kind, rows.beta)[0] <= clip
-        return torch.where(inside, with_gap, -terms.p_s * (first + 1 - second))
-    u, g = _entry_terms(terms, kind, rows.beta)
-    assert g is not None
-    return (g if clip is None else torch.where(u <= clip, g, 0.0)) - terms.p_s * first
+    if kind == JSD:
+        u, a = _jsd_terms(terms, rows.beta)
+        above = torch.zeros_like(a)
+    elif kind == REVERSE_KL:
+        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+        above = -terms.p_s
+    else:
+        u = torch.where(terms.p_t > 0, -terms.p_t * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+        a, above = terms.difference, terms.p_s
+    if clip is not None:
+        inside = u <= clip
+        return torch.where(inside, u, torch.where(u.isnan(), u, clip)), torch.where(inside, a, above)
+    return (u if kind == JSD else _kl_terms(terms, kind == REVERSE_KL)), a
 
 
 def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tuple[Statistics, Tensor]:
-    """Statistics of a chunk and what its gradient needs (C, 5): lse_s, lse_t, lse_s - lse_t, first, second."""
+    """Statistics of a chunk and what its gradient needs (C, 4): lse_s, lse_t, lse_s - lse_t, S."""
     top_s, total_s, entropy_s = _normaliser(pair.z_s, rows.group)
     top_t, total_t, entropy_t = _normaliser(pair.z_t, rows.group)
     lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
     delta = (top_s - top_t) + (total_s / total_t).log()
-    residual = all_reduce(_terms(pair, lse_s, lse_t, delta).difference.sum(-1), rows.group)
-    delta = delta + torch.where(residual.abs() < 0.5, residual, 0.0).log1p()
     terms = _terms(pair, lse_s, lse_t, delta)
-    sums = torch.zeros(3, kind.shape[0], dtype=delta.dtype, device=delta.device)
+    sums = torch.zeros(2, kind.shape[0], dtype=delta.dtype, device=delta.device)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
         if of_kind.any():
-            sums = torch.where(of_kind, torch.stack(_sums(terms, value, rows)), sums)
-    value, first, second = all_reduce(sums, rows.group)
+            sums = torch.where(of_kind, torch.stack([x.sum(-1) for x in _entries(terms, value, rows)]), sums)
+    all_reduce(sums, rows.group)
     logprobs: list[Tensor | None] = [None, None]
     if labels is not None:
         local = labels - rows.vocab_start
@@ -220,19 +196,20 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
         for i, (z, lse) in enumerate(((pair.z_s, lse_s), (pair.z_t, lse_t))):
             picked = torch.where(mine, z.gather(1, at).squeeze(1), 0.0)
             logprobs[i] = all_reduce(picked, rows.group) - lse
-    statistics = Statistics(value, entropy_s, entropy_t, lse_s, lse_t, *logprobs)
-    return statistics, torch.stack([lse_s, lse_t, delta, first, second], dim=1)
+    statistics = Statistics(sums[0], entropy_s, entropy_t, lse_s, lse_t, *logprobs)
+    return statistics, torch.stack([lse_s, lse_t, delta, sums[1]], dim=1)
 
 
 def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
     """d divergence / d raw student logits of a chunk, (C, V)."""
-    lse_s, lse_t, delta, first, second = state[:, :5].unbind(1)
+    lse_s, lse_t, delta, total = state[:, :4].unbind(1)
     terms = _terms(pair, lse_s, lse_t, delta)
     out = torch.zeros_like(pair.z_s)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
         if of_kind.any():
-            out = torch.where(of_kind[:, None], _gradient(terms, value, rows, first, second), out)
+            a = _entries(terms, value, rows)[1]
+            out = torch.where(of_kind[:, None], a - terms.p_s * total[:, None], out)
     return out * pair.slope
 
 
@@ -281,10 +258,16 @@ def forward(problem: LinearProblem) -> LinearResult:
         rows_s, rows_t = (_padded(index[at], width) for index in (problem.student_row, problem.teacher_row))
         kind = _padded(problem.kind[at], width)
         labels = None if problem.labels is None else _padded(problem.labels[at], width)
-        hidden = problem.student_hidden[rows_s].to(dtype)
-        pair = _pair(
-            problem, project(hidden, head_s), project(problem.teacher_hidden[rows_t].to(dtype), head_t), bias_s, bias_t
-        )
+        hidden, teacher = problem.student_hidden[rows_s].to(dtype), problem.teacher_hidden[rows_t].to(dtype)
+        raw_t = project(teacher, head_t)
+        if problem.teacher_weight is None:  # rounding relative to the difference, which the gradient is made of
+            difference = project(hidden - teacher, head_s)
+            raw_s = raw_t + difference
+        else:
+            raw_s = project(hidden, head_s)
+            difference = raw_s - raw_t
+        pair = _pair(problem, difference, raw_s, raw_t, bias_s, bias_t)
+        del difference, raw_s, raw_t
         measured, state = _measure(problem, pair, kind, labels)
         _store(statistics, at, measured)
         if not need:
@@ -314,10 +297,9 @@ def forward(problem: LinearProblem) -> LinearResult:
 
 
 def _logits_pair(problem: LogitsProblem, rows_s: Tensor, rows_t: Tensor) -> _Pair:
-    dtype = problem.compute_dtype
-    return _pair(
-        problem, problem.student_logits[rows_s].to(dtype), problem.teacher_logits[rows_t].to(dtype), None, None
-    )
+    raw_s, raw_t = problem.student_logits[rows_s], problem.teacher_logits[rows_t]
+    raw_s, raw_t = raw_s.to(problem.compute_dtype), raw_t.to(problem.compute_dtype)
+    return _pair(problem, raw_s - raw_t, raw_s, raw_t, None, None)
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
@@ -328,7 +310,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     for at in chunks(r, max(1, CHUNK_ELEMENTS // v)):
         pair = _logits_pair(problem, problem.student_row[at], problem.teacher_row[at])
         labels = None if problem.labels is None else problem.labels[at]
-        measured, state[at, :5] = _measure(problem, pair, problem.kind[at], labels)
+        measured, state[at, :4] = _measure(problem, pair, problem.kind[at], labels)
         _store(statistics, at, measured)
     return LogitsResult(statistics, state)
 
