@@ -186,12 +186,16 @@ def compare(
     a: Annotated[Path, typer.Argument(help="records.jsonl of one run.")],
     b: Annotated[Path, typer.Argument(help="records.jsonl of the other.")],
 ) -> None:
-    """Paired comparison of two evaluations on the rows they share: b - a, 95 % interval, exact p."""
+    """Paired comparison of two evaluations on the rows they share: b - a, 95 % interval, exact p.
+
+    Five metrics are looked at, so one counts as different at p < 0.01: two runs of one model then differ in one of them
+    at most once in twenty times.
+    """
     from vigos.evaluation import EvaluationResult
     from vigos.evaluation import compare as paired
 
     first, second = EvaluationResult.load(a), EvaluationResult.load(b)
-    table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p")
+    table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p", "differs")
     for metric in ("accuracy", "score", "prior", "valid_rate", "unparseable"):
         if not (first.values(metric) and second.values(metric)):  # type: ignore[arg-type]
             continue
@@ -199,7 +203,7 @@ def compare(
         low, high = c.interval
         table.add_row(
             metric, str(c.rows), f"{100 * c.a:.1f}", f"{100 * c.b:.1f}", f"{100 * c.difference:+.1f}",
-            f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}",
+            f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}", "yes" if c.differs else "no",
         )  # fmt: skip
     console.print(table)
 
