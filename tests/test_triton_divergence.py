@@ -446,5 +446,3 @@ def test_elementary_functions():
     for got, want in zip(out, wanted, strict=True):
         relative = (got.double() - want).abs() / want.abs()
         assert relative.max() <= 40 * torch.finfo(torch.float32).eps if DEVICE == "cuda" else 4e-7
-
-

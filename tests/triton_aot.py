@@ -67,7 +67,36 @@ def divergence_variants() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-VARIANTS = {"divergence": divergence_variants}  # by file of kernels/
+def tree_attention_variants() -> dict[str, list[dict[str, Any]]]:
+    """Head widths of real models (80 and 96 are padded), in 16 bits and in fp32, with window and softcap on some."""
+    from vigos.kernels import tree_attention as tree
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for dtype, size, pad, everything in (
+        ("bf16", 2, 64, False), ("bf16", 2, 128, True), ("fp16", 2, 256, True), ("fp32", 4, 128, False),
+    ):  # fmt: skip
+        p = f"*{dtype}:16"
+        inputs = {"q_ptr": p, "k_ptr": p, "v_ptr": p, "dout_ptr": p, "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}
+        outputs = {"out_ptr": p, "dq_ptr": p, "dk_ptr": p, "dv_ptr": p}
+        lists = {"end_ptr": "*i32:16", "position_ptr": "*i32:16" if everything else None}
+        lists |= {"list_ptr": "*i32:16", "count_ptr": "*i32:16", "stride_list": COUNT}
+        scalars = {"T": COUNT, "DH": I32, "group": COUNT, "window": COUNT, "scale": F32, "cap": F32}
+        strides = {f"stride_{x}{y}": I32 for x in "qkvog" for y in "th"}
+        whole = inputs | outputs | lists | scalars | strides | {"PAD_D": pad, "SOFTCAP": everything}
+        for name, table, kernel in (
+            ("_tree_fwd_kernel", tree.FORWARD, tree._tree_fwd_kernel),
+            ("_tree_bwd_q_kernel", tree.BACKWARD_Q, tree._tree_bwd_q_kernel),
+            ("_tree_bwd_kv_kernel", tree.BACKWARD_KV, tree._tree_bwd_kv_kernel),
+        ):
+            launch = table[pad, size]
+            wanted = {k: v for k, v in whole.items() if k in kernel.arg_names}
+            wanted |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+            wanted |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            found.setdefault(name, []).append(wanted)
+    return found
+
+
+VARIANTS = {"divergence": divergence_variants, "tree_attention": tree_attention_variants}  # by file of kernels/
 
 
 def kernels() -> dict[str, tuple[str, Any]]:
@@ -103,7 +132,9 @@ def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str
         raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}")
     started = time.monotonic()
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attrs), target=GPUTarget("cuda", arch, 32), options=options
+        ASTSource(kernel, signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
     )
     seconds = time.monotonic() - started
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
