@@ -225,17 +225,20 @@ class _Sampler:
         if self.sampling.temperature == 0:
             chosen = scores.argmax(-1, keepdim=True)
         else:
-            V = scores.shape[1]
+            V, candidates = scores.shape[1], None
             k = min(self.sampling.top_k or V, V)
-            top, candidates = (scores / self.sampling.temperature).topk(k, dim=-1)  # (B, k), most likely first
+            top = scores / self.sampling.temperature
+            if k < V or self.sampling.top_p < 1:
+                top, candidates = top.topk(k, dim=-1)  # (B, k), most likely first
             probability = top.double().softmax(-1)
-            before = probability.cumsum(-1) - probability
-            probability = probability.masked_fill(before >= self.sampling.top_p, 0.0)
+            if self.sampling.top_p < 1:
+                before = probability.cumsum(-1) - probability
+                probability = probability.masked_fill(before >= self.sampling.top_p, 0.0)
             cumulative = probability.cumsum(-1)
             u = self._uniform(input_ids.shape[1] - self.prompt_length).to(scores.device)[:, None]
             # The first candidate whose cumulative mass passes u; a token without mass can never be it.
-            place = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)
-            chosen = candidates.gather(1, place)
+            place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=k - 1)
+            chosen = place if candidates is None else candidates.gather(1, place)
         return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
 
 

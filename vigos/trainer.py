@@ -44,6 +44,7 @@ from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.spans import parse_rollout
+from vigos.vision import VisionCache
 
 logger = logging.getLogger(__name__)
 
@@ -268,12 +269,16 @@ class ViGOSTrainer(Trainer):
         args = self.args
         batch: RoutedBatch = inputs["batch"]
         started = time.perf_counter()
+        # With a frozen tower, teachers and student read the features of one run an image.
+        vision = VisionCache.for_model(base_model(model)) if self.has_vision else None
         with self.policy.weights():
-            teacher_hidden, supervision = self.scorer.score(batch)
+            teacher_hidden, supervision = self.scorer.score(batch, vision=vision)
         scored = time.perf_counter()
         # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
         sequences = batch.student_sequences or [_IDLE]
-        student_hidden = hidden_states(model, sequences, scoring=args.student_scoring, token_budget=args.token_budget)
+        student_hidden = hidden_states(
+            model, sequences, scoring=args.student_scoring, token_budget=args.token_budget, vision=vision
+        )
         student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
         head: Any = lm_head(model)
         settings = _logit_settings(base_model(model).config.get_text_config())
@@ -320,12 +325,13 @@ class ViGOSTrainer(Trainer):
         result = super().train(*args, **kwargs)
         if not self._over_ranks(self.rows_used):
             raise ValueError(self._nothing_usable())
-        if not self._over_ranks(self.valid_rollouts):
+        if not self._over_ranks(self.valid_rollouts) and self.is_world_process_zero():
             logger.warning(
                 "no rollout of this run was valid: the model did not take up the format, and only the reference "
                 "teacher had work. Look at completions/ for what it wrote"
             )
         self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged)
+        self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
