@@ -203,7 +203,8 @@ def compare(
         low, high = c.interval
         table.add_row(
             metric, str(c.rows), f"{100 * c.a:.1f}", f"{100 * c.b:.1f}", f"{100 * c.difference:+.1f}",
-            f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}", "yes" if c.differs else "no",
+            f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}",
+            "yes" if c.differs else "no",
         )  # fmt: skip
     console.print(table)
 
