@@ -41,5 +41,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+# On the GPU machine, with its own Python: no network, no installs.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(ARGS)
+
 clean:
 	rm -rf build *.egg-info vigos/_C*.so .pytest_cache .ruff_cache .mypy_cache

@@ -4,7 +4,7 @@
                again -> dlogits (C, V) bf16 -> drow = dlogits @ W
     products   2 without gradients, 5 with dhidden (the floor is 3), 6 with a trainable head
 
-It saves the logits' traffic and memory, not products: `impl="cuda"` computes the logits once, which is less work wherever
+It saves the logits' traffic and memory, not products: `impl="cuda"` computes the logits once, which is less work where
 a gradient is needed and its 600 MiB are there. Nothing here has been run on a GPU yet.
 
 Takes bf16 operands of widths that are multiples of 8, forward and reverse KL, temperature and logit_scale.

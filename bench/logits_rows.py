@@ -1,0 +1,194 @@
+"""The logits row kernels against the memory: time, share of a device copy's bandwidth, peak memory, error.
+
+    python bench/logits_rows.py --device cuda
+    python bench/logits_rows.py --device cpu --rows 64 --vocab 8000     # the script itself, on any machine
+
+The floor of loss and gradient reads both rows once and writes the gradient once, 3 N V items. An autograd operator learns
+the upstream gradient only in backward and visits the rows again, 5 N V; it is charged the floor all the same. "one visit"
+is the CUDA kernel that writes the gradient with the statistics, as the chunked linear engine uses it. A copy of one
+matrix, timed in the same run, gives the bandwidth. Peaked rows, teacher near the student, forward KL; the error is that
+of the gradient against float64 on a few rows. A number is printed after its gradient was checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import vigos
+from vigos import reference
+
+FIELDS = ("device", "torch", "dtype", "rows", "vocab", "engine", "ms", "gbps", "share_of_copy", "peak_mib", "error")
+
+
+def peaked(rows: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Logits (rows, v) with four winners a row, and a teacher 0.1 away."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    student = torch.randn(rows, v, generator=generator, device=device).mul_(2)
+    winners = torch.randint(v, (rows, 4), generator=generator, device=device)
+    student.scatter_add_(1, winners, 8 + 3 * torch.rand(rows, 4, generator=generator, device=device))
+    teacher = student + 0.1 * torch.randn(rows, v, generator=generator, device=device)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def timed(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median milliseconds after one warm-up. On a GPU a 256 MB write between runs clears L2."""
+    run()
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return median(times)
+
+
+Gradient = Callable[[Tensor, Tensor], Tensor]  # (student, teacher) -> dlogits
+
+
+def differentiated(loss: Gradient) -> Gradient:
+    """The gradient of a loss with respect to the student's logits."""
+
+    def gradient(student: Tensor, teacher: Tensor) -> Tensor:
+        leaf = student.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, teacher), leaf)[0]
+
+    return gradient
+
+
+def eager(student: Tensor, teacher: Tensor) -> Tensor:
+    """Plain PyTorch, fp32 softmax."""
+    return reference.forward_kl(student.float(), teacher.float()).sum()
+
+
+def one_visit(student: Tensor, teacher: Tensor) -> Tensor:
+    """The CUDA row kernel by itself: statistics and gradient of every row from one launch."""
+    from vigos.engines import cuda
+    from vigos.engines.problem import LogitsProblem, Statistics
+
+    n, v = student.shape
+    rows = torch.arange(n, device=student.device)
+    problem = LogitsProblem(
+        student_row=rows, teacher_row=rows, kind=torch.zeros_like(rows, dtype=torch.int8),
+        weight=torch.ones(n, device=student.device), clip=torch.full((n,), float("inf"), device=student.device),
+        labels=None, temperature=1.0, scale=1.0, softcap=None, beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0,
+        group=None, student_logits=student, teacher_logits=teacher,
+    )  # fmt: skip
+    reason = cuda.logits_why_not(problem)
+    if reason is not None:
+        raise ValueError(reason)
+    dlogits = torch.empty_like(student)
+    cuda._run_rows(problem, student, teacher, Statistics.empty(problem), dlogits=dlogits)
+    return dlogits
+
+
+def engines(device: str) -> dict[str, Gradient]:
+    """By name. Those that cannot run here are found out by running them."""
+
+    def ours(impl: str) -> Gradient:
+        return differentiated(lambda student, teacher: vigos.logits_divergence(student, teacher, impl=impl).loss)
+
+    if device == "cpu":
+        return {"vigos cpu": ours("cpu"), "vigos reference": ours("reference"), "eager": differentiated(eager)}
+    return {
+        "one visit": one_visit, "vigos cuda": ours("cuda"), "vigos triton": ours("triton"),
+        "vigos reference": ours("reference"), "eager": differentiated(eager),
+        "compile": differentiated(torch.compile(eager)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Every engine at every shape; a row of the CSV as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4096])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256, 151_936])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=None, help="CSV to write")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, torch {torch.__version__}")
+    rows: list[dict[str, object]] = []
+    for dtype_name in args.dtypes:
+        for n in args.rows:
+            for v in args.vocab:
+                for row in cases(n, v, getattr(torch, dtype_name), args.device, args.repeats):
+                    rows.append({"device": name, "torch": torch.__version__} | row)
+                    if args.out is not None:
+                        args.out.parent.mkdir(parents=True, exist_ok=True)
+                        with args.out.open("w", newline="") as file:
+                            writer = csv.DictWriter(file, FIELDS)
+                            writer.writeheader()
+                            writer.writerows(rows)
+
+
+def cases(n: int, v: int, dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, object]]:
+    """All engines at one shape; prints as it goes."""
+    student, teacher = peaked(n, v, dtype, device)
+    copy_ms = timed(lambda: student.clone(), device, repeats)
+    copy_gbps = 2 * student.numel() * dtype.itemsize / copy_ms * 1e-6
+    some = torch.arange(0, n, max(1, n // 4), device=device)
+    doubled = student[some].double().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.forward_kl(doubled, teacher[some].double()).sum(), doubled)
+    shape = {"dtype": str(dtype).removeprefix("torch."), "rows": n, "vocab": v}
+    out: list[dict[str, object]] = [shape | {"engine": "copy", "gbps": copy_gbps, "share_of_copy": 1.0}]
+    print(f"{shape['dtype']:9} {n:6} {v:7} copy {copy_gbps:26.0f} GB/s")
+    for name, gradient in engines(device).items():
+
+        def step(gradient: Gradient = gradient) -> Tensor:
+            return gradient(student, teacher)
+
+        try:
+            error = ((step()[some].double() - wanted).norm() / wanted.norm()).item()
+        except (ValueError, torch.OutOfMemoryError) as reason:  # an engine that is not here, or does not fit
+            print(f"{shape['dtype']:9} {n:6} {v:7} {name:16} {str(reason).splitlines()[0]}")
+            continue
+        if not error < 0.02:
+            raise SystemExit(f"{name}: the gradient is off by {error:.1e}; no time is worth printing")
+        peak = float("nan")
+        if device == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        ms = timed(step, device, repeats)
+        gbps = 3 * student.numel() * dtype.itemsize / ms * 1e-6
+        print(
+            f"{shape['dtype']:9} {n:6} {v:7} {name:16} {ms:9.3f} ms {gbps:5.0f} GB/s "
+            f"{gbps / copy_gbps:4.0%} of the copy {peak:8.0f} MiB  error {error:.1e}"
+        )
+        out.append(
+            shape
+            | {
+                "engine": name,
+                "ms": ms,
+                "gbps": gbps,
+                "share_of_copy": gbps / copy_gbps,
+                "peak_mib": peak,
+                "error": error,
+            }
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()

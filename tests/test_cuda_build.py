@@ -1,0 +1,180 @@
+"""The CUDA part as nvcc builds it for sm_80 and sm_90a: registers, spills, instructions, and what a launcher refuses.
+
+No GPU is needed; without nvcc these tests skip. What the numbers are is in test_cuda_rows.py (emulated on the CPU) and
+test_cuda_gpu.py (on a GPU).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+NVCC = shutil.which("nvcc")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="no nvcc"),
+    pytest.mark.skipif(CMAKE is None, reason="no cmake"),
+]
+
+
+def configure(into: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    pybind11 = pytest.importorskip("pybind11")
+    assert CMAKE is not None
+    env = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "VIGOS_CUDA")} | environment
+    env["PATH"] = env["PATH"] if "PATH" in environment else f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    ninja = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
+    return subprocess.run(
+        [
+            CMAKE, *ninja, "-S", str(ROOT), "-B", str(into), "-DCMAKE_BUILD_TYPE=Release",
+            f"-DVIGOS_OUTPUT_DIR={into}", "-DVIGOS_SUFFIX=.so", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+        ],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build folder for sm_80 and sm_90a."""
+    into = tmp_path_factory.mktemp("cuda")
+    done = configure(into, "-DVIGOS_CUDA=ON", TORCH_CUDA_ARCH_LIST="8.0;9.0a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert CMAKE is not None
+    made = subprocess.run([CMAKE, "--build", str(into), "--parallel", "2"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (into / "log").write_text(made.stdout + made.stderr)
+    return into
+
+
+@pytest.fixture(scope="module")
+def module(built: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", built / "_C.so")
+    assert spec is not None
+    assert spec.loader is not None
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)  # loads without a driver: the CUDA runtime is linked in
+    return extension.cuda
+
+
+def cuobjdump(built: Path, source: str, *options: str) -> str:
+    """Its report on one object file. Triton's package carries the tool."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton")
+        tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    (object_file,) = built.rglob(f"{source}.o")
+    return subprocess.run([tool, *options, str(object_file)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(built: Path) -> None:
+    """Spilled registers are device-memory traffic in the middle of a kernel whose cost is device-memory traffic."""
+    report = (built / "log").read_text()
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        report,
+        flags=re.DOTALL,
+    )
+    assert {arch for _, arch, *_ in kernels} == {"sm_80", "sm_90a"}
+    names = "".join(name for name, *_ in kernels)
+    assert "logits_rows_kernel" in names
+    assert "logits_gradient_kernel" in names
+    for name, arch, _, stores, loads, registers in kernels:
+        assert (int(stores), int(loads)) == (0, 0), f"{name} for {arch} spills {stores} bytes"
+        if "logits_rows_kernel" in name:  # two blocks of 384 threads share 65,536
+            assert int(registers) <= 80, f"{name} for {arch}: {registers} registers"
+
+
+@pytest.mark.slow
+def test_row_kernel_instructions(built: Path) -> None:
+    sass = cuobjdump(built, "logits_rows_bf16_bf16.cu", "-sass", "-arch", "sm_90a")
+    resident = [body for body in sass.split("Function : ") if "logits_rows_kernel" in body.split("\n")[0]]
+    resident = [body for body in resident if "Lb1ELb0ELb1E" in body.split("\n")[0]]  # aligned, plain, resident
+    assert len(resident) == 1
+    (body,) = resident
+    assert re.search(r"LDG\.E\.(EF|128|EF\.128)", body), "16-byte loads of the logits"
+    assert "UCGABAR_ARV" in body or "UCGABAR_WAIT" in body or "BAR.ARV.CLUSTER" in body, "a barrier over the cluster"
+    assert re.search(r"\bLD\.E|LDS.*|MAPA", body)
+    assert "MAPA" in body, "addresses in the cluster's other blocks"
+    assert "ATOM" not in body
+    assert "RED." not in body, "atomics would end bitwise repeatability"
+
+
+@pytest.mark.slow
+def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
+    """Every check comes before the first call to CUDA, so that it holds, and is tested, without a GPU."""
+    good = {
+        "student": 4096, "teacher": 8192, "kind": 16, "weight": 16, "clip": 16, "divergence": 16, "clipped": 16,
+        "student_entropy": 16, "teacher_entropy": 16, "student_lse": 16, "teacher_lse": 16, "rows": 2, "vocab": 8,
+        "logical_vocab": 8, "stride_student": 8, "stride_teacher": 8, "dtype": "float32", "gradient_dtype": "float32",
+    }  # fmt: skip
+    for change, message in (
+        ({"vocab": 0, "logical_vocab": 0}, "vocab must be > 0, got 0"),
+        ({"vocab": -3}, "vocab must be > 0, got -3"),
+        ({"rows": -1}, "rows must be >= 0, got -1"),
+        ({"rows": 2**29}, "rows must be at most"),
+        ({"logical_vocab": 9}, r"logical_vocab must be in \[1, 8\], got 9"),
+        ({"stride_student": 7}, "stride_student must be at least vocab, got 7"),
+        ({"student": 4098}, "student must be aligned to 4 bytes, got address 4098"),
+        ({"teacher": 0}, "teacher must be a device pointer, got null"),
+        ({"clip": 0}, "clip must be a device pointer, got null"),
+        ({"labels": 64}, "student_logprob must be a device pointer"),
+        ({"dtype": "float64"}, "dtype must be float32, float16 or bfloat16, got float64"),
+        ({"dtype": "bfloat16", "gradient_dtype": "float16"}, "gradient_dtype must be the logits' dtype"),
+        ({"path": "magic"}, "path must be auto, resident or two_pass, got magic"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"dlogits": 64, "stride_dlogits": 4}, "stride_dlogits must be at least vocab, got 4"),
+        ({"dlogits": 4096, "stride_dlogits": 8, "gradient_dtype": "bfloat16"}, "dlogits must be another buffer"),
+        ({"dlogits": 4096, "stride_dlogits": 8, "student_row": 16}, "dlogits_by_student_row must be true"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.logits_rows(**good | change)
+    module.logits_rows(**good | {"rows": 0})  # nothing to do, nothing launched
+    gradient = {
+        "student": 4096, "teacher": 8192, "dlogits": 4096, "order": 16, "offsets": 16, "teacher_row": 16, "kind": 16,
+        "row_grad": 16, "state": 16, "rows": 2, "vocab": 8, "logical_vocab": 8, "stride_student": 8,
+        "stride_teacher": 8, "stride_dlogits": 8, "dtype": "float32",
+    }  # fmt: skip
+    for change, message in (
+        ({"vocab": 0}, r"vocab must be in \[1, 2\*\*31\), got 0"),
+        ({"offsets": 0}, "offsets must be a device pointer, got null"),
+        ({"stride_dlogits": 9}, "stride_dlogits must be stride_student"),
+        ({"rows": 2**31}, "rows must be fewer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.logits_gradient(**gradient | change)
+    module.logits_gradient(**gradient | {"rows": 0})
+
+
+@pytest.mark.slow
+def test_architectures_and_state(module: ModuleType) -> None:
+    from vigos.engines.problem import STATE
+
+    assert module.architectures == "80-real 90a-real"
+    assert module.row_state == STATE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="AUTO builds the CUDA part where there is a GPU")
+def test_auto_leaves_cuda_out_without_a_gpu(tmp_path: Path) -> None:
+    assert "CUDA kernels OFF" in configure(tmp_path / "plain").stdout
+    asked = configure(tmp_path / "asked", TORCH_CUDA_ARCH_LIST="8.6 9.0+PTX")
+    assert "CUDA kernels ON" in asked.stdout
+    assert "CUDA architectures 86-real;90a\n" in asked.stdout
+    without = configure(tmp_path / "without", TORCH_CUDA_ARCH_LIST="9.0a", PATH="/usr/bin:/bin")
+    assert without.returncode == 0, without.stderr
+    assert "CUDA kernels OFF" in without.stdout
+    for wrong, message in (("7.5", "need 8.0 or newer"), ("hopper", "must hold names like")):
+        refused = configure(tmp_path / wrong, TORCH_CUDA_ARCH_LIST=wrong)
+        assert refused.returncode != 0
+        assert message in " ".join(refused.stderr.split())
