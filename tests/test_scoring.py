@@ -94,6 +94,14 @@ def test_these_are_the_rows_the_head_is_given(family):
         assert (model.lm_head(hidden_states(model, rows)) - logits).abs().max() < 1e-4
 
 
+def test_through_the_triton_kernel():
+    """The same states and gradients with backend="triton", in Triton's interpreter where there is no GPU."""
+    model, rows = tiny_model("qwen2_5_vl"), MIXED["qwen2_5_vl"]
+    exact = gradients(model, rows, scoring="separate")
+    ours = gradients(model, rows, scoring="tree", backend="triton")
+    assert max((ours[name] - exact[name]).abs().max() for name in exact) < 1e-5
+
+
 def gradients(model, sequences, **options):
     model.zero_grad()
     hidden = hidden_states(model, sequences, **options)
@@ -440,6 +448,23 @@ def test_an_image_under_two_prefixes_is_encoded_once(monkeypatch):
     calls = tower_calls(model, monkeypatch)
     assert (hidden_states(model, pair, scoring="tree") - exact).abs().max() < 1e-5
     assert len(calls) == 1
+
+
+def test_the_teacher_and_the_student_share_an_images_features(monkeypatch):
+    """LoRA on the language model: a run of the tower an image, and gradients as without sharing."""
+    targets = [f"language_model.layers.{i}.self_attn.{p}_proj" for i in range(LAYERS) for p in "qv"]
+    model, rows = lora(tiny_model("qwen2_5_vl"), targets=targets), MIXED["qwen2_5_vl"]
+    model.train()
+    exact = gradients(model, rows, scoring="separate")
+    teacher = TeacherScorer(model, verify="never").score(batch(rows))[0]
+    calls = tower_calls(model.get_base_model(), monkeypatch)
+    vision = VisionCache.for_model(model.get_base_model())
+    shared, _ = TeacherScorer(model, verify="never").score(batch(rows), vision=vision)
+    ours = gradients(model, rows, scoring="tree", vision=vision)
+    assert len(calls) == 3
+    assert (shared - teacher).abs().max() < 1e-5
+    assert max((ours[name] - exact[name]).abs().max() for name in exact) < 1e-5
+    assert VisionCache.for_model(tiny_model("qwen2_5_vl")) is None
 
 
 def test_kept_features_need_a_frozen_tower():

@@ -9,10 +9,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_prefix_tree import sequence
-from tiny_models import tiny_model, words
+from tiny_models import mixed_rows, tiny_model, words
 
 import vigos.tree_attention as tree_attention
 from vigos.prefix_tree import PrefixTree
+from vigos.scoring import hidden_states
 from vigos.tree_attention import TreePlan, attend, dummy_mask, installed, registered_name
 
 
@@ -61,7 +62,7 @@ def peaked_qkv(pack, heads, kv_heads, width, dtype, seed=0):
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 8), (6, 1, 12), (2, 2, 16)])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["dense", "segments", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "segments", "flex", "triton"])
 def test_backends(backend, window, heads, kv_heads, width):
     pack = bushy_pack()
     q, k, v = peaked_qkv(pack, heads, kv_heads, width, torch.float64)
@@ -92,7 +93,7 @@ def definition_differentiable(q, k, v, pack, scale, window=None):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["dense", "flex", "auto"])
+@pytest.mark.parametrize("backend", ["dense", "flex", "triton", "auto"])
 def test_softcap(backend):
     pack = bushy_pack()
     q, k, v = peaked_qkv(pack, 4, 2, 8, torch.float64)
@@ -306,3 +307,59 @@ def test_what_a_plan_cannot_express_is_refused():
         model(**inputs, tree_plan=TreePlan(pack), use_cache=False)
     with installed(model), pytest.raises(ValueError, match=r"self-attention over its \d+ tokens, got query \(2, "):
         model(input_ids=pack.ids.expand(2, -1), attention_mask=dummy_mask("cpu"), tree_plan=TreePlan(pack))
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("backend", ["dense", "segments", "varlen", "triton", "flex", "auto"])
+def test_backends_on_a_gpu(backend, window, dtype):
+    """No further from fp64 than twice PyTorch's own attention under the dense mask, forward and backward."""
+    if backend == "varlen" and dtype == torch.float32:
+        pytest.skip("torch's varlen attention takes 16-bit tensors alone")
+    pack = bushy_pack(scale=40)  # about 1,000 tokens: several blocks of queries and keys
+    exact_inputs = [x.cuda().requires_grad_() for x in peaked_qkv(pack, 8, 2, 64, torch.float64)]
+    visible = pack.mask()
+    if window is not None:
+        visible &= pack.depth[:, None] - pack.depth[None] < window
+
+    def dense(q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible.cuda(), scale=0.1, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+    def run(fn, inputs):
+        out = fn(*inputs)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+        return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+    exact = run(dense, exact_inputs)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact_inputs]
+    plan = TreePlan(pack, backend=backend, device="cuda")
+    ours = run(lambda q, k, v: attend(q, k, v, plan, scale=0.1, window=window), inputs)
+    for mine, plain, truth, name in zip(ours, run(dense, inputs), exact, ("out", "dq", "dk", "dv"), strict=True):
+        error, usual = ((x.double() - truth).abs().max().item() for x in (mine, plain))
+        rounding = torch.finfo(dtype).eps * truth.abs().max().item()
+        assert error <= 2 * usual + rounding, f"{name}: {error:.1e}, plain PyTorch {usual:.1e}"
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("backend", ["varlen", "triton", "flex", "auto"])
+def test_hidden_states_on_a_gpu(backend):
+    for family in ("qwen3", "smolvlm", "internvl"):
+        # Heads of 16: the least that GPU kernels take.
+        model = tiny_model(family, dtype=torch.bfloat16, hidden_size=64, head_dim=16).cuda()
+        with torch.no_grad():
+            alone = hidden_states(model, mixed_rows(family), scoring="separate", token_budget=1).double()
+            padded = hidden_states(model, mixed_rows(family), scoring="separate").double()
+            tree = hidden_states(model, mixed_rows(family), scoring="tree", backend=backend).double()
+        assert (tree - alone).norm() <= 2 * (padded - alone).norm() + 1e-2 * alone.norm(), family

@@ -40,7 +40,7 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 def _qwen3(text: dict[str, Any]) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(Qwen3Config(**text, head_dim=8))
+    return Qwen3ForCausalLM(Qwen3Config(**{"head_dim": 8} | text))
 
 
 def _qwen2_5_vl(text: dict[str, Any]) -> Any:
