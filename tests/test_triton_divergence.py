@@ -22,10 +22,11 @@ triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
 from vigos.kernels import divergence as kernels  # noqa: E402
+from vigos.kernels import streaming  # noqa: E402
 from vigos.kernels.entries import expm1, log1p, tanh_and_slope  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["triton"]
+IMPLS = ["triton", "triton_streaming"]
 INF = float("inf")
 
 
@@ -38,13 +39,17 @@ def _interpreter_is_noisy():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Slices of 256 entries and chunks of 16 rows."""
+    """Slices of 256 or 128 entries, chunks of 16 rows, slabs of 192 entries."""
     monkeypatch.setattr(kernels, "SPAN", 256)
     monkeypatch.setattr(kernels, "STATS_BLOCK", {4: 128, 2: 128})
     monkeypatch.setattr(kernels, "SECOND_BLOCK", 128)
     monkeypatch.setattr(kernels, "GRAD_BLOCK", 128)
     monkeypatch.setattr(engine("triton"), "CHUNK_BYTES", 1)
     monkeypatch.setattr(engine("triton"), "SLAB_ELEMENTS", 4096)
+    tile = streaming.Launch(block_m=16, block_v=64, block_d=16, tiles=2, num_warps=4, num_stages=2)
+    monkeypatch.setattr(streaming, "LAUNCH", {4: tile, 2: tile})
+    monkeypatch.setattr(engine("triton_streaming"), "CHUNK_ROWS", 16)
+    monkeypatch.setattr(engine("triton_streaming"), "WORKSPACE_BYTES", 16 * 4 * 192)
 
 
 def assert_no_worse(ours, eager, exact, name, scale=None, factor=2.0):

@@ -6,9 +6,9 @@
     drow = dlogits @ head                          (C, D) fp32
 
 Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live rows
-gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has the same
-shape and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, and only in calls
-where a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
+gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one shape
+and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, and only in calls where
+a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
 
 The head's gradient takes the rows' weights from the supervision: dlogits is weighted before it is rounded, and drow is
 divided by the weight again.
@@ -41,8 +41,8 @@ from vigos.supervision import REVERSE_KL
 if TYPE_CHECKING:
     from vigos.kernels.divergence import Options
 
-# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows: 704 in the first product,
-# enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 multiply-adds a byte.
+# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first product:
+# enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
 CHUNK_BYTES = 512 << 20
 # Columns of a product that are converted or accumulated at a time where no kernel takes the operands as they are.
 SLAB_ELEMENTS = 16 << 20
@@ -92,15 +92,17 @@ def of_rows(options: Options, at: slice, student_row: Tensor, teacher_row: Tenso
     return replace(options, student_row=student_row, teacher_row=teacher_row, kind=options.kind[at], labels=labels)
 
 
-def of_all_ranks(partial: Tensor, rows: Rows) -> Tensor:
-    """Every rank's slices side by side, in rank order: all ranks then merge the same numbers in the same order."""
+def of_all_ranks(partial: Tensor, rows: Rows, slices: int) -> Tensor:
+    """Every rank's slices side by side, in rank order: all ranks then merge the same numbers in the same order.
+
+    `slices`: how many the largest possible shard has.
+    """
     if rows.group is None:
         return partial
-    from vigos.kernels.divergence import slices
     from vigos.kernels.entries import LABEL_S, LABEL_T, MAX_S, MAX_T
 
     # Ranks may hold shards of different sizes; a slice without entries is a sum over nothing.
-    full = partial.new_zeros(*partial.shape[:2], slices(rows.vocab_size))
+    full = partial.new_zeros(*partial.shape[:2], slices)
     full[[column.value for column in (MAX_S, MAX_T, LABEL_S, LABEL_T)]] = -math.inf
     full[:, :, : partial.shape[2]] = partial
     parts = [torch.empty_like(full) for _ in range(rows.group.size())]
@@ -117,7 +119,7 @@ def measure(
 
     state = torch.zeros(options.n_rows, STATE, dtype=torch.float32, device=student.device)
     partial = kernels.row_partials(student, teacher, options, student_bias, teacher_bias)
-    stats = kernels.finish(of_all_ranks(partial, rows), options, state)
+    stats = kernels.finish(of_all_ranks(partial, rows, kernels.slices(rows.vocab_size)), options, state)
     second = kernels.second_partials(student, teacher, options, state, student_bias, teacher_bias)
     if rows.group is not None:
         second = all_reduce(second.sum(2, keepdim=True), rows.group)
