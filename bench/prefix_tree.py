@@ -50,7 +50,7 @@ SIZES = {
 }
 # image tokens, rollouts a prompt, invalid rollouts a prompt
 CASES = [(256, 1, 0), (1024, 1, 0), (256, 4, 0), (1024, 4, 0), (1024, 4, 2), (1024, 4, 4), (64, 4, 0)]
-GPU_CASES = [(n, r, i) for n in (64, 256, 1024, 4096) for r in (1, 4, 8) for i in (0, r // 2, r)]
+GPU_CASES = [(n, r, i) for n in (64, 256, 1024, 4096) for r in (1, 4, 8) for i in sorted({0, r // 2, r})]
 
 
 def build(size: str, device: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -52,8 +52,10 @@ class ScoringStats:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers or PEFT model inside DDP, FSDP, DeepSpeed and torch.compile wrappers."""
-    while inner := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
+    inner: nn.Module | None = model
+    while inner is not None:
         model = inner
+        inner = next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None)
     return model
 
 
@@ -657,8 +659,5 @@ def check_adapter(model: nn.Module) -> None:
                 f"the adapter must not be merged, got merged weights in {name}: unmerging in place changes the base "
                 "weights in low precision; keep the adapter apart"
             )
-    head_path = next((name for name, module in core.named_modules() if module is lm_head(core)), "")
     if hasattr(lm_head(core), "base_layer"):
-        raise ValueError(
-            f"the adapter must not cover the language-model head {head_path!r}: student and teacher share it"
-        )
+        raise ValueError("the adapter must not cover the language-model head: student and teacher share it")
