@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from training import (
 )
 
 from vigos.config import ViGOSConfig
-from vigos.data import load_rows
+from vigos.data import ImageLimits, load_rows
 from vigos.policy import TeacherPolicy, build_lora, merged_copy, prepare_model
 from vigos.scoring import lm_head
 from vigos.trainer import ViGOSTrainer
@@ -432,6 +433,19 @@ def test_adapters_that_cannot_be_switched_off_are_refused(tmp_path: Path) -> Non
         trainer(head, config(tmp_path), rows(1))
 
 
+def test_adapters_without_a_merged_copy_are_refused_at_the_start(tmp_path: Path) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    dora = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    for adapter, name in ((dora, "DoRA"), (ia3, "IA3")):
+        with pytest.raises(ValueError, match=rf"save_merged must be false for adapter 'default'.*got {name}"):
+            trainer(get_peft_model(tiny_student(), adapter), config(tmp_path, save_merged=True), rows(1))
+    engine = trainer(get_peft_model(tiny_student(), ia3), config(tmp_path, clip_mode="none"), rows(2), texts=TEXTS[:2])
+    engine.train()
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
 def test_own_adapter_is_trained(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -669,6 +683,18 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     assert engine.rows_used == 2
     assert engine.skipped.total() == 6
     assert all(f"skipped row r{i}:" in caplog.text for i in range(1, 7))
+
+
+def test_row_that_the_processor_refuses_is_skipped(tmp_path: Path) -> None:
+    strip = {"problem": "Which ink?", "images": [picture(0, 4000, 8)], "answer": "red", "problem_id": "strip"}
+    data = load_rows([strip, *rows(1)])
+    data.reader = replace(data.reader, limits=ImageLimits(max_aspect=1e9))  # type: ignore[union-attr]
+    engine = trainer(tiny_student(), config(tmp_path), data, texts=[VALID_A])  # type: ignore[arg-type]
+    engine.train()
+    (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert (skipped["row"], skipped["reason"]) == ("strip", "not_encodable")
+    assert "aspect ratio" in skipped["detail"]
+    assert engine.rows_used == 1
 
 
 def test_a_step_of_bad_rows_alone_goes_by(tmp_path: Path) -> None:

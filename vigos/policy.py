@@ -34,6 +34,8 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
     """
     if hasattr(model, "peft_config"):
         check_adapter(model)
+        if config.save_merged:
+            _check_mergeable(model)
         return model
     if config.lora:
         return build_lora(model, config)
@@ -90,6 +92,17 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
         bias="none",
     )
     return get_peft_model(base, lora)  # type: ignore[arg-type]
+
+
+def _check_mergeable(model: Any) -> None:
+    """Now, and not after the last step: `merged_copy` knows W + s·BA."""
+    for name, adapter in model.peft_config.items():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind != "LORA" or getattr(adapter, "use_dora", False):
+            raise ValueError(
+                f"save_merged must be false for adapter {name!r}: a merged copy is made of plain LoRA, got "
+                f"{'DoRA' if kind == 'LORA' else kind}"
+            )
 
 
 def _language_model(base: Any) -> tuple[str, nn.Module]:

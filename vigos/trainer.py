@@ -176,27 +176,27 @@ class ViGOSTrainer(Trainer):
                 # Its place in the global step: the same however the step is cut into micro-batches and ranks.
                 place = (k * ranks + rank) * args.per_device_train_batch_size + j
                 seeds.append(stream_seed(args.seed, self.state.global_step, place))
-        self.rows_used += len(chosen)
-        if not self.rows_used and self.skipped.total() >= UNUSABLE_ROWS:
-            raise ValueError(self._nothing_usable())
         with self.accelerator.autocast():
             completions = self.engine.generate([prompt for _, _, prompt in chosen], args.sampling, seeds)
         groups: list[list[Rollout]] = [[] for _ in micro_batches]
         n = args.num_generations
         for i, (k, row, prompt) in enumerate(chosen):
-            prompts: dict[Role, EncodedPrompt] = {"student": prompt}  # the teachers' are added as rollouts need them
-            for ids in completions[i * n : (i + 1) * n]:
-                rollout = self._parse(row, prompts, ids)
-                groups[k].append(rollout)
-                self.valid_rollouts += rollout.spans.valid
+            try:
+                rollouts = self._parse(row, prompt, completions[i * n : (i + 1) * n])
+            except BadRow as bad:
+                self._skip(bad)
+                continue
+            groups[k] += rollouts
+            self.rows_used += 1
+            self.valid_rollouts += sum(r.spans.valid for r in rollouts)
+        if not self.rows_used and self.skipped.total() >= UNUSABLE_ROWS:
+            raise ValueError(self._nothing_usable())
         return groups
 
     def _student_prompt(self, row: Row | BadRow) -> EncodedPrompt:
         if isinstance(row, BadRow):
             raise row
         row_id, limit = row["problem_id"], self.args.max_prompt_length
-        if not row["answer"].strip():
-            raise BadRow(row_id, "empty_answer", "the answer is empty")
         if row["images"] and not self.has_vision:
             raise ValueError(
                 f"row {row_id} has {len(row['images'])} image(s), but {type(base_model(self.model)).__name__} with a "
@@ -220,32 +220,39 @@ class ViGOSTrainer(Trainer):
         except ValueError as error:  # the image processor's own limits
             raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
 
-    def _parse(self, row: Row, prompts: dict[Role, EncodedPrompt], ids: Tensor) -> Rollout:
+    def _parse(self, row: Row, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
+        """The rollouts of a row, with the prompts of the teachers that they meet: encoded once, and only if needed."""
         args = self.args
-        spans = parse_rollout(
-            ids,
-            self.tokenizer,
-            style=args.span_style or "paper",
-            validity=args.validity,
-            eos_token_ids=self._eos,
-            image_token_ids=self._placeholders,
-        )
-        for a in assignments(spans, args, has_images=bool(row["images"])):
-            if a.term not in prompts:
-                prefill = None
-                if a.term == "reasoning":
-                    think = args.reasoning_prefix == "think"
-                    prefill = self.prompts.think_prefill if think else self.prompts.prefill
-                prompts[a.term] = self._encode(a.term, row, prefill)
-        return Rollout(
-            problem_id=row["problem_id"],
-            problem=row["problem"],
-            answer=row["answer"],
-            images=tuple(row["images"]),
-            prompts=prompts,
-            completion_ids=ids,
-            spans=spans,
-        )
+        prompts: dict[Role, EncodedPrompt] = {"student": prompt}
+        rollouts = []
+        for ids in completions:
+            spans = parse_rollout(
+                ids,
+                self.tokenizer,
+                style=args.span_style or "paper",
+                validity=args.validity,
+                eos_token_ids=self._eos,
+                image_token_ids=self._placeholders,
+            )
+            for a in assignments(spans, args, has_images=bool(row["images"])):
+                if a.term not in prompts:
+                    prefill = None
+                    if a.term == "reasoning":
+                        think = args.reasoning_prefix == "think"
+                        prefill = self.prompts.think_prefill if think else self.prompts.prefill
+                    prompts[a.term] = self._encode(a.term, row, prefill)
+            rollouts.append(
+                Rollout(
+                    problem_id=row["problem_id"],
+                    problem=row["problem"],
+                    answer=row["answer"],
+                    images=tuple(row["images"]),
+                    prompts=prompts,
+                    completion_ids=ids,
+                    spans=spans,
+                )
+            )
+        return rollouts
 
     def _skip(self, bad: BadRow) -> None:
         self.skipped[bad.reason] += 1
