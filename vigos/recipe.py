@@ -59,7 +59,15 @@ def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
     )
-    rows = load_rows(source.data, data_root=source.data_root, streaming=source.streaming)
+    rows = load_rows(
+        source.data,
+        problem_column=config.problem_column,
+        images_column=config.images_column,
+        answer_column=config.answer_column,
+        id_column=config.id_column,
+        data_root=source.data_root,
+        streaming=source.streaming,
+    )
     trainer = ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows)
     resume: str | bool | None = source.resume
     if resume == "auto":
