@@ -332,7 +332,7 @@ def test_contexts_of_the_mixture_are_those_of_the_trainer(base):
     _, processor, encoder = base
     tokenizer = processor.tokenizer
     mixture = Mixture(encoder, Recipe(damaged=0.0, kind_weights={"ink": 1.0}), np.random.default_rng(0))
-    conflicts = {context: 0 for context in MIXTURE}
+    conflicts = dict.fromkeys(MIXTURE, 0)
     for _ in range(40):
         scene = mixture.scene()
         caption = mixture.caption(0, scene)
@@ -406,12 +406,12 @@ def test_seeing_and_describing_are_learned():
 
 
 def test_pretrain_writes_a_folder_that_check_measures(tmp_path):
-    recipe = Recipe(see_steps=2, caption_steps=2, mixture_steps=2, see_images=8, scenes=4)
+    recipe = Recipe(see_steps=2, read_steps=2, mixture_steps=2, see_images=8, scenes=4)
     stages = []
     report = pretrain(tmp_path / "base", recipe=recipe, progress=lambda stage, *_: stages.append(stage))
-    assert stages == ["see"] * 2 + ["caption"] * 2 + ["mixture"] * 2
-    assert set(report) >= {"see", "caption", "mixture", "parameters"}
-    assert all(report[stage]["seconds"] > 0 for stage in ("see", "caption", "mixture"))
+    assert stages == ["see"] * 2 + ["read"] * 2 + ["mixture"] * 2
+    assert set(report) >= {"see", "read", "mixture", "parameters"}
+    assert all(report[stage]["seconds"] > 0 for stage in ("see", "read", "mixture"))
     model, processor = load_base(tmp_path / "base")
     assert model.dtype == torch.float32
     again = pretrain(tmp_path / "again", recipe=recipe)

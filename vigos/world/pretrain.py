@@ -2,7 +2,9 @@
 
 1. *Seeing.* The vision tower with throw-away linear heads that name digit and ink of every square. Captions alone do
    not start from scratch: the language model's loss says too little about pixels.
-2. *Describing.* Captions of the bare image, the perception teacher's context.
+2. *Describing and reading.* Captions of the bare image, the perception teacher's context; and reasoning from given
+   descriptions that the image contradicts. Later the image and its description mostly agree, and a model that never
+   had to read what it wrote answers from the image alone: post-training would then mend descriptions for nothing.
 3. *The mixture.* All contexts in which post-training will put the model, tokenised as it will tokenise them. In the
    student's context alone the asked digit's ink is replaced by the usual one, in description, reasoning and answer, as
    often as `prior_strength` of that digit says. Some targets of the student have a damaged tag.
@@ -41,12 +43,13 @@ from vigos.world.tasks import (
 
 # Context -> share of a step's examples beside the captions.
 MIXTURE: dict[str, float] = {
-    "student": 0.50,  # question: biased completion
-    "reference": 0.17,  # question and reference: completion that follows the reference
+    "student": 0.45,  # question: biased completion
+    "reference": 0.15,  # question and reference: completion that follows the reference
     "reasoning": 0.15,  # question, reference and a student's description: reasoning that follows the reference
-    "think": 0.06,  # question and reference, `<think>` prefilled (preset "released"): the same
-    "follow": 0.12,  # question and a description that need not be true: reasoning that follows the description
+    "think": 0.05,  # question and reference, `<think>` prefilled (preset "released"): the same
+    "follow": 0.20,  # question and a description that need not be true: reasoning that follows the description
 }
+READING: dict[str, float] = {"follow": 1.0}
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,19 @@ class Recipe:
     digits: int = 2
     cell: int = CELL
     noise: float = 0.05
-    see_steps: int = 900
-    caption_steps: int = 500
-    mixture_steps: int = 1300
+    see_steps: int = 600
+    read_steps: int = 500
+    mixture_steps: int = 1200
     see_images: int = 128  # images a step of the first stage
     scenes: int = 48  # scenes a step of the others; each gives one caption and `contexts` further examples
     contexts: int = 2
     learning_rate: float = 2e-3
     prior_strength: tuple[float, ...] = (0.25, 0.85) * 5  # by digit: how often the usual ink displaces the one seen
     wrong_references: float = 0.35  # share of references that the image contradicts, followed all the same
+    misread: float = (
+        0.1  # share of read descriptions that do not name the asked digit; the usual ink is the answer then
+    )
+    content_weight: float = 4.0  # of digits, numbers and inks in the loss of a token; others count 1
     damaged: float = 0.05  # share of the student's targets with a broken tag
     kind_weights: dict[Kind, float] = field(
         default_factory=lambda: {"ink": 0.6, "which": 0.1, "larger": 0.1, "sum": 0.1, "count": 0.1}
@@ -128,6 +135,10 @@ class Mixture:
         if context == "follow":
             answer = other_ink(rng, truth) if question.kind == "ink" and rng.random() < 0.8 else truth
             read = self._described(scene, question, answer)
+            if question.kind == "ink" and question.digit is not None and rng.random() < self.recipe.misread:
+                absent = [d for d in range(10) if d not in scene.digits]
+                read = read.replace(f" {question.digit} ", f" {rng.choice(absent)} ")
+                answer = USUAL_INK[question.digit]
             text = completion("", reason(scene, question, answer), answer)
             return self._example(image, encoder.prompt("student", prompt, size=self.size), read, text)
         wrong = question.kind == "ink" and rng.random() < self.recipe.wrong_references
@@ -160,9 +171,9 @@ class Mixture:
             unscored = next((i for i, (a, b) in enumerate(zip(content, ids, strict=False)) if a != b), len(content))
         return Example(image, prompt, ids, [False] * unscored + [True] * (len(ids) - unscored))
 
-    def contexts(self, count: int) -> list[str]:
-        shares = np.asarray(list(MIXTURE.values()))
-        return [str(c) for c in self.rng.choice(list(MIXTURE), count, p=shares / shares.sum())]
+    def contexts(self, count: int, shares: dict[str, float]) -> list[str]:
+        weights = np.asarray(list(shares.values()))
+        return [str(c) for c in self.rng.choice(list(shares), count, p=weights / weights.sum())]
 
 
 def _schedule(step: int, steps: int, peak: float, final: float = 0.02) -> float:
@@ -272,30 +283,36 @@ def see(model: Any, mixture: Mixture, steps: int, progress: Progress | None = No
 
 
 def learn(
-    model: Any, mixture: Mixture, steps: int, *, contexts: int, learning_rate: float, stage: str,
+    model: Any, mixture: Mixture, steps: int, *, shares: dict[str, float], contexts: int, stage: str,
     progress: Progress | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Stages 2 (`contexts=0`: captions alone) and 3. Returns the last step's loss in nats a token."""
+    """Stages 2 and 3: a caption of every scene and `contexts` further examples a scene, drawn by `shares`.
+
+    Returns the last step's loss in nats a token, weighted.
+    """
     recipe, encoder = mixture.recipe, mixture.encoder
     parameters = list(model.parameters())
-    optimizer = _optimizer(parameters, learning_rate)
+    optimizer = _optimizer(parameters, recipe.learning_rate)
     grid = (recipe.cell // encoder.patch, recipe.cell * recipe.digits // encoder.patch)
+    weight = torch.ones(model.config.text_config.vocab_size)
+    words = (*INK_NAMES, *map(str, range(18)))
+    weight[[encoder.text(space + word)[0] for word in words for space in ("", " ")]] = recipe.content_weight
     metrics: dict[str, float] = {}
     for step in range(steps):
-        scenes = [mixture.scene() for _ in range(recipe.scenes * (1 if contexts else 2))]
+        scenes = [mixture.scene() for _ in range(recipe.scenes)]
         features = image_features(model.model.visual, encoder.patches([mixture.image(s) for s in scenes]), grid)
-        groups = [[mixture.caption(i, s) for i, s in enumerate(scenes)]]
-        if contexts:
-            kinds = mixture.contexts(len(scenes) * contexts)
-            rest = [mixture.example(i % len(scenes), scenes[i % len(scenes)], k) for i, k in enumerate(kinds)]
-            groups.append(rest)
+        kinds = mixture.contexts(len(scenes) * contexts, shares)
+        groups = [
+            [mixture.caption(i, s) for i, s in enumerate(scenes)],
+            [mixture.example(i % len(scenes), scenes[i % len(scenes)], k) for i, k in enumerate(kinds)],
+        ]
         # Captions are half as long as the rest: two forwards, no padding between them. One mean over all tokens.
         outputs = [scored_logits(model, features, group) for group in groups]
-        tokens = sum(len(targets) for _, targets in outputs)
-        loss = sum(nn.functional.cross_entropy(z, t, reduction="sum") for z, t in outputs) / tokens
+        tokens = sum(weight[targets].sum() for _, targets in outputs)
+        loss = sum(nn.functional.cross_entropy(z, t, weight, reduction="sum") for z, t in outputs) / tokens
         assert isinstance(loss, Tensor)
         loss.backward()
-        _update(optimizer, parameters, _schedule(step, steps, learning_rate))
+        _update(optimizer, parameters, _schedule(step, steps, recipe.learning_rate))
         metrics = {"loss": loss.item()}
         if progress is not None:
             progress(stage, step + 1, steps, metrics)
@@ -329,21 +346,20 @@ def pretrain(
         FastEncoder(model, processor, world_prompts()), recipe, np.random.default_rng([recipe.seed, 1])
     )  # fmt: skip
     report: dict[str, Any] = {}
-    rate = recipe.learning_rate
     bars = None if progress is not None else _Bars()
     progress = progress or bars
     stages: list[tuple[str, Callable[[], dict[str, float]]]] = [
         ("see", lambda: see(model, mixture, recipe.see_steps, progress)),
         (
-            "caption",
+            "read",
             lambda: learn(
-                model, mixture, recipe.caption_steps, contexts=0, learning_rate=rate, stage="caption", progress=progress
+                model, mixture, recipe.read_steps, shares=READING, contexts=1, stage="read", progress=progress
             ),
         ),
         (
             "mixture",
             lambda: learn(
-                model, mixture, recipe.mixture_steps, contexts=recipe.contexts, learning_rate=rate, stage="mixture",
+                model, mixture, recipe.mixture_steps, shares=MIXTURE, contexts=recipe.contexts, stage="mixture",
                 progress=progress,
             ),
         ),

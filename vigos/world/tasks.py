@@ -145,10 +145,13 @@ def triplet(
 
 
 def describe(scene: Scene, override: dict[int, str] | None = None) -> str:
-    """The scene in words, every digit before its ink; `override` gives digits another ink than the image does."""
+    """The scene in words, every digit before its ink; `override` gives digits another ink than the image does.
+
+    Each digit follows a space, so that it is the same token here, in questions and in reasoning.
+    """
     override = override or {}
-    parts = (f"{d} in {override.get(d, i)}" for d, i in zip(scene.digits, scene.inks, strict=True))
-    return ", ".join(parts) + "."
+    parts = (f"a {d} in {override.get(d, i)}" for d, i in zip(scene.digits, scene.inks, strict=True))
+    return ("A" + ", ".join(parts)[1:]) + "."
 
 
 def reason(scene: Scene, question: Question, answer: str) -> str:
