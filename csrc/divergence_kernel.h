@@ -119,22 +119,17 @@ void statistics_form(const View& view, const Transform& f, ColumnStatistics* sta
   }
 }
 
-// Sets of kinds that have code of their own; a strip with any other mixture runs the code for all three.
-enum { kSetForward = 1, kSetReverse = 2, kSetJSD = 4, kSetAll = 7 };
-
 struct Column {
   vf top_s, top_t, log_total_s, log_total_t, delta;
-  vi forward, reverse;  // masks
 };
 
 inline Column column(const Normalised& n, int64_t lane) {
-  const vi kind = load(n.kind + lane);
   return {load(n.top_s + lane), load(n.top_t + lane), load(n.log_total_s + lane), load(n.log_total_t + lane),
-          load(n.delta + lane), kind == kForwardKL,   kind == kReverseKL};
+          load(n.delta + lane)};
 }
 
-// min(u, clip), and NaN where u is.
-inline vf min_nan(vf u, float clip) { return u > clip ? splat(clip) : u; }
+// min(x, most), and NaN where x is.
+inline vf capped(vf x, float most) { return x > most ? splat(most) : x; }
 
 struct Terms {
   vf value;  // of the divergence
@@ -142,7 +137,8 @@ struct Terms {
   vf p_s;
 };
 
-template <int KINDS, bool CLIP, bool VALUE>
+// VALUE: of the unclipped KL, whose terms the third visit has no use for.
+template <int KIND, bool CLIP, bool VALUE>
 inline Terms terms(const Entry& e, const Column& c, const Options& o) {
   const vf x = e.gap - c.delta;
   const vi up = x > 0.0f;  // the student's probability is the larger
@@ -151,54 +147,39 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
   const vf larger = exp_(up ? (e.z_s - c.top_s) - c.log_total_s : (e.z_t - c.top_t) - c.log_total_t);
   const vf smaller = larger * f.ex;
   const vf p_s = up ? larger : smaller, p_t = up ? smaller : larger;
-  // larger * (expm1(-a) + a), and its counterpart with the probabilities exchanged
-  vf of_larger{}, of_smaller{};
-  if constexpr (!CLIP && VALUE && (KINDS & (kSetForward | kSetReverse)) != 0) {
-    of_larger = a == kInf ? a : larger * f.h;
-    of_smaller = -larger * (a < 0.25f ? f.h + f.e * a : f.e + min_(a, splat(200.0f)) * f.ex);
-  }
-  Terms forward{}, reverse{}, jsd{};
-  if constexpr ((KINDS & kSetForward) != 0) {
-    const vf difference = larger * (up ? -f.e : f.e);
-    if constexpr (CLIP) {
-      const vf u = p_t > 0.0f ? -p_t * x : (x == x ? vf{} : x);
-      const vi inside = u <= o.entry_clip;
-      forward = {min_nan(u, o.entry_clip), inside ? difference : p_s, p_s};
-    } else {
-      forward = {up ? of_smaller : of_larger, difference, p_s};
-    }
-  }
-  if constexpr ((KINDS & kSetReverse) != 0) {
-    const vf u = p_s > 0.0f ? p_s * x : (x == x ? vf{} : x);
-    if constexpr (CLIP) {
-      const vi inside = u <= o.entry_clip;
-      reverse = {min_nan(u, o.entry_clip), inside ? u : -p_s, p_s};
-    } else {
-      reverse = {up ? of_larger : of_smaller, u, p_s};
-    }
-  }
-  if constexpr ((KINDS & kSetJSD) != 0) {
+  const vf nothing = x == x ? vf{} : x;
+  if constexpr (KIND == kJSD) {
     const vf b = up ? splat(o.beta) : splat(1.0f - o.beta);
-    const vf to_m = log1p_(b * f.e);     // log m - log larger
-    const vf g_larger = -larger * to_m;  // p (log p - log m) of the larger
-    const vf g_smaller = -smaller * (min_(a, splat(200.0f)) + to_m);
-    const vf g_s = (1.0f - o.beta) * (up ? g_larger : g_smaller);
-    const vf u = g_s + o.beta * (up ? g_smaller : g_larger);
-    if constexpr (CLIP) {
-      const vi inside = u <= o.entry_clip;
-      jsd = {min_nan(u, o.entry_clip), inside ? g_s : vf{}, p_s};
-    } else {
-      jsd = {u, g_s, p_s};
+    const vf to_m = log1p_(b * f.e);      // log m - log larger
+    const vf of_larger = -larger * to_m;  // p (log p - log m)
+    const vf of_smaller = -smaller * (capped(a, 200.0f) + to_m);
+    const vf g = (1.0f - o.beta) * (up ? of_larger : of_smaller);
+    const vf u = g + o.beta * (up ? of_smaller : of_larger);
+    if constexpr (CLIP) return {capped(u, o.entry_clip), u <= o.entry_clip ? g : nothing, p_s};
+    return {u, g, p_s};
+  } else {
+    // The terms of the KL weighted by the larger probability, and by the smaller one.
+    vf value{};
+    if constexpr (VALUE) {
+      const vf of_larger = a == kInf ? a : larger * f.h;
+      const vf of_smaller = -larger * (a < 0.25f ? f.h + f.e * a : f.e + capped(a, 200.0f) * f.ex);
+      value = (KIND == kReverseKL ? up : ~up) ? of_larger : of_smaller;
     }
+    const vf difference = larger * (up ? -f.e : f.e);
+    const vf weight = KIND == kReverseKL ? p_s : p_t;
+    const vf u = weight > 0.0f ? weight * (KIND == kReverseKL ? x : -x) : nothing;
+    const vf a_inside = KIND == kReverseKL ? u : difference;
+    if constexpr (CLIP) {
+      const vi outside = u > o.entry_clip;
+      return {outside ? splat(o.entry_clip) : u, outside ? (KIND == kReverseKL ? -p_s : p_s) : a_inside, p_s};
+    }
+    return {value, a_inside, p_s};
   }
-  if constexpr (KINDS == kSetForward) return forward;
-  if constexpr (KINDS == kSetReverse) return reverse;
-  if constexpr (KINDS == kSetJSD) return jsd;
-  return {c.forward ? forward.value : (c.reverse ? reverse.value : jsd.value),
-          c.forward ? forward.a : (c.reverse ? reverse.a : jsd.a), p_s};
 }
 
-template <int FORM, int KINDS, bool CLIP>
+// A strip with rows of several kinds runs the code of each and keeps its own columns: a row's result does not depend on
+// who stands beside it, to the last bit.
+template <int FORM, int KIND, bool CLIP>
 void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
                    const Normalised& normalised, double* value, double* gradient) {
   const Column c = column(normalised, lane);
@@ -207,35 +188,32 @@ void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Tr
   vf sum_value{}, sum_a{};
   for (int i = 0; i < n; ++i) {
     const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
-    const Terms terms_ = terms<KINDS, CLIP, true>(e, c, o);
-    sum_value += terms_.value;
-    sum_a += terms_.a;
+    const Terms of = terms<KIND, CLIP, !CLIP>(e, c, o);
+    sum_value += of.value;
+    sum_a += of.a;
   }
   for (int l = 0; l < W; ++l) {
+    if (normalised.kind[lane + l] != KIND) continue;
     value[lane + l] += sum_value[l];
     gradient[lane + l] += sum_a[l];
   }
 }
 
-template <int FORM, int KINDS, bool CLIP>
+template <int FORM, int KIND, bool CLIP>
 void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
                     const Normalised& normalised, const float* scale, float* out, int64_t ld_out) {
   const Column c = column(normalised, lane);
   const vf S = load(normalised.gradient + lane), factor = load(scale + lane);
+  const vi mine = load(normalised.kind + lane) == KIND;
   const float* s = view.s + from * view.ld_s + lane;
   const float* t = view.t + from * view.ld_t + lane;
   out += from * ld_out + lane;
   for (int i = 0; i < n; ++i) {
     const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
-    const Terms terms_ = terms<KINDS, CLIP, false>(e, c, o);
-    store(out + i * ld_out, (terms_.a - terms_.p_s * S) * (e.slope * factor));
+    const Terms of = terms<KIND, CLIP, false>(e, c, o);
+    float* to = out + i * ld_out;
+    store(to, mine ? (of.a - of.p_s * S) * (e.slope * factor) : load(to));
   }
-}
-
-inline int kinds_of(const int32_t* kind) {
-  int set = 0;
-  for (int l = 0; l < W; ++l) set |= 1 << kind[l];
-  return set == kSetForward || set == kSetReverse || set == kSetJSD ? set : static_cast<int>(kSetAll);
 }
 
 template <typename Visit>
@@ -257,34 +235,27 @@ void with_form(const Transform& f, Visit&& visit) {
   }
 }
 
-// Runs `visit<FORM, KINDS, CLIP>(from, n, lane)` for every block and strip of the view.
+// Runs `visit<FORM, KIND, CLIP>(from, n, lane)` for every block, strip and kind of a row in it.
 template <typename Visit>
 void for_strips(const View& view, const Transform& f, const Options& o, const Normalised& normalised, Visit&& visit) {
-  for (int64_t from = 0; from < view.steps; from += kBlock) {
-    const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
-    for (int64_t lane = 0; lane < view.lanes; lane += W) {
-      const int kinds = kinds_of(normalised.kind + lane);
-      const auto with_clip = [&]<int FORM, int KINDS>() {
-        if (o.has_clip)
-          visit.template operator()<FORM, KINDS, true>(from, n, lane);
-        else
-          visit.template operator()<FORM, KINDS, false>(from, n, lane);
-      };
-      const auto with_kinds = [&]<int FORM>() {
-        switch (kinds) {
-          case kSetForward:
-            return with_clip.template operator()<FORM, kSetForward>();
-          case kSetReverse:
-            return with_clip.template operator()<FORM, kSetReverse>();
-          case kSetJSD:
-            return with_clip.template operator()<FORM, kSetJSD>();
-          default:
-            return with_clip.template operator()<FORM, kSetAll>();
-        }
-      };
-      with_form(f, [&]<int FORM>() { with_kinds.template operator()<FORM>(); });
+  with_form(f, [&]<int FORM>() {
+    const auto with_clip = [&]<int KIND>(int64_t from, int n, int64_t lane) {
+      if (o.has_clip)
+        visit.template operator()<FORM, KIND, true>(from, n, lane);
+      else
+        visit.template operator()<FORM, KIND, false>(from, n, lane);
+    };
+    for (int64_t from = 0; from < view.steps; from += kBlock) {
+      const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
+      for (int64_t lane = 0; lane < view.lanes; lane += W) {
+        int kinds = 0;
+        for (int l = 0; l < W; ++l) kinds |= 1 << normalised.kind[lane + l];
+        if ((kinds & 1 << kForwardKL) != 0) with_clip.template operator()<kForwardKL>(from, n, lane);
+        if ((kinds & 1 << kReverseKL) != 0) with_clip.template operator()<kReverseKL>(from, n, lane);
+        if ((kinds & 1 << kJSD) != 0) with_clip.template operator()<kJSD>(from, n, lane);
+      }
     }
-  }
+  });
 }
 
 void statistics(const View& view, const Transform& f, ColumnStatistics* to) {
@@ -293,15 +264,15 @@ void statistics(const View& view, const Transform& f, ColumnStatistics* to) {
 
 void measure(const View& view, const Transform& f, const Options& o, const Normalised& normalised, double* value,
              double* gradient) {
-  for_strips(view, f, o, normalised, [&]<int FORM, int KINDS, bool CLIP>(int64_t from, int n, int64_t lane) {
-    measure_strip<FORM, KINDS, CLIP>(view, from, n, lane, f, o, normalised, value, gradient);
+  for_strips(view, f, o, normalised, [&]<int FORM, int KIND, bool CLIP>(int64_t from, int n, int64_t lane) {
+    measure_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, value, gradient);
   });
 }
 
 void gradient(const View& view, const Transform& f, const Options& o, const Normalised& normalised, const float* scale,
               float* out, int64_t ld_out) {
-  for_strips(view, f, o, normalised, [&]<int FORM, int KINDS, bool CLIP>(int64_t from, int n, int64_t lane) {
-    gradient_strip<FORM, KINDS, CLIP>(view, from, n, lane, f, o, normalised, scale, out, ld_out);
+  for_strips(view, f, o, normalised, [&]<int FORM, int KIND, bool CLIP>(int64_t from, int n, int64_t lane) {
+    gradient_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, scale, out, ld_out);
   });
 }
 

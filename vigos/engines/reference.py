@@ -10,8 +10,8 @@ With x = log p_s - log p_t, taken as (z_s - z_t) - (lse_s - lse_t) so that near 
 and d/dz_s = a - p_s S with S = sum a, for all three. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
 which makes every term of them >= 0 and of second order; they do not notice an error of lse_s - lse_t to first order,
 and neither does a - p_s S. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD; where a term is
-above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head (student - teacher) @ head.T
-is computed instead of the student's logits: its rounding is relative to the difference the gradient is made of.
+above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head, (student - teacher) @
+head.T is computed instead of the student's logits: its rounding is relative to what the gradient is made of.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from vigos.engines.problem import (
 from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL
 
 INF = float("inf")
+KNOWN = 6  # of a row, from its statistics, for its gradient
 CHUNK_ELEMENTS = 2**22  # of one (chunk, V) tensor; about ten of them live at once
 
 
@@ -118,11 +119,13 @@ class _Terms:
     student_larger: Tensor
 
 
-def _terms(pair: _Pair, lse_s: Tensor, lse_t: Tensor, delta: Tensor) -> _Terms:
+def _terms(pair: _Pair, known: Tensor) -> _Terms:
+    """`known` (C, KNOWN): top_s, log total_s, top_t, log total_t, lse_s - lse_t, S."""
+    top_s, log_s, top_t, log_t, delta = known[:, :5, None].unbind(1)
     neither = (pair.z_s == -INF) & (pair.z_t == -INF)
-    x = (pair.gap - delta[:, None]).masked_fill(neither, 0.0)
+    x = (pair.gap - delta).masked_fill(neither, 0.0)
     student_larger = x > 0
-    larger = torch.where(student_larger, pair.z_s - lse_s[:, None], pair.z_t - lse_t[:, None]).exp()
+    larger = torch.where(student_larger, (pair.z_s - top_s) - log_s, (pair.z_t - top_t) - log_t).exp()
     fall = larger * torch.expm1(-x.abs())
     smaller = larger * torch.exp(-x.abs())
     return _Terms(
@@ -150,7 +153,8 @@ def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
 def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
     """(divergence's terms, the student's share of them)."""
     a = terms.x.abs()
-    to_mixture = torch.log1p(torch.where(terms.student_larger, beta, 1 - beta) * torch.expm1(-a))
+    other = (1 - beta) + (2 * beta - 1) * terms.student_larger.to(a.dtype)  # the mixture's weight of the smaller one
+    to_mixture = torch.log1p(other * torch.expm1(-a))
     larger = -terms.larger * to_mixture  # p (log p - log m)
     smaller = -torch.where(terms.student_larger, terms.p_t, terms.p_s) * (a.clamp(max=1e3) + to_mixture)
     student = (1 - beta) * torch.where(terms.student_larger, larger, smaller)
@@ -162,26 +166,27 @@ def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
     clip = rows.entry_clip
     if kind == JSD:
         u, a = _jsd_terms(terms, rows.beta)
-        above = torch.zeros_like(a)
-    elif kind == REVERSE_KL:
-        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+        return (u, a) if clip is None else (torch.where(u > clip, clip, u), torch.where(u > clip, 0.0, a))
+    nothing = torch.where(terms.x.isnan(), terms.x, 0.0)
+    if kind == REVERSE_KL:
+        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.x, nothing)
         above = -terms.p_s
     else:
-        u = torch.where(terms.p_t > 0, -terms.p_t * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+        u = torch.where(terms.p_t > 0, -terms.p_t * terms.x, nothing)
         a, above = terms.difference, terms.p_s
-    if clip is not None:
-        inside = u <= clip
-        return torch.where(inside, u, torch.where(u.isnan(), u, clip)), torch.where(inside, a, above)
-    return (u if kind == JSD else _kl_terms(terms, kind == REVERSE_KL)), a
+    if clip is None:
+        return _kl_terms(terms, kind == REVERSE_KL), a
+    return torch.where(u > clip, clip, u), torch.where(u > clip, above, a)
 
 
 def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tuple[Statistics, Tensor]:
-    """Statistics of a chunk and what its gradient needs (C, 4): lse_s, lse_t, lse_s - lse_t, S."""
+    """Statistics of a chunk and what its gradient needs, (C, KNOWN)."""
     top_s, total_s, entropy_s = _normaliser(pair.z_s, rows.group)
     top_t, total_t, entropy_t = _normaliser(pair.z_t, rows.group)
     lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
     delta = (top_s - top_t) + (total_s / total_t).log()
-    terms = _terms(pair, lse_s, lse_t, delta)
+    known = torch.stack([top_s, total_s.log(), top_t, total_t.log(), delta, torch.zeros_like(delta)], dim=1)
+    terms = _terms(pair, known)
     sums = torch.zeros(2, kind.shape[0], dtype=delta.dtype, device=delta.device)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
@@ -197,13 +202,13 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
             picked = torch.where(mine, z.gather(1, at).squeeze(1), 0.0)
             logprobs[i] = all_reduce(picked, rows.group) - lse
     statistics = Statistics(sums[0], entropy_s, entropy_t, lse_s, lse_t, *logprobs)
-    return statistics, torch.stack([lse_s, lse_t, delta, sums[1]], dim=1)
+    known[:, 5] = sums[1]
+    return statistics, known
 
 
 def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
     """d divergence / d raw student logits of a chunk, (C, V)."""
-    lse_s, lse_t, delta, total = state[:, :4].unbind(1)
-    terms = _terms(pair, lse_s, lse_t, delta)
+    terms, total = _terms(pair, state), state[:, 5]
     out = torch.zeros_like(pair.z_s)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
@@ -310,7 +315,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     for at in chunks(r, max(1, CHUNK_ELEMENTS // v)):
         pair = _logits_pair(problem, problem.student_row[at], problem.teacher_row[at])
         labels = None if problem.labels is None else problem.labels[at]
-        measured, state[at, :4] = _measure(problem, pair, problem.kind[at], labels)
+        measured, state[at, :KNOWN] = _measure(problem, pair, problem.kind[at], labels)
         _store(statistics, at, measured)
     return LogitsResult(statistics, state)
 

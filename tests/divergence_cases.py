@@ -1,0 +1,136 @@
+"""Inputs that look like training, and the two ways a result is compared with the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vigos
+from vigos import reference
+
+KINDS = (vigos.FORWARD_KL, vigos.REVERSE_KL, vigos.JSD)
+
+
+@dataclass
+class Case:
+    """Float64 tensors of one call; `run` converts them."""
+
+    student: Tensor
+    head: Tensor
+    teacher: Tensor
+    supervision: vigos.Supervision
+    teacher_head: Tensor | None = None
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def peaked_hidden(n: int, head: Tensor, seed: int, peak: float = 2.0) -> Tensor:
+    """(n, D) hidden states whose logits have a clear winner, in every other row with a near tie behind it."""
+    g = torch.Generator().manual_seed(seed)
+    v, d = head.shape
+    winners = torch.randint(v, (n, 2), generator=g)
+    second = torch.where(torch.arange(n) % 2 == 1, 0.95, 0.3)[:, None]
+    hidden = (head[winners[:, 0]] + second * head[winners[:, 1]]) * peak / d**0.5
+    return hidden + 0.05 * torch.randn(n, d, generator=g, dtype=torch.float64)
+
+
+def case(
+    n: int = 24, d: int = 32, v: int = 501, *, m: int | None = None, d_t: int | None = None, seed: int = 0,
+    near: float = 0.02, bias: bool = False, shared: bool = True, clip: float = float("inf"), **options: Any,
+) -> Case:  # fmt: skip
+    """Kinds mixed, weights random, rows of student and teacher paired at random unless m is left out."""
+    g = torch.Generator().manual_seed(seed)
+    head = torch.randn(v, d, generator=g, dtype=torch.float64)
+    student = peaked_hidden(n, head, seed)
+    teacher_head = None
+    if m is None and d_t is None:
+        teacher = student + near * torch.randn(n, d, generator=g, dtype=torch.float64)
+        if not shared:
+            teacher_head = head + 0.01 * torch.randn(v, d, generator=g, dtype=torch.float64)
+        student_row = teacher_row = torch.arange(n)
+    else:
+        m, d_t = n if m is None else m, d if d_t is None else d_t
+        if not shared or d_t != d:
+            teacher_head = torch.randn(v, d_t, generator=g, dtype=torch.float64)
+        teacher = peaked_hidden(m, head if teacher_head is None else teacher_head, seed + 1)
+        r = max(n, m) + 3 if n and m else 0  # repeated and unordered
+        student_row = torch.randint(max(n, 1), (r,), generator=g)
+        teacher_row = torch.randint(max(m, 1), (r,), generator=g)
+    r = student_row.shape[0]
+    supervision = vigos.Supervision(
+        student_row, teacher_row, torch.tensor(KINDS, dtype=torch.int8).repeat(r // 3 + 1)[:r],
+        torch.rand(r, generator=g) + 0.1, torch.full((r,), clip),
+    )  # fmt: skip
+    biases: list[Tensor | None] = [None, None]
+    if bias:
+        biases = [torch.randn(v, generator=g, dtype=torch.float64) for _ in range(2)]
+        if teacher_head is None:
+            biases[1] = None
+    return Case(student, head, teacher, supervision, teacher_head, *biases, options=options)
+
+
+@dataclass
+class Outcome:
+    """Float64 copies of what came out."""
+
+    loss: Tensor
+    divergence: Tensor
+    dhidden: Tensor
+    dhead: Tensor
+    dbias: Tensor | None
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(name, x) for name, x in vars(self).items() if x is not None]
+
+
+def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = True, compute: Any = None) -> Outcome:
+    """One call and its backward: impl None is the oracle. `compute`: its dtype, after rounding inputs to `dtype`."""
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype).to(compute or dtype).clone().requires_grad_()
+
+    hidden, head, bias = leaf(c.student), leaf(c.head), leaf(c.student_bias)
+    teacher, teacher_head, teacher_bias = (
+        None if x is None else x.to(dtype).to(compute or dtype) for x in (c.teacher, c.teacher_head, c.teacher_bias)
+    )
+    arguments = {
+        "supervision": c.supervision, "student_bias": bias, "teacher_bias": teacher_bias, **c.options,
+    }  # fmt: skip
+    if impl is None:
+        loss, divergence = reference.linear_divergence(hidden, head, teacher, teacher_head, **arguments)
+    else:
+        out = vigos.linear_divergence(hidden, head, teacher, teacher_head, impl=impl, **arguments)
+        loss, divergence = out.loss, out.divergence
+    total = 1.7 * loss
+    if row_upstream:
+        total = total + (divergence * torch.linspace(0.1, 1.0, divergence.shape[0], dtype=divergence.dtype)).sum()
+    total.backward()
+    grads = [None if x is None or x.grad is None else x.grad.double() for x in (hidden, head, bias)]
+    return Outcome(loss.detach().double(), divergence.detach().double(), *grads)  # type: ignore[arg-type]
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Norm of the difference, relative to the norm of the truth (or to 1e-6, where the truth is 0)."""
+    return ((x - exact).norm() / exact.norm().clamp_min(1e-6)).item()
+
+
+def assert_close(c: Case, ours: Outcome, exact: Outcome, eager: Outcome) -> None:
+    """Each result within twice what plain PyTorch loses in float32, or within a few roundings of the truth.
+
+    The textbook terms, which an entry clip needs, are differences of logits: their sum may be off by the rounding of
+    the largest one.
+    """
+    eps = 6e-8
+    theirs, truths = dict(eager.items()), dict(exact.items())
+    largest = (c.student @ c.head.T).abs().max().item()
+    for name, x in ours.items():
+        assert torch.isfinite(x).all(), f"{name}: not finite"
+        mine, plain = error(x, truths[name]), error(theirs[name], truths[name])
+        bound = 2 * plain + 4 * eps
+        if "entry_clip" in c.options and name in ("loss", "divergence"):
+            bound += eps * largest * max(1, x.numel()) ** 0.5 / truths["divergence"].norm().item()
+        assert mine <= bound, f"{name}: error {mine:.1e}, plain PyTorch {plain:.1e}, bound {bound:.1e}"
