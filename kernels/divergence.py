@@ -14,8 +14,8 @@ Kernels, in the order a caller launches them (R rows, S slices of the vocabulary
 
 Shapes:  student (N, V), teacher (M, V) in fp32, bf16 or fp16, any strides; statistics and state fp32, nats.
 Traffic: forward and backward read 2 R V elements each and write R V; JSD and clipped entries read 2 R V more.
-Error:   L_t - L_s and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: repeatable bit for bit.
-         A row's numbers depend on V alone, never on R or on its neighbours: the slices are fixed by V.
+Error:   L_t - L_s and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: bits repeat. A row's
+         numbers depend on V alone, never on R or on its neighbours: the slices are fixed by V.
 Source:  Milakov & Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
 """
 
@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vigos.kernels.entries import (
     GAP,
     JSD,
@@ -56,7 +57,8 @@ from vigos.kernels.entries import (
 STATS_BLOCK = {4: 1024, 2: 2048}  # by bytes an element: 16-byte loads at 8 warps; 7 sums a lane stay in registers
 SECOND_BLOCK = 1024  # more arithmetic an entry and two sums only
 STATS_WARPS = 8
-SPAN = 32768  # a multiple of the blocks: vocabulary entries a program sweeps: 5 programs a row at 152k fill 132 SMs from about 100 rows on
+# Vocabulary entries a program sweeps, a multiple of the blocks: 5 programs a row at 152k fill 132 SMs from 100 rows on.
+SPAN = 32768
 GRAD_BLOCK, GRAD_WARPS = 1024, 8  # one 16-byte load a thread and side: few registers, five blocks a multiprocessor
 # Contraction of multiply and add is part of the promise of repeatable bits; Triton 3.10 changes its default.
 FUSION = {"enable_fp_fusion": True}
@@ -378,7 +380,9 @@ def row_grad(
     student: Tensor, teacher: Tensor, options: Options, state: Tensor, row_grad: Tensor, order: Tensor, offsets: Tensor,
     out: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes out[i] (V,) = sum of row_grad[r] * d divergence[r] / d raw student logits, r in order[offsets[i]:offsets[i+1]].
+    """Writes out[i] (V,) = sum of row_grad[r] * d divergence[r] / d raw student logits.
+
+    The sum is over r in order[offsets[i]:offsets[i + 1]].
 
     `out` has any float dtype and may be `student`, if row i of it is the student row of those r.
     """

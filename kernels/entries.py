@@ -9,11 +9,12 @@
                                                                 d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
 
 Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum of exp(z - max) (z - max), which gives
-the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to z_t - z_s of the
-likeliest entry so far: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane keeps a running maximum of its own
-(Milakov & Gimelshein 2018), so that lanes meet once a row instead of once a block. JSD and the clip of each entry's term
-need both L first: a second sweep. `p_s - p_t` is p_t expm1(-delta) where the models agree, so that a teacher close to its
-student costs no digits, and L_t - L_s is formed from differences: nothing of size |L| is subtracted.
+the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to the likeliest
+entry's so far, the pivot: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane
+keeps a running maximum of its own (Milakov & Gimelshein 2018): lanes meet once a row instead of once a block. JSD and
+the clip of each entry's term need both L first: a second sweep. `p_s - p_t` is p_t expm1(-delta) where the models
+agree, so that a teacher close to its student costs no digits, and L_t - L_s is formed from differences: nothing of size
+|L| is subtracted.
 
 Triton has no expm1, log1p and tanh outside libdevice, which its interpreter lacks; those here are good to 3 eps.
 """
@@ -152,7 +153,7 @@ def mixture_logs(delta, beta):
 
 @triton.jit
 def term(p_s, p_t, delta, kind, beta):
-    """(the entry's term of the divergence, p_s times the term's derivative to p_s). Forward KL has no use for the second."""
+    """(the entry's term of the divergence, p_s times its derivative to p_s). Forward KL has no use for the second."""
     if kind == JSD:
         log_s, log_t = mixture_logs(delta, beta)
         slope = tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * log_s)

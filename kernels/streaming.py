@@ -12,8 +12,8 @@ they share it, and in the epilogue of each tile
 Backward thus recomputes the logits of the rows that need it, a slab of the vocabulary at a time: 5 products in all with
 a frozen shared head against the floor of 3, for a memory of (rows, slab) instead of (rows, V).
 
-Shapes:  hidden (N, D) and (M, D_t), heads (V, D) and (V, D_t), fp32, fp16 or bf16, width contiguous; formulas, statistics
-         and state as in entries.py and divergence.py.
+Shapes:  hidden (N, D) and (M, D_t), heads (V, D) and (V, D_t), fp32, fp16 or bf16, width contiguous; formulas in
+         entries.py, statistics and state as in divergence.py.
 Traffic: every block of rows reads the head once; programs that run together read the same slice, so it stays in L2.
 Error:   products accumulate in fp32 (fp32 operands are multiplied exactly, not in TF32); sums merge in a fixed order
          without atomics: repeatable bit for bit, and a row's numbers depend on neither R nor its neighbours.
@@ -68,10 +68,16 @@ class Launch:
     num_stages: int
 
 
-# By bytes an element. 64 rows of each side share a tile of 128 entries, which is the reuse of a 128 x 128 product; both
-# accumulators take 64 registers a thread and leave room for the epilogue. 32 tiles a slice: 38 slices at 152k fill 132
-# SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores and is for checking rather than for speed.
-LAUNCH = {2: Launch(64, 128, 64, 32, 8, 3), 4: Launch(32, 64, 32, 64, 8, 1)}
+# By bytes an element and whether the tile is halved: with a heavy epilogue (softcap, entry clip), with two heads, or on
+# a chip without wgmma, where the full one spills 190 bytes a thread. 64 rows of each side share a tile of 128 entries,
+# the reuse of a 128 x 128 product; both accumulators take 64 registers a thread and leave room for the epilogue. A slice
+# is 4,096 entries: 38 slices at 152k fill 132 SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores and is
+# for checking, not for speed.
+LAUNCH = {
+    (2, False): Launch(64, 128, 64, 32, 8, 3), (2, True): Launch(64, 64, 64, 64, 8, 3),
+    (4, False): Launch(32, 64, 32, 64, 8, 1), (4, True): Launch(32, 64, 32, 64, 8, 1),
+}  # fmt: skip
+FULL_TILE_FROM = 9  # major compute capability
 STATS, SECOND, GRAD = (tl.constexpr(i) for i in range(3))
 
 
@@ -99,7 +105,7 @@ def _join_gap(gap, pivot, top, total, more_gap, more_pivot, more_top, more_total
 
 @triton.jit
 def _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta):
-    """(term, p_s times its derivative to p_s) of a tile whose rows differ in kind; forward KL has no use for the second."""
+    """(term, p_s times its derivative to p_s) of a tile whose rows differ in kind; forward KL needs no second."""
     value = tl.where(p_t == 0.0, 0.0, p_t * delta)
     slope = value
     of_reverse = tl.where(p_s == 0.0, 0.0, -p_s * delta)
@@ -243,12 +249,8 @@ def _stream_kernel(
                     more_gap, more_pivot, tl.where(of_student, more_top_s, more_top_t),
                     tl.where(of_student, more_total_s, more_total_t),
                 )  # fmt: skip
-                top_s, total_s, moment_s = _join_side(
-                    top_s, total_s, moment_s, more_top_s, more_total_s, more_moment_s
-                )
-                top_t, total_t, moment_t = _join_side(
-                    top_t, total_t, moment_t, more_top_t, more_total_t, more_moment_t
-                )
+                top_s, total_s, moment_s = _join_side(top_s, total_s, moment_s, more_top_s, more_total_s, more_moment_s)
+                top_t, total_t, moment_t = _join_side(top_t, total_t, moment_t, more_top_t, more_total_t, more_moment_t)
                 if label_ptr is not None:
                     label = tl.load(label_ptr + r, mask=live, other=-1) - vocab_start
                     here = label[:, None] == offs_v[None, :]
@@ -275,7 +277,7 @@ def _stream_kernel(
                         of_reverse = tl.where(p_s == 0.0, 0.0, p_s * (((z_s - z_t) - moved) - mean_gap))
                         g = tl.where(reverse, of_reverse, difference(p_s, p_t, delta))
                         if some_jsd:
-                            of_jsd, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
+                            _value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
                             g = tl.where(jsd, slope - p_s * mean_slope, g)
                     row_grad = tl.load(row_grad_ptr + r, mask=live, other=0.0)[:, None]
                     g = tl.where(real & (row_grad != 0.0), g * chain * row_grad, 0.0)
@@ -310,16 +312,12 @@ class Operands:
     teacher_head: Tensor | None  # (V, D_t)
     bias: Tensor | None  # (V,)
     teacher_bias: Tensor | None  # (V,)
-
-    @property
-    def launch(self) -> Launch:
-        """By the widest operand."""
-        return LAUNCH[max(self.student.element_size(), self.teacher.element_size())]
+    launch: Launch
 
 
 def operands(
     student: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor | None, bias: Tensor | None,
-    teacher_bias: Tensor | None,
+    teacher_bias: Tensor | None, options: Options,
 ) -> Operands:  # fmt: skip
     """The tensors as the kernel takes them; copies where the width is not contiguous."""
 
@@ -330,8 +328,12 @@ def operands(
             x = x.float()  # the interpreter multiplies bf16 as the integers it stores them in
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    ready_tensors = [ready(x) for x in (student, teacher, head, teacher_head, bias, teacher_bias)]
-    return Operands(*ready_tensors)  # type: ignore[arg-type]
+    heavy = teacher_head is not None or options.softcap is not None or options.entry_clip is not None
+    if student.is_cuda:
+        heavy = heavy or torch.cuda.get_device_capability(student.device)[0] < FULL_TILE_FROM
+    widest = max(student.element_size(), teacher.element_size())
+    tensors = [ready(x) for x in (student, teacher, head, teacher_head, bias, teacher_bias)]
+    return Operands(*tensors, LAUNCH[widest, heavy])  # type: ignore[arg-type]
 
 
 def slices(vocab: int, launch: Launch) -> int:
@@ -373,7 +375,7 @@ def stream_partials(x: Operands, options: Options, state: Tensor | None = None) 
 def stream_grad(
     x: Operands, options: Options, state: Tensor, row_grad: Tensor, order: Tensor, first_v: int, end: int, out: Tensor
 ) -> None:
-    """out[i, v - first_v] = row_grad[r] * d divergence[r] / d raw student logit v, r = order[i], v in [first_v, end)."""
+    """out[i, v - first_v] = row_grad[r] * d divergence[r] / d raw student logit v; r = order[i], first_v <= v < end."""
     n = order.shape[0]
     if n > 0:
         _run(

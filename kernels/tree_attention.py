@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
+
 from vigos.kernels.entries import INTERPRETED, tanh_and_slope
 
 
@@ -354,7 +355,7 @@ def tree_attention(
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
     Args:
-        query: (T, Hq, Dh). key, value: (T, Hkv, Dh), Hkv a divisor of Hq, Dh at most 256; one dtype of fp32, fp16, bf16.
+        query: (T, Hq, Dh). key, value: (T, Hkv, Dh), Hkv a divisor of Hq, Dh at most 256; fp32, fp16 or bf16.
         subtree_end: (T,) int, one past the last token that descends from each token; tokens in depth-first order.
             Passing the same tensor for every layer of a pack shares the lists of blocks.
         scale: factor of query · key.

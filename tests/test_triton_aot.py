@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton_aot  # noqa: E402
+import triton_aot
 
 # Bytes of a thread's stack. Spilled accumulators cost kilobytes; a few words of spilled addresses cost nothing.
 STACK_LIMIT = 32

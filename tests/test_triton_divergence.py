@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 import vigos
-from torch import Tensor
 from vigos import reference
 from vigos.engines import engine
 from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
@@ -21,6 +21,7 @@ from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
+
 from vigos.kernels import divergence as kernels  # noqa: E402
 from vigos.kernels import streaming  # noqa: E402
 from vigos.kernels.entries import expm1, log1p, tanh_and_slope  # noqa: E402
@@ -47,7 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(engine("triton"), "CHUNK_BYTES", 1)
     monkeypatch.setattr(engine("triton"), "SLAB_ELEMENTS", 4096)
     tile = streaming.Launch(block_m=16, block_v=64, block_d=16, tiles=2, num_warps=4, num_stages=2)
-    monkeypatch.setattr(streaming, "LAUNCH", {4: tile, 2: tile})
+    monkeypatch.setattr(streaming, "LAUNCH", dict.fromkeys(streaming.LAUNCH, tile))
     monkeypatch.setattr(engine("triton_streaming"), "CHUNK_ROWS", 16)
     monkeypatch.setattr(engine("triton_streaming"), "WORKSPACE_BYTES", 16 * 4 * 192)
 
@@ -224,7 +225,11 @@ def test_a_row_does_not_depend_on_its_neighbours(small, impl):
     assert torch.equal(alone.divergence, among.divergence)
     live = ~among.clipped
     assert live.sum() == 13
-    assert torch.equal(one[live], other[live])
+    if DEVICE == "cpu" and impl == "triton_streaming":
+        # The interpreter multiplies tiles with numpy, whose BLAS rounds a row by its place in the tile.
+        torch.testing.assert_close(one[live], other[live], rtol=1e-5, atol=1e-7)
+    else:
+        assert torch.equal(one[live], other[live])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

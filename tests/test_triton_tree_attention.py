@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from vigos.kernels import tree_attention as kernels  # noqa: E402
-from vigos.kernels.tree_attention import Launch, meeting_blocks, tree_attention  # noqa: E402
+from vigos.kernels import tree_attention as kernels
+from vigos.kernels.tree_attention import Launch, meeting_blocks, tree_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -92,14 +92,14 @@ def check(lengths, heads, kv_heads, width, dtype=torch.float32, *, window=None, 
     ours = run(lambda *x: tree_attention(*x, end, **options), (q, k, v), dout)
     exact = run(lambda *x: dense(*x, end, **options), [x.double() for x in (q, k, v)], dout.double())
     eager = run(lambda *x: dense(*x, end, **options), (q, k, v), dout)
-    # The largest value on the way: backward makes p anew from score - lse, and dq and dk sum products of what is left of
-    # dout v^T less its own mean.
+    # The largest value on the way: p is exp of a score less the lse, and dq and dk sum products of what is left of
+    # dout v^T less its own mean. Both are sums themselves, of terms that may cancel.
     score, dp = (
-        torch.einsum("qhd,khd->hqk", a.double(), b.double().repeat_interleave(heads // kv_heads, 1)).abs().max()
+        torch.einsum("qhd,khd->hqk", a.double().abs(), b.double().abs().repeat_interleave(heads // kv_heads, 1)).max()
         for a, b in ((q * options["scale"], k), (dout, v))
     )
     score = score.clamp(min=1.0)
-    sizes = [exact[0].abs().max(), *(dp * x.double().abs().max() * options["scale"] * score for x in (k, q))]
+    sizes = [exact[0].abs().max() * score, *(dp * x.double().abs().max() * options["scale"] * score for x in (k, q))]
     sizes.append(exact[3].abs().max() * score)
     for name, a, b, c, size in zip(("out", "dq", "dk", "dv"), ours, eager, exact, sizes, strict=True):
         assert torch.isfinite(a).all(), name
@@ -210,7 +210,7 @@ def test_mistakes_are_named(monkeypatch):
     for message, arguments, options in (
         ("query must be", (q[0], k, v, end), {}),
         ("query must be", (q.double(), k, v, end), {}),
-        ("query must be", tuple(torch.zeros(8, 1, 300, device=DEVICE) for _ in range(3)) + (end,), {}),
+        ("query must be", (*torch.zeros(3, 8, 1, 300, device=DEVICE), end), {}),
         ("key must be", (q, k[:, :3], v[:, :3], end), {}),
         ("value must be", (q, k[:, :2], v, end), {}),
         ("key must be torch.float32", (q, k.half(), v, end), {}),

@@ -28,7 +28,7 @@ I32, F32 = "i32:16", "fp32"
 COUNT = "i32"  # a size that need not be a multiple of anything
 
 
-def divergence_variants() -> dict[str, list[dict[str, Any]]]:
+def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
     """Row kernels: fp32 chunks of logits, bf16 logits, and everything that a call can switch on."""
     from vigos.kernels.divergence import GRAD_BLOCK, GRAD_WARPS, SECOND_BLOCK, STATS_BLOCK, STATS_WARPS
 
@@ -67,7 +67,7 @@ def divergence_variants() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def tree_attention_variants() -> dict[str, list[dict[str, Any]]]:
+def tree_attention_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
     """Head widths of real models (80 and 96 are padded), in 16 bits and in fp32, with window and softcap on some."""
     from vigos.kernels import tree_attention as tree
 
@@ -96,14 +96,14 @@ def tree_attention_variants() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def streaming_variants() -> dict[str, list[dict[str, Any]]]:
+def streaming_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
     """The three modes with the shared head, and with everything that a call can switch on."""
-    from vigos.kernels.streaming import LAUNCH
+    from vigos.kernels.streaming import FULL_TILE_FROM, LAUNCH
 
     found = []
     for dtype, size, everything in (("bf16", 2, False), ("fp16", 2, True), ("fp32", 4, False)):
-        p, launch = f"*{dtype}:16", LAUNCH[size]
-        for mode in range(3) if size == 2 else (0, 2):
+        p, launch = f"*{dtype}:16", LAUNCH[size, everything or arch < 10 * FULL_TILE_FROM]
+        for mode in {"bf16": (0, 1, 2), "fp16": (0, 2), "fp32": (2,)}[dtype]:
             bias = "*bf16:16" if everything else None
             found.append(
                 {"s_ptr": p, "t_ptr": p, "head_s_ptr": p, "head_t_ptr": p if everything else None}
@@ -181,7 +181,7 @@ def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str
 def main() -> None:
     arch, *only = sys.argv[1:]
     found = kernels()
-    variants = {name: listed for of in VARIANTS.values() for name, listed in of().items()}
+    variants = {name: listed for of in VARIANTS.values() for name, listed in of(int(arch)).items()}
     missing, stale = sorted(set(found) - set(variants)), sorted(set(variants) - set(found))
     print(json.dumps({"without_variants": missing, "without_kernel": stale}), flush=True)
     for name, (file, kernel) in found.items():

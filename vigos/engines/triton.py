@@ -5,10 +5,10 @@
     dlogits                                        (C, V) in the operands' dtype: the gradient is rounded once
     drow = dlogits @ head                          (C, D) fp32
 
-Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live rows
-gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one shape
-and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, and only in calls where
-a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
+Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live
+rows gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one
+shape and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, only in calls
+where a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
 
 The head's gradient takes the rows' weights from the supervision: dlogits is weighted before it is rounded, and drow is
 divided by the weight again.
@@ -41,7 +41,7 @@ from vigos.supervision import REVERSE_KL
 if TYPE_CHECKING:
     from vigos.kernels.divergence import Options
 
-# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first product:
+# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first product,
 # enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
 CHUNK_BYTES = 512 << 20
 # Columns of a product that are converted or accumulated at a time where no kernel takes the operands as they are.

@@ -111,7 +111,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     options = options_of(problem, v)
     x = streaming.operands(
         problem.student_hidden, problem.teacher_hidden, problem.student_weight, problem.teacher_weight,
-        problem.student_bias, problem.teacher_bias,
+        problem.student_bias, problem.teacher_bias, options,
     )  # fmt: skip
     stats, state = _measure(problem, x, options)
     result = LinearResult(statistics_of(stats, problem.labels is not None))
