@@ -68,7 +68,12 @@ def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
         data_root=source.data_root,
         streaming=source.streaming,
     )
-    trainer = ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows)
+    prompts = None
+    if source.model == "builtin" and not config.prompts_file:  # it knows no other wording
+        from vigos.world import world_prompts
+
+        prompts = world_prompts()
+    trainer = ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
     resume: str | bool | None = source.resume
     if resume == "auto":
         from transformers.trainer_utils import get_last_checkpoint
