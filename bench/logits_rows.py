@@ -3,11 +3,11 @@
     python bench/logits_rows.py --device cuda
     python bench/logits_rows.py --device cpu --rows 64 --vocab 8000     # the script itself, on any machine
 
-The floor of loss and gradient reads both rows once and writes the gradient once, 3 N V items. An autograd operator learns
-the upstream gradient only in backward and visits the rows again, 5 N V; it is charged the floor all the same. "one visit"
-is the CUDA kernel that writes the gradient with the statistics, as the chunked linear engine uses it. A copy of one
-matrix, timed in the same run, gives the bandwidth. Peaked rows, teacher near the student, forward KL; the error is that
-of the gradient against float64 on a few rows. A number is printed after its gradient was checked.
+The floor of loss and gradient reads both rows once and writes the gradient once, 3 N V items. An autograd operator
+learns the upstream gradient only in backward and visits the rows again, 5 N V; it is charged the floor all the same.
+"one visit" is the CUDA kernel that writes the gradient with the statistics, as the chunked linear engine uses it. A
+copy of one matrix, timed in the same run, gives the bandwidth. Peaked rows, teacher near the student, forward KL; the
+error is that of the gradient against float64 on a few rows. A number is printed after its gradient was checked.
 """
 
 from __future__ import annotations

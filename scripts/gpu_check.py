@@ -1,4 +1,4 @@
-"""Everything that only a GPU can prove, in one command: build, GPU tests, benchmarks, compute-sanitizer; results as data.
+"""Everything that only a GPU can prove, in one command: build, tests, benchmarks, sanitizer; results as data.
 
     make gpu-check                                              # system Python, on the GPU machine
     python scripts/gpu_check.py --out bench/results/h200        # the same

@@ -168,7 +168,7 @@ inline char* shared_memory() {
   const uintptr_t start = reinterpret_cast<uintptr_t>(emulator::current->block->shared.data());
   return reinterpret_cast<char*>((start + 15) / 16 * 16);
 }
-inline uint4 load_streaming(const uint4* address) {
+inline uint4 load(const uint4* address, bool) {
   if (reinterpret_cast<uintptr_t>(address) % 16) fail("a 16-byte load is not aligned");
   return *address;
 }

@@ -17,8 +17,8 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// Reads past the caches' ordinary policy: each byte is used once.
-__device__ __forceinline__ uint4 load_streaming(const uint4* address) { return __ldcs(address); }
+// `once`: the bytes are not read again, and need not stay in the caches.
+__device__ __forceinline__ uint4 load(const uint4* address, bool once) { return once ? __ldcs(address) : *address; }
 
 // Thread-block clusters exist from sm_90 on. Below it a block is its own cluster, so that one source compiles for both;
 // the launcher starts clusters on sm_90 and later only.

@@ -89,7 +89,7 @@ struct RowReader {
     Vector v;
     if constexpr (ALIGNED) {
       if (column + kVec <= p.vocab) {
-        const uint4 raw = device::load_streaming(reinterpret_cast<const uint4*>(row + column));
+        const uint4 raw = device::load(reinterpret_cast<const uint4*>(row + column), RESIDENT);
         memcpy(&v, &raw, sizeof v);
         return v;
       }
