@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import vigos
+from vigos.data import load_rows
 from vigos.prompts import Prompts
 
 # No image, no description: the format is a thought and a box, and nothing is prefilled.
@@ -119,11 +120,11 @@ def main() -> None:
         if not args.data:
             parser.error("--model needs --data")
         model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-        everything = train = vigos.data.load_rows(args.data, images_column=None)
+        everything = train = load_rows(args.data, images_column=None)
     else:
         model, tokenizer = subject()
         warm_up(model, tokenizer, args.warm_up, args.seed)
-        everything, train = (vigos.data.load_rows(rows, images_column=None) for rows in sums(args.seed))
+        everything, train = (load_rows(rows, images_column=None) for rows in sums(args.seed))
 
     config = vigos.ViGOSConfig(
         output_dir=str(args.out), method="opsd", clip_mode="none", lora=bool(args.model), learning_rate=args.lr,

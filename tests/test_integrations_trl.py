@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
@@ -357,6 +358,24 @@ def test_no_kept_token_is_zero(trainer: str) -> None:
         value, grad = of_logits(fn, student, teacher, labels=torch.full_like(labels, -100))
     assert value == 0
     assert (grad == 0).all()
+
+
+def test_backward_lets_go_of_the_logits() -> None:
+    """A training loop that keeps its loss until the next step must not keep the step's logits with it."""
+    student, teacher, labels = logits_case(17, 3, 4, 50, torch.float32)
+    leaf = student.clone().requires_grad_()
+    logits = leaf * 1.0
+    alive = weakref.ref(logits.untyped_storage())
+    loss = drop_in.generalized_jsd_loss(logits[:, :-1], teacher[:, :-1], labels[:, 1:])
+    del logits
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    assert alive() is not None
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * first)
+    assert alive() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 # --- where TRL is wrong ----------------------------------------------------------------------------------------------

@@ -46,8 +46,9 @@ class _TokenDivergence(torch.autograd.Function):
     ) -> Tensor:
         kind = options["kind"]
         rest = {name: value for name, value in options.items() if name != "kind"}
-        ctx.shape, ctx.dtype, ctx.blocks = student.shape, student.dtype, []
-        out = []
+        ctx.shape, ctx.dtype = student.shape, student.dtype
+        out: list[Tensor] = []
+        kept: list[Tensor] = []
         for student_rows, teacher_rows, live in _blocks(student, teacher, mask):
             n = student_rows.shape[0]
             rows = torch.arange(n, device=student.device) if live is None else live.nonzero().squeeze(1)
@@ -59,19 +60,22 @@ class _TokenDivergence(torch.autograd.Function):
             value = result.divergence.detach()
             out.append(value if live is None else value.new_zeros(n).index_copy(0, rows, value))
             if ctx.needs_input_grad[0]:
-                ctx.blocks.append((leaf, rows, result.divergence))
+                kept += (leaf, rows, result.divergence)
+        # Saved, with the graph that hangs on `divergence`, so that backward lets go of the logits when it is done.
+        ctx.save_for_backward(*kept)
         return torch.cat(out).view(student.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
+        saved = ctx.saved_tensors
         dlogits: list[Tensor] = []
         whole = None
-        if len(ctx.blocks) > 1:
+        if len(saved) > 3:
             whole = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device).view(-1, ctx.shape[-1])
         flat, start = grad.reshape(-1), 0
-        for leaf, rows, divergence in ctx.blocks:
+        for leaf, rows, divergence in zip(saved[::3], saved[1::3], saved[2::3], strict=True):
             upstream = flat[start : start + leaf.shape[0]][rows]
             (block,) = torch.autograd.grad(divergence, leaf, upstream.to(divergence.dtype), retain_graph=True)
             if whole is None:
