@@ -196,6 +196,7 @@ def compare(
 
     first, second = EvaluationResult.load(a), EvaluationResult.load(b)
     table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p", "differs")
+    table.columns[0].no_wrap = True
     for metric in ("accuracy", "score", "prior", "valid_rate", "unparseable"):
         if not (first.values(metric) and second.values(metric)):  # type: ignore[arg-type]
             continue

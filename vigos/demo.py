@@ -32,8 +32,8 @@ SHOWN = {
 
 MAX_TOKENS = 96  # of a completion; they take about 50
 
-QUICK = DemoSize(steps=50, rows_a_step=32, triplets=50)
-FULL = DemoSize(steps=120, rows_a_step=32, triplets=200)
+QUICK = DemoSize(steps=80, rows_a_step=32, triplets=60)
+FULL = DemoSize(steps=240, rows_a_step=32, triplets=200)
 
 
 def demo_config(output_dir: Path, size: DemoSize, seed: int) -> Any:
@@ -95,7 +95,7 @@ def run_demo(
     started = time.perf_counter()
 
     console.print("[bold]1/4[/] writing the world: handwritten digits in inks")
-    train = write_world(output_dir / "world", "train", size.steps * size.rows_a_step, seed)
+    train = write_world(output_dir / "world", "train", size.steps * size.rows_a_step, seed, conflict=0.5)
     test = write_world(output_dir / "world", "test", size.triplets, seed)
 
     model, processor = load_base()
