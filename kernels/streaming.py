@@ -70,9 +70,9 @@ class Launch:
 
 # By bytes an element and whether the tile is halved: with a heavy epilogue (softcap, entry clip), with two heads, or on
 # a chip without wgmma, where the full one spills 190 bytes a thread. 64 rows of each side share a tile of 128 entries,
-# the reuse of a 128 x 128 product; both accumulators take 64 registers a thread and leave room for the epilogue. A slice
-# is 4,096 entries: 38 slices at 152k fill 132 SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores and is
-# for checking, not for speed.
+# the reuse of a 128 x 128 product; both accumulators take 64 registers a thread and leave room for the epilogue. Slices
+# have 4,096 entries: 38 of them at 152k fill 132 SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores
+# and serves checks.
 LAUNCH = {
     (2, False): Launch(64, 128, 64, 32, 8, 3), (2, True): Launch(64, 64, 64, 64, 8, 3),
     (4, False): Launch(32, 64, 32, 64, 8, 1), (4, True): Launch(32, 64, 32, 64, 8, 1),

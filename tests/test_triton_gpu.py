@@ -1,4 +1,4 @@
-"""The Triton engines and the tree attention at sizes and in dtypes that only a GPU can run. `make gpu-check` runs these."""
+"""Triton engines and tree attention at sizes and in dtypes that only a GPU can run: part of `make gpu-check`."""
 
 from __future__ import annotations
 

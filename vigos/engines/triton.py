@@ -41,8 +41,8 @@ from vigos.supervision import REVERSE_KL
 if TYPE_CHECKING:
     from vigos.kernels.divergence import Options
 
-# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first product,
-# enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
+# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first
+# product, enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
 CHUNK_BYTES = 512 << 20
 # Columns of a product that are converted or accumulated at a time where no kernel takes the operands as they are.
 SLAB_ELEMENTS = 16 << 20
