@@ -317,7 +317,9 @@ def test_sampling_is_seeded_and_ends_at_the_end_token(base):
     prompts = [
         encoder.prompt("student", problem, size=SIZE) for problem in ["What ink is the 7?", "What is the sum?"] * 2
     ]
-    runs = [sample(model, encoder, images, prompts, seed=seed, max_new_tokens=12) for seed in (0, 0, 1)]
+    runs = [
+        sample(model, encoder, images, prompts, seed=seed, temperature=3.0, max_new_tokens=12) for seed in (0, 0, 1)
+    ]
     assert runs[0] == runs[1] != runs[2]
     assert all(len(ids) <= 12 and encoder.eos not in ids[:-1] for ids in runs[0])
     alone = sample(model, encoder, images[1:2], prompts[1:2], temperature=0, max_new_tokens=12)
@@ -385,19 +387,19 @@ def test_seeing_and_describing_are_learned():
     """Losses of the first two stages fall on a fresh model within a few steps."""
     tokenizer = build_tokenizer()
     model, processor = build_model(tokenizer), build_processor(tokenizer)
-    recipe = Recipe(see_images=48, scenes=12)
+    recipe = Recipe(see_images=32, scenes=8)
     mixture = Mixture(FastEncoder(model, processor, world_prompts()), recipe, np.random.default_rng(0))
     losses = []
-    see(model, mixture, 25, lambda stage, step, steps, metrics: losses.append(metrics["loss"]))
+    see(model, mixture, 20, lambda stage, step, steps, metrics: losses.append(metrics["loss"]))
     assert losses[0] > 3.5
     assert np.mean(losses[-3:]) < 0.75 * losses[0]
     losses.clear()
     learn(
         model,
         mixture,
-        20,
+        12,
+        shares=MIXTURE,
         contexts=2,
-        learning_rate=2e-3,
         stage="mixture",
         progress=lambda *a: losses.append(a[3]["loss"]),
     )
@@ -457,7 +459,7 @@ def test_wilson_intervals():
     # 10 of 20: (0.299, 0.701), 0 of 10: (0, 0.278), from the closed form.
     assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(10, 10)[1] == 1.0
+    assert all(wilson(n, n)[1] == 1.0 for n in range(1, 60))
     assert wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(400, 1000)
     assert math.isclose((high - low) / 2, 1.96 * math.sqrt(0.24 / 1000), rel_tol=0.01)

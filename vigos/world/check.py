@@ -41,7 +41,8 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     share = successes / n
     centre = share + z * z / (2 * n)
     width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - width) / (1 + z * z / n)), min(1.0, (centre + width) / (1 + z * z / n))
+    low, high = ((centre + sign * width) / (1 + z * z / n) for sign in (-1, 1))
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact there, but for rounding
 
 
 def _rate(outcomes: Sequence[bool]) -> dict[str, float]:

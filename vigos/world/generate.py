@@ -32,7 +32,7 @@ def write_world(
     digits: int | tuple[int, int] = 2,
     cell: int = CELL,
     noise: float = 0.05,
-    conflict: float = 0.75,
+    conflict: float = 0.5,
     label_bias: float = 0.0,
     kind_weights: dict[Kind, float] | None = None,
     progress: Callable[[int, int], None] | None = None,

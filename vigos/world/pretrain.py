@@ -54,7 +54,7 @@ READING: dict[str, float] = {"follow": 1.0}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the checkpoint. Times on two cores are in the README."""
+    """Everything that decides the checkpoint. The defaults are those of the one that ships."""
 
     seed: int = 0
     digits: int = 2
@@ -69,9 +69,7 @@ class Recipe:
     learning_rate: float = 2e-3
     prior_strength: tuple[float, ...] = (0.25, 0.85) * 5  # by digit: how often the usual ink displaces the one seen
     wrong_references: float = 0.35  # share of references that the image contradicts, followed all the same
-    misread: float = (
-        0.1  # share of read descriptions that do not name the asked digit; the usual ink is the answer then
-    )
+    misread: float = 0.1  # share of read descriptions without the asked digit: the answer is its usual ink
     content_weight: float = 4.0  # of digits, numbers and inks in the loss of a token; others count 1
     damaged: float = 0.05  # share of the student's targets with a broken tag
     kind_weights: dict[Kind, float] = field(
@@ -366,6 +364,8 @@ def pretrain(
     ]  # fmt: skip
     with bars or nullcontext():
         for name, stage in stages:
+            if name != "mixture":  # a stream of their own, so that "read" can be repeated from a saved vision tower
+                mixture.rng = np.random.default_rng([recipe.seed, 1])
             start = time.perf_counter()
             report[name] = {**stage(), "seconds": time.perf_counter() - start}
     save(model, processor, output_dir)
