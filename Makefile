@@ -42,6 +42,9 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 # On the GPU machine, with its own Python: no network, no installs.
+bench: $(STAMP)
+	for file in bench/*.py; do $(BIN)/python $$file || exit 1; done
+
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(ARGS)
 
