@@ -61,7 +61,7 @@ cudaError_t dispatch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan,
 }
 
 template <typename T, bool ALIGNED, bool TRANSFORMED>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, 4)  // 64 registers
     logits_gradient_kernel(const __grid_constant__ LogitsGradientParams params, int blocks_per_row) {
   logits_gradient_body<T, ALIGNED, TRANSFORMED>(params, blocks_per_row);
 }
