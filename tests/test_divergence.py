@@ -26,7 +26,7 @@ def _small_chunks(monkeypatch):
     import vigos.engines.cpu
     import vigos.engines.reference
 
-    monkeypatch.setattr(vigos.engines.reference, "CHUNK_ELEMENTS", 16 * 501)
+    monkeypatch.setitem(vigos.engines.reference.CHUNK_ELEMENTS, "cpu", 16 * 501)
     monkeypatch.setattr(vigos.engines.cpu, "MOST_COLUMNS", 16)
 
 

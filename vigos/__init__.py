@@ -24,10 +24,14 @@ _EXPORTS = {  # name -> module
     "evaluate": "vigos.evaluation",
 }
 
+_MODULES = ("reference",)  # reached as vigos.reference without an import of its own
+
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"vigos.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'vigos' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
@@ -36,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_EXPORTS, *_MODULES})

@@ -40,7 +40,13 @@ from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL
 
 INF = float("inf")
 KNOWN = 6  # of a row, from its statistics, for its gradient
-CHUNK_ELEMENTS = 2**22  # of one (chunk, V) tensor; about ten of them live at once
+# Elements of one (chunk, V) tensor; about forty of them come and go. On a CPU they better stay in its cache.
+CHUNK_ELEMENTS = {"cpu": 2**19}
+CHUNK_ELEMENTS_ELSEWHERE = 2**22
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ELSEWHERE)
 
 
 def why_not(problem: LinearProblem) -> str | None:
@@ -250,8 +256,8 @@ def forward(problem: LinearProblem) -> LinearResult:
     if problem.teacher_bias is problem.student_bias:
         bias_t = bias_s
     # The head is used in its own dtype when that is the compute dtype, else converted a block of rows at a time.
-    width = chunk_width(r, max(1, CHUNK_ELEMENTS // v))
-    block = max(1, CHUNK_ELEMENTS // d)
+    width = chunk_width(r, max(1, _chunk_elements(problem.device) // v))
+    block = max(1, _chunk_elements(device) // d)
 
     def project(hidden: Tensor, head: Tensor) -> Tensor:
         out = torch.empty(hidden.shape[0], v, dtype=dtype, device=device)
@@ -312,7 +318,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     r, v = problem.n_rows, problem.student_logits.shape[1]
     statistics = Statistics.empty(problem)
     state = torch.zeros(r, STATE, dtype=problem.compute_dtype, device=problem.device)
-    for at in chunks(r, max(1, CHUNK_ELEMENTS // v)):
+    for at in chunks(r, max(1, _chunk_elements(problem.device) // v)):
         pair = _logits_pair(problem, problem.student_row[at], problem.teacher_row[at])
         labels = None if problem.labels is None else problem.labels[at]
         measured, state[at, :KNOWN] = _measure(problem, pair, problem.kind[at], labels)
@@ -332,7 +338,7 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     if not in_place:
         out.zero_()
     active = (row_grad != 0).nonzero().squeeze(1)
-    for at in chunks(active.shape[0], max(1, CHUNK_ELEMENTS // v)):
+    for at in chunks(active.shape[0], max(1, _chunk_elements(problem.device) // v)):
         r = active[at]
         pair = _logits_pair(problem, problem.student_row[r], problem.teacher_row[r])
         dlogits = (_dlogits(problem, pair, problem.kind[r], state[r]) * row_grad[r][:, None]).to(out.dtype)
