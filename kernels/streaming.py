@@ -196,13 +196,6 @@ def _stream_kernel(
     label_t = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     divergence = tl.full((BLOCK_M,), 0.0, tl.float32)
     mean = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MODE != STATS:
-        state = state_ptr + r * stride_state
-        origin_s = tl.load(state, mask=live, other=0.0)[:, None]
-        origin_t = tl.load(state + 1, mask=live, other=0.0)[:, None]
-        scale_s = tl.load(state + 2, mask=live, other=0.0)[:, None]
-        scale_t = tl.load(state + 3, mask=live, other=0.0)[:, None]
-        lse_gap = tl.load(state + 4, mask=live, other=0.0)[:, None]
     begin = first_v + split * (TILES * BLOCK_V)
     needed = True
     if MODE == SECOND:
@@ -257,6 +250,13 @@ def _stream_kernel(
                     label_s = tl.maximum(label_s, tl.max(tl.where(here, z_s, -float("inf")), 1))
                     label_t = tl.maximum(label_t, tl.max(tl.where(here, z_t, -float("inf")), 1))
             else:
+                # Loaded here rather than once: across the products they would take registers.
+                state = state_ptr + r * stride_state
+                origin_s = tl.load(state, mask=live, other=0.0)[:, None]
+                origin_t = tl.load(state + 1, mask=live, other=0.0)[:, None]
+                scale_s = tl.load(state + 2, mask=live, other=0.0)[:, None]
+                scale_t = tl.load(state + 3, mask=live, other=0.0)[:, None]
+                lse_gap = tl.load(state + 4, mask=live, other=0.0)[:, None]
                 p_s, p_t, delta = probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap)
                 if MODE == SECOND:
                     value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
