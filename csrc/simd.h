@@ -91,7 +91,8 @@ inline vf log1p_(vf u) {
   series = series * z + 0.4f;
   series = series * z + 0.666666667f;
   const vf n = __builtin_convertvector(k, vf);
-  return n * 0.693145752f + (f - (half - (s * (half + z * series) + n * 1.42860677e-06f)));
+  const vf lost = k == 0 ? vf{} : (u - (w - 1.0f)) / w;  // what rounding 1 + u lost
+  return n * 0.693145752f + (f - (half - (s * (half + z * series) + (n * 1.42860677e-06f + lost))));
 }
 
 inline vf tanh_(vf y) {
