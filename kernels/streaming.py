@@ -68,13 +68,13 @@ class Launch:
     num_stages: int
 
 
-# By bytes an element and whether the tile is halved: with a heavy epilogue (softcap, entry clip), with two heads, or on
+# By bytes an element and whether the tile is quartered: with a heavy epilogue (softcap, entry clip), with two heads, or on
 # a chip without wgmma, where the full one spills 190 bytes a thread. 64 rows of each side share a tile of 128 entries,
 # the reuse of a 128 x 128 product; both accumulators take 64 registers a thread and leave room for the epilogue. Slices
 # have 4,096 entries: 38 of them at 152k fill 132 SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores
 # and serves checks.
 LAUNCH = {
-    (2, False): Launch(64, 128, 64, 32, 8, 3), (2, True): Launch(64, 64, 64, 64, 8, 3),
+    (2, False): Launch(64, 128, 64, 32, 8, 3), (2, True): Launch(64, 32, 64, 64, 8, 3),
     (4, False): Launch(32, 64, 32, 64, 8, 1), (4, True): Launch(32, 64, 32, 64, 8, 1),
 }  # fmt: skip
 FULL_TILE_FROM = 9  # major compute capability
@@ -196,6 +196,13 @@ def _stream_kernel(
     label_t = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     divergence = tl.full((BLOCK_M,), 0.0, tl.float32)
     mean = tl.full((BLOCK_M,), 0.0, tl.float32)
+    if MODE != STATS:
+        state = state_ptr + r * stride_state
+        origin_s = tl.load(state, mask=live, other=0.0)[:, None]
+        origin_t = tl.load(state + 1, mask=live, other=0.0)[:, None]
+        scale_s = tl.load(state + 2, mask=live, other=0.0)[:, None]
+        scale_t = tl.load(state + 3, mask=live, other=0.0)[:, None]
+        lse_gap = tl.load(state + 4, mask=live, other=0.0)[:, None]
     begin = first_v + split * (TILES * BLOCK_V)
     needed = True
     if MODE == SECOND:
@@ -250,13 +257,6 @@ def _stream_kernel(
                     label_s = tl.maximum(label_s, tl.max(tl.where(here, z_s, -float("inf")), 1))
                     label_t = tl.maximum(label_t, tl.max(tl.where(here, z_t, -float("inf")), 1))
             else:
-                # Loaded here rather than once: across the products they would take registers.
-                state = state_ptr + r * stride_state
-                origin_s = tl.load(state, mask=live, other=0.0)[:, None]
-                origin_t = tl.load(state + 1, mask=live, other=0.0)[:, None]
-                scale_s = tl.load(state + 2, mask=live, other=0.0)[:, None]
-                scale_t = tl.load(state + 3, mask=live, other=0.0)[:, None]
-                lse_gap = tl.load(state + 4, mask=live, other=0.0)[:, None]
                 p_s, p_t, delta = probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap)
                 if MODE == SECOND:
                     value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
