@@ -1,6 +1,6 @@
 """On-policy self-distillation of a text-only model with `vigos.ViGOSTrainer`: no image anywhere.
 
-    python examples/text_opsd.py                 # two minutes on one core, nothing downloaded
+    python examples/text_opsd.py                 # a minute on one core, nothing downloaded
     python examples/text_opsd.py --model Qwen/Qwen3-0.6B --data problems.jsonl    # problem, answer, problem_id
 
 Without `--model` the script makes its own subject, a tiny transformer that adds single digits with a bad habit: it
@@ -20,7 +20,8 @@ import torch
 
 import vigos
 from vigos.data import load_rows
-from vigos.prompts import Prompts
+from vigos.prompts import Prompts, Role
+from vigos.sequences import encode_prompt
 
 # No image, no description: the format is a thought and a box, and nothing is prefilled.
 PROMPTS = Prompts(
@@ -32,9 +33,8 @@ PROMPTS = Prompts(
     prefill="",
 )
 TEMPLATE = (
-    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
-    "{%- for part in message.content -%}{{ part.text }}{%- endfor -%}<|im_end|>\n{% endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{% endif -%}"
+    "{% for message in messages %}<|im_start|>{{ message.role + '\n' + message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}"
 )
 
 
@@ -59,12 +59,11 @@ def subject() -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, a: int, b: int, keyed: bool, total: int) -> tuple[list[int], list[int]]:
-    """Prompt and answer of one question, with or without the key."""
-    messages = PROMPTS.messages("reference" if keyed else "student", f"{a}+{b}?", str(a + b), num_images=0)
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """Prompt and answer of one question, with or without the key: the prompts that student and teacher will read."""
+    role: Role = "reference" if keyed else "student"
+    prompt = encode_prompt(tokenizer, PROMPTS, role, f"{a}+{b}?", str(a + b)).ids.tolist()
     answer = f"{a}+{b} is {total}. \\boxed{{{total}}}<|im_end|>"
-    prompt_ids, answer_ids = tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
-    return prompt_ids, answer_ids
+    return prompt, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
 def warm_up(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub name of a text model; without it a tiny one is made")
     parser.add_argument("--data", help="rows with problem, answer and problem_id; needed with --model")
     parser.add_argument("--warm-up", type=int, default=400, help="steps that make the tiny model")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/text-opsd"))

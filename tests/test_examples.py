@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -35,4 +36,5 @@ def test_text_opsd(tmp_path: Path) -> None:
     out = run("text_opsd.py", "--warm-up", "12", "--steps", "2", "--out", str(tmp_path))
     assert re.search(r"before: \d+% of 100 answers right", out)
     assert re.search(r"after: \d+% of 100 answers right", out)
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") >= 2
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(step.get("kl/reference", 0.0) for step in steps) > 0  # the teacher read what the student did not
