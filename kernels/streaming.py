@@ -68,7 +68,7 @@ class Launch:
     num_stages: int
 
 
-# By bytes an element and whether the tile is smaller: with a heavy epilogue (softcap, entry clip), with two heads, or on
+# By bytes an element and whether the tile is smaller: with a heavy epilogue (softcap, entry clip), two heads, or on
 # a chip without wgmma, where the full one spills 190 bytes a thread. 64 rows of each side share a tile of 128 entries,
 # the reuse of a 128 x 128 product; both accumulators take 64 registers a thread and leave room for the epilogue. Slices
 # have 4,096 entries: 38 of them at 152k fill 132 SMs from 256 rows on. fp32 multiplies exactly on the ordinary cores
