@@ -54,12 +54,20 @@ def small(monkeypatch):
     monkeypatch.setattr(engine("triton_streaming"), "WORKSPACE_BYTES", 16 * 4 * 192)
 
 
-def assert_no_worse(ours, eager, exact, name, scale=None, factor=2.0):
-    """`scale`: the largest value added or subtracted on the way to the answer (default: the answer)."""
+def assert_no_worse(ours, eager, exact, name, scale=None):
+    """At most twice plain PyTorch's root-mean-square error, 4 times its largest (the largest of a few is mostly luck).
+
+    `scale`: the largest value added or subtracted on the way to the answer (default: the answer).
+    """
     assert torch.isfinite(ours).all(), f"{name}: non-finite values"
-    err, base = ((x.double() - exact).abs().max().item() for x in (ours, eager))
     rounding = torch.finfo(ours.dtype).eps * (exact if scale is None else scale).abs().max().item()
-    assert err <= factor * base + rounding, f"{name}: max error {err:.2e}, eager {base:.2e}, rounding {rounding:.2e}"
+    errors = [(x.double() - exact).abs() for x in (ours, eager)]
+    for what, factor, (err, base) in (
+        ("rms", 2.0, [x.square().mean().sqrt().item() for x in errors]),
+        ("max", 4.0, [x.max().item() for x in errors]),
+    ):
+        bound = factor * base + rounding
+        assert err <= bound, f"{name}: {what} error {err:.2e}, eager {base:.2e}, rounding {rounding:.2e}"
 
 
 def problem(n, m, r, d, v, dtype=torch.float32, *, seed=0, near=None, shared=True, d_t=None):
@@ -161,9 +169,10 @@ def test_16_bit_operands(small, impl, dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_option_and_the_head(small, impl):
     *tensors, rows = problem(6, 5, 6, 24, 200, shared=False, d_t=17)
-    bias_s, bias_t = (torch.randn(200, device=DEVICE) for _ in range(2))
+    g = torch.Generator().manual_seed(1)
+    bias_s, bias_t = (torch.randn(200, generator=g).to(DEVICE) for _ in range(2))
     tensors = [*tensors, bias_s, bias_t]
-    upstream = torch.randn(6, device=DEVICE)
+    upstream = torch.randn(6, generator=g).to(DEVICE)
     options = {"temperature": 1.3, "beta": 0.3, "logit_softcap": 8.0, "logit_scale": 0.7, "vocab_size": 190}
     for entry_clip in (None, 0.01):
         options["entry_clip"] = entry_clip
@@ -172,7 +181,7 @@ def test_every_option_and_the_head(small, impl):
         _, eager_divergence, eager = exact(tensors, rows, dtype=torch.float32, upstream=upstream, **options)
         assert_no_worse(out.divergence, eager_divergence, divergence, "divergence", scale=torch.tensor(8.0))
         for name, a, b, c in zip(("dhidden", "dweight", "dbias"), grads, eager, want, strict=True):
-            assert_no_worse(a, b, c, name)
+            assert_no_worse(a, b, c, name, scale=8.0 / 1.3 * c.abs().max())  # p = exp(z - L), |z| up to 8 / 1.3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -487,7 +496,7 @@ def _probe(x_ptr, out_ptr, n: tl.constexpr):
 
 
 def test_elementary_functions():
-    """expm1, log1p and tanh to 3 eps over their whole range."""
+    """expm1, log1p and tanh to 2 eps over their whole range, where exp and log themselves are."""
     magnitudes = torch.logspace(-30, 1.3, 1024)
     x = torch.cat([-magnitudes, magnitudes]).to(DEVICE)
     out = torch.full((4, 2048), math.nan, device=DEVICE)
@@ -499,4 +508,4 @@ def test_elementary_functions():
     )  # fmt: skip
     for got, want in zip(out, wanted, strict=True):
         relative = (got.double() - want).abs() / want.abs()
-        assert relative.max() <= 40 * torch.finfo(torch.float32).eps if DEVICE == "cuda" else 4e-7
+        assert relative.max() <= 40 * torch.finfo(torch.float32).eps if DEVICE == "cuda" else 2.4e-7
