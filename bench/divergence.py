@@ -1,0 +1,174 @@
+"""`vigos.linear_divergence` beside its peers and its floor: time, memory, error of the gradient; forward and backward.
+
+    python bench/divergence.py                                  # the target case of this device, then the sweeps
+    python bench/divergence.py --cases target --repeats 5
+    python bench/divergence.py --device cuda --out results.csv
+
+The floor is the matrix products alone, as fast as torch has them in either orientation, in the operands' dtype: two
+for the logits of student and teacher, one for the gradient of the hidden states, and one more where the head is
+trained. Contenders take turns; medians. Memory is the peak above the inputs. The error is that of the gradient against
+float64 on up to 32 rows; where one of our engines is off by more than 0.5 % the run ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import losses
+import torch
+from losses import Inputs
+from measure import RESULTS, Table, machine, peak_bytes, relative_error, take_turns
+from torch import Tensor
+
+import vigos
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: sizes, the rows' kind, how many of them count, and whether the head is trained."""
+
+    n: int
+    d: int
+    v: int
+    rows: str = "peaked"
+    live: float = 1.0
+    trained_head: bool = False
+    kind: str = "forward"
+
+
+def cases(device: str) -> dict[str, list[Case]]:
+    """Groups by name; the first one holds the target."""
+    if device == "cuda":
+        shapes = [(2048, 151_936), (3584, 152_064), (4096, 128_256)]
+        d, v = shapes[0]
+        return {
+            "target": [Case(8192, *shape) for shape in shapes[:2]],
+            "rows": [Case(8192, d, v, rows) for rows in ("near", "flat")],
+            "live": [Case(8192, d, v, live=share) for share in (0.5, 0.1)],
+            "head": [Case(8192, d, v, trained_head=True)],
+            "kind": [Case(8192, d, v, kind=kind) for kind in ("reverse", "jsd")],
+            "n": [Case(n, d, v) for n in (1024, 2048, 4096, 16_384, 32_768)],
+            "shape": [Case(8192, *shapes[2])],
+        }
+    n, d, v = 512, 512, 32_000
+    return {
+        "target": [Case(512, 896, 151_936)],
+        "rows": [Case(n, d, v, rows) for rows in ("peaked", "near", "flat")],
+        "live": [Case(n, d, v, live=share) for share in (0.5, 0.1)],
+        "head": [Case(n, d, v, trained_head=True)],
+        "kind": [Case(n, d, v, kind=kind) for kind in ("reverse", "jsd")],
+        "n": [Case(size, d, v) for size in (64, 128, 256, 1024, 2048)],
+        "d": [Case(n, size, v) for size in (128, 256, 1024, 2048)],
+        "v": [Case(n, d, size) for size in (8_000, 16_000, 64_000, 128_000)],
+    }
+
+
+def floor(x: Inputs, trained_head: bool) -> dict[str, Callable[[], object]]:
+    """The products, each in both orientations; a run of the floor is the faster one of each."""
+    student, head = x.student[x.live], x.head
+    g = torch.randn(student.shape[0], head.shape[0], device=head.device).to(head.dtype)
+    runs: dict[str, Callable[[], object]] = {
+        "z": lambda: student @ head.T, "z*": lambda: head @ student.T,
+        "dh": lambda: g @ head, "dh*": lambda: head.T @ g.T,
+    }  # fmt: skip
+    if trained_head:
+        runs |= {"dw": lambda: g.T @ student, "dw*": lambda: student.T @ g}
+    return runs
+
+
+def entropy_and_divergence(x: Inputs) -> tuple[float, float]:
+    """Means over the rows, in nats."""
+    with torch.no_grad():
+        out = vigos.linear_divergence(x.student[:64], x.head, x.teacher[:64], impl="reference")
+    return out.teacher_entropy.mean().item(), out.divergence.mean().item()
+
+
+def run_case(
+    case: Case, device: str, dtype: torch.dtype, repeats: int, only: list[str] | None
+) -> list[dict[str, object]]:
+    """The rows of one case, floor first; prints them."""
+    x = losses.inputs(case.rows, case.n, case.d, case.v, dtype, device, case.live, case.kind)
+    at = x.live.nonzero().squeeze(1)
+    at = at[:: max(1, math.ceil(at.shape[0] / 32))]
+    exact = losses.exact_gradient(x, at)
+    head = x.head.detach().requires_grad_(case.trained_head)
+    shape: dict[str, object] = {
+        "n": case.n, "d": case.d, "v": case.v, "rows": case.rows, "live": case.live, "kind": case.kind,
+        "head": "trained" if case.trained_head else "frozen", "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    shape["entropy"], shape["divergence"] = entropy_and_divergence(x)
+    print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shape.items()), flush=True)
+
+    def gradient(loss: losses.Loss) -> Tensor:
+        leaf = x.student.detach().clone().requires_grad_()
+        head.grad = None
+        loss(x, leaf, head).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    out: dict[str, dict[str, object]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, loss in losses.contenders(device).items():
+        if only and name not in only:
+            continue
+        try:
+            error = relative_error(gradient(loss)[at], exact)  # also the warm-up
+        except (ValueError, ImportError, torch.OutOfMemoryError) as reason:  # not here, or it does not fit
+            print(f"  {name:22} {str(reason).splitlines()[0]}")
+            continue
+        if name.startswith("vigos") and not error < 0.005:
+            raise SystemExit(f"{name}: the gradient is off by {error:.1e}; no time is worth printing")
+        mib = peak_bytes(lambda loss=loss: gradient(loss), device) / 2**20  # type: ignore[misc]
+        out[name] = shape | {"engine": name, "error": error, "peak_mib": mib}
+        runs[name] = lambda loss=loss: gradient(loss)  # type: ignore[misc]
+    products = floor(x, case.trained_head)
+    for product in products.values():
+        product()
+    times = take_turns(products | runs, device, repeats)
+    best = {name: min(times[name], times[f"{name}*"]) for name in products if not name.endswith("*")}
+    least = 2 * best["z"] + best["dh"] + best.get("dw", 0.0)
+    lines = [shape | {"engine": "floor", "ms": 1e3 * least, "of_floor": 1.0}]
+    print(f"  {'floor':22} {1e3 * least:10.1f} ms")
+    for name, line in out.items():
+        if name in times:
+            line |= {"ms": 1e3 * times[name], "of_floor": times[name] / least}
+            print(
+                f"  {name:22} {line['ms']:10.1f} ms {line['of_floor']:6.2f} x floor {line['peak_mib']:9.0f} MiB"
+                f"   error {line['error']:.1e}",
+                flush=True,
+            )
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Every case; the CSV is rewritten after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 (CPU), bfloat16")
+    parser.add_argument("--cases", nargs="+", help="groups: target, rows, live, head, kind, n, d, v")
+    parser.add_argument("--only", nargs="+", help="contenders by name")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="CSV; default: bench/results/DEVICE/divergence.csv")
+    args = parser.parse_args()
+    groups = cases(args.device)
+    unknown = set(args.cases or ()) - set(groups)
+    if unknown:
+        parser.error(f"--cases must be of {', '.join(groups)}; got {', '.join(sorted(unknown))}")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    about = machine(args.device, "triton", "trl", "liger-kernel")
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    table = Table(args.out or RESULTS / args.device / "divergence.csv", about)
+    for name in args.cases or groups:
+        for case in groups[name]:
+            lines = run_case(case, args.device, dtype, args.repeats, args.only)
+            table.add({"group": name} | line for line in lines)
+    print(f"written to {table.path}")
+
+
+if __name__ == "__main__":
+    main()

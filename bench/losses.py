@@ -1,0 +1,153 @@
+"""The losses that benchmarks compare: ours, plain PyTorch's, TRL's and Liger's, behind one call.
+
+Each takes hidden states of student and teacher, their shared head and which rows count; it returns the sum over those
+rows of forward KL, reverse KL or JSD(0.5). Peers run as their authors ship them, defaults included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import vigos
+from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+
+KINDS = {"forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD}
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's names for the same
+Loss = Callable[["Inputs", Tensor, Tensor], Tensor]  # inputs, student leaf (N, D), head (V, D) -> scalar
+
+
+@dataclass
+class Inputs:
+    """student, teacher (N, D), head (V, D); live: bool (N,), the rows that count; kind: a key of KINDS."""
+
+    student: Tensor
+    teacher: Tensor
+    head: Tensor
+    live: Tensor
+    kind: str = "forward"
+
+
+# Noise of the teacher's logits against the student's: KL around 0.02, 2e-4 and, for flat rows, 0.02.
+ROWS = {"peaked": 0.2, "near": 0.02, "flat": 0.2}
+
+
+def inputs(
+    rows: str, n: int, d: int, v: int, dtype: torch.dtype, device: str, live: float = 1.0, kind: str = "forward"
+) -> Inputs:
+    """`rows`: "peaked" and "near" have a few clear winners a row, 1 to 3 nats; "flat" is what random weights give."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(v, d, generator=g)
+    noise = torch.randn(n, d, generator=g) * (1.5 / d**0.5)
+    winners = torch.randint(v, (n, 3), generator=g)
+    height = torch.tensor([14.0, 13.0, 12.0]) / d
+    student = noise if rows == "flat" else noise + (head[winners] * height[:, None]).sum(1)
+    teacher = student + torch.randn(n, d, generator=g) * (ROWS[rows] / d**0.5)
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[torch.randperm(n, generator=g)[: round(n * live)]] = True
+    student, teacher, head = (x.to(dtype).to(device) for x in (student, teacher, head))
+    return Inputs(student, teacher, head, chosen.to(device), kind)
+
+
+def ours(impl: str, x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """`vigos.linear_divergence`; rows that do not count are left out by index."""
+    at = x.live.nonzero().squeeze(1)
+    n = at.shape[0]
+    rows = Supervision(
+        at, at, torch.full((n,), KINDS[x.kind], dtype=torch.int8, device=at.device),
+        torch.ones(n, device=at.device), torch.full((n,), float("inf"), device=at.device),
+    )  # fmt: skip
+    return vigos.linear_divergence(student, head, x.teacher, supervision=rows, impl=impl).loss
+
+
+def from_logits(z_s: Tensor, z_t: Tensor, kind: str) -> Tensor:
+    """What one writes in PyTorch: log-softmax of both in float32 (float64 stays), the sum over the vocabulary."""
+    wide = torch.promote_types(z_s.dtype, torch.float32)
+    log_q, log_p = z_s.to(wide).log_softmax(-1), z_t.to(wide).log_softmax(-1)
+    if kind == "forward":
+        return (log_p.exp() * (log_p - log_q)).sum()
+    if kind == "reverse":
+        return (log_q.exp() * (log_q - log_p)).sum()
+    log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0, dtype=wide))
+    return 0.5 * (log_p.exp() * (log_p - log_m)).sum() + 0.5 * (log_q.exp() * (log_q - log_m)).sum()
+
+
+def naive(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """Logits of every row that counts, in the operands' dtype, as a model returns them."""
+    with torch.no_grad():
+        z_t = x.teacher[x.live] @ head.T
+    return from_logits(student[x.live] @ head.T, z_t, x.kind)
+
+
+def float32_logits(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """The same from operands widened first: the precision that a careful user has, at twice the memory."""
+    with torch.no_grad():
+        z_t = x.teacher[x.live].float() @ head.float().T
+    return from_logits(student[x.live].float() @ head.float().T, z_t, x.kind)
+
+
+_compiled_from_logits = torch.compile(from_logits, dynamic=False)
+
+
+def compiled(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """`naive` with everything behind the products compiled."""
+    with torch.no_grad():
+        z_t = x.teacher[x.live] @ head.T
+    return _compiled_from_logits(student[x.live] @ head.T, z_t, x.kind)
+
+
+def trl(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """DistillationTrainer's chunked divergence."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    teacher_head = head.detach()
+    mask = x.live[None].to(student.dtype)
+    return _chunked_divergence_loss(student[None], x.teacher[None], head, teacher_head, mask, BETA[x.kind], 1)[0]
+
+
+def liger(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """LigerFusedLinearJSDLoss over 2-D rows, compiled as by default, without the cross-entropy term."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[x.kind])
+    labels = torch.where(x.live, 0, -100)
+    return module(student, head, x.teacher, head.detach(), labels) * x.live.sum()
+
+
+def liger_triton(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """LigerFusedLinearJSD, its Triton kernels on chunks of logits."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=BETA[x.kind])
+    labels = torch.where(x.live, 0, -100)
+    return module(student, head, x.teacher, head.detach(), labels) * x.live.sum()
+
+
+def exact_gradient(x: Inputs, at: Tensor) -> Tensor:
+    """Float64 gradient of rows `at`, from the same operands, a few rows at a time."""
+    head = x.head.double()
+    out = []
+    for rows in at.split(max(1, 2**21 // head.shape[0])):
+        student = x.student[rows].double().requires_grad_()
+        loss = from_logits(student @ head.T, x.teacher[rows].double() @ head.T, x.kind)
+        out.append(torch.autograd.grad(loss, student)[0])
+    return torch.cat(out)
+
+
+CPU: dict[str, Loss] = {
+    "vigos cpu": partial(ours, "cpu"), "vigos reference": partial(ours, "reference"),
+    "PyTorch": naive, "torch.compile": compiled, "TRL": trl, "Liger": liger,
+}  # fmt: skip
+CUDA: dict[str, Loss] = {
+    **{f"vigos {impl}": partial(ours, impl) for impl in ("triton", "triton_streaming", "cuda", "cuda_hopper")},
+    "vigos reference": partial(ours, "reference"),
+    "PyTorch": naive, "torch.compile": compiled, "TRL": trl, "Liger": liger, "Liger Triton": liger_triton,
+}  # fmt: skip
+
+
+def contenders(device: str) -> dict[str, Loss]:
+    return CUDA if device == "cuda" else CPU

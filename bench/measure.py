@@ -1,0 +1,130 @@
+"""What every benchmark here shares: whose numbers they are, time, peak memory, and the CSV they are kept in.
+
+A number belongs to a machine, to versions and to a commit; each row of a CSV says which. Contenders take turns within a
+round, so that a busy moment slows them alike, and the median over rounds counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine(device: str, *packages: str) -> dict[str, str]:
+    """Device, versions of torch and of `packages`, and the commit ("+" after it: with changes not in it)."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # not a checkout
+            return ""
+
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+        name = f"{cpu}, {torch.get_num_threads()} threads"
+    out = {"device": name, "torch": torch.__version__}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            out[package] = version(package)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    out["commit"] = git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return out
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Of one call. On a GPU the L2 cache is overwritten before, and the device's own clock counts."""
+    if device == "cuda":
+        torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def take_turns(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+    """Median seconds of each; every one has run before, so that imports and compilation are behind it."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+    return {name: median(of) for name, of in times.items()}
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Highest memory above what stood before: the allocator's on a GPU, resident memory on a CPU (Linux)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """||x - exact|| / ||exact||."""
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+class Table:
+    """Rows of a CSV, rewritten after each so that a run that is cut off leaves what it had."""
+
+    def __init__(self, path: Path, about: dict[str, str]) -> None:
+        self.path, self.about, self.rows = path, about, list[dict[str, object]]()
+
+    def add(self, rows: Iterable[dict[str, object]]) -> None:
+        self.rows += [{k: _short(v) for k, v in row.items()} | self.about for row in rows]
+        fields = list(dict.fromkeys(key for row in self.rows for key in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".part")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.path)
+
+
+def _short(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
