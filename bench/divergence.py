@@ -162,7 +162,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     about = machine(args.device, "triton", "trl", "liger-kernel")
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    table = Table(args.out or RESULTS / args.device / "divergence.csv", about)
+    table = Table(args.out or RESULTS / args.device / "divergence.csv", about, args.cases or groups)
     for name in args.cases or groups:
         for case in groups[name]:
             lines = run_case(case, args.device, dtype, args.repeats, args.only)

@@ -90,6 +90,7 @@ def float32_logits(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
     return from_logits(student[x.live].float() @ head.float().T, z_t, x.kind)
 
 
+torch._dynamo.config.recompile_limit = 64  # one compilation a shape; past the limit it would silently run eagerly
 _compiled_from_logits = torch.compile(from_logits, dynamic=False)
 
 

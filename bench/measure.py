@@ -109,10 +109,16 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 class Table:
-    """Rows of a CSV, rewritten after each so that a run that is cut off leaves what it had."""
+    """Rows of a CSV, rewritten after each so that a run that is cut off leaves what it had.
 
-    def __init__(self, path: Path, about: dict[str, str]) -> None:
+    `groups`: what is measured anew, values of the column "group"; rows of other groups that the file has are kept.
+    """
+
+    def __init__(self, path: Path, about: dict[str, str], groups: Iterable[str] | None = None) -> None:
         self.path, self.about, self.rows = path, about, list[dict[str, object]]()
+        if groups is not None and path.exists():
+            with path.open(newline="") as file:
+                self.rows += [row for row in csv.DictReader(file) if row["group"] not in set(groups)]
 
     def add(self, rows: Iterable[dict[str, object]]) -> None:
         self.rows += [{k: _short(v) for k, v in row.items()} | self.about for row in rows]

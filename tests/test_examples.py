@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -29,3 +30,11 @@ def test_trl_world(tmp_path: Path) -> None:
     assert "trl.trainer.distillation_trainer._chunked_divergence_loss" in out  # the fused loss is what trained
     loss = float(re.search(r"'train_loss': '?([\d.e-]+)", out).group(1))
     assert 0 < loss < 10
+
+
+def test_text_opsd(tmp_path: Path) -> None:
+    out = run("text_opsd.py", "--warm-up", "12", "--steps", "10", "--out", str(tmp_path))
+    assert re.search(r"before: \d+% of 100 answers right", out)
+    assert re.search(r"after: \d+% of 100 answers right", out)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(step.get("kl/reference", 0.0) for step in steps) > 0  # the teacher read what the student did not

@@ -13,10 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vigos
 from vigos import reference
 from vigos.engines import engine
+from vigos.engines.self_check import small_case
 from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 triton = pytest.importorskip("triton")
@@ -303,6 +306,39 @@ def test_outputs_are_written_in_full(small, impl, monkeypatch):
         assert not value.isnan().any(), name
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that any operation inside returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_never_holds_every_logit(small, impl):
+    """Nothing of N x V elements: at most a chunk of 16 rows, where the naive loss is seen to hold all."""
+    n, d, v = 64, 8, 600
+    case = small_case(torch.float32, DEVICE, (FORWARD_KL,))
+    hidden, head = torch.randn(n, d, device=DEVICE), torch.randn(v, d, device=DEVICE)
+    rows = torch.arange(n, device=DEVICE)
+    case = replace(
+        case, student_hidden=hidden, student_weight=head, teacher_hidden=hidden + 0.1, student_row=rows,
+        teacher_row=rows, kind=torch.zeros(n, dtype=torch.int8, device=DEVICE), weight=torch.ones(n, device=DEVICE),
+        clip=torch.full((n,), INF, device=DEVICE), vocab_size=v,
+    )  # fmt: skip
+    with torch.no_grad(), Largest() as ours_:
+        engine(impl).forward(case)
+    with torch.no_grad(), Largest() as naive:
+        reference.forward_kl(hidden @ head.T, hidden @ head.T)
+    assert naive.bytes >= 4 * n * v
+    assert ours_.bytes <= 4 * n * v / 2, f"{ours_.bytes / 4:.0f} elements in one tensor, N x V is {n * v}"
+
+
 def test_float64_and_a_missing_interpreter_are_refused(monkeypatch):
     *tensors, rows = problem(2, 2, 2, 8, 16)
     with pytest.raises(ValueError, match="float64"):
@@ -509,3 +545,41 @@ def test_elementary_functions():
     for got, want in zip(out, wanted, strict=True):
         relative = (got.double() - want).abs() / want.abs()
         assert relative.max() <= 40 * torch.finfo(torch.float32).eps if DEVICE == "cuda" else 2.4e-7
+
+
+def test_auto_takes_an_engine_after_it_agreed_with_float64(monkeypatch):
+    """A kernel that the machine at hand computes wrongly is left out, with one warning; its own name still runs it."""
+    from vigos import engines
+    from vigos.engines.self_check import agrees
+
+    monkeypatch.setitem(engines.AUTO, DEVICE, ("triton", "reference"))
+    module, seen = engine("triton"), []
+    right = module.forward
+
+    def wrong(problem):
+        result = right(problem)
+        seen.append("triton")
+        result.drow *= 1.01
+        return result
+
+    def call(impl):
+        hidden, head, teacher = (torch.randn(n, 8, device=DEVICE) for n in (3, 40, 3))
+        return vigos.linear_divergence(hidden.requires_grad_(), head, teacher, impl=impl)
+
+    agrees.cache_clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            call("auto")
+        agrees.cache_clear()
+        monkeypatch.setattr(module, "forward", wrong)
+        with pytest.warns(UserWarning, match=r"leaves out the 'triton' engine.*gradient=0.0"):
+            call("auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            call("auto")
+        assert seen == ["triton"]  # by the check alone
+        call("triton")
+        assert seen == ["triton"] * 2
+    finally:
+        agrees.cache_clear()

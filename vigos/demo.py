@@ -32,7 +32,7 @@ SHOWN = {
 
 MAX_TOKENS = 96  # of a completion; they take about 50
 
-QUICK = DemoSize(steps=80, rows_a_step=32, triplets=60)
+QUICK = DemoSize(steps=120, rows_a_step=32, triplets=100)
 FULL = DemoSize(steps=240, rows_a_step=32, triplets=200)
 
 
@@ -135,9 +135,8 @@ def run_demo(
             name, *(f"{100 * r[name]:.1f} % {_interval(r[name + '_interval'])}" for r in (before, after)), meaning
         )
     console.print(table)
-    console.print(
-        f"{summary['seconds']:.0f} s; everything is in {output_dir}: summary.json, before.jsonl, after.jsonl, train/"
-    )
+    written = "summary.json, before.jsonl, after.jsonl, train/"
+    console.print(f"{summary['seconds']:.0f} s; everything is in {output_dir}: {written}", soft_wrap=True)
     return summary
 
 
@@ -191,8 +190,9 @@ def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
                 logs = kwargs["logs"]
                 note = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN.items() if key in logs)
                 progress.update(task, completed=state.global_step, note=note)
-                if not console.is_terminal and (state.global_step % 20 == 0 or state.global_step == 1):
-                    console.print(f"step {state.global_step:4}/{steps}  {note}")
+                shown = state.global_step % 20 == 0 or state.global_step == 1
+                if note and shown and not console.is_terminal:
+                    console.print(f"step {state.global_step:4}/{steps}  {note}", soft_wrap=True)
 
         for default in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(default)

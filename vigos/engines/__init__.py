@@ -18,10 +18,15 @@ from types import ModuleType
 import torch
 
 from vigos.engines.problem import LinearProblem, LogitsProblem
+from vigos.engines.self_check import agrees
 
 IMPLS = ("reference", "cpu", "triton", "triton_streaming", "cuda", "cuda_hopper")
 
-# What `auto` tries, in order. An engine that no run on a GPU has checked stays out of it.
+# No run on a GPU has checked these yet: they run under their names alone, and `vigos doctor` says so.
+UNPROVEN = ("cuda", "cuda_hopper")
+PROVEN = ("cpu", "reference")  # by the tests, on any machine
+
+# What `auto` tries, in order; on a GPU, after the engine agreed with float64 there (`self_check`).
 AUTO = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
@@ -53,7 +58,7 @@ def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
         return module
     for name in AUTO.get(problem.device.type, ("reference",)):
         module = engine(name)
-        if _why_not(module, problem) is None:
+        if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device)):
             return module
     raise AssertionError("the reference engine runs everything")
 
