@@ -1,4 +1,4 @@
-"""The command line: `vigos demo | train | eval | compare | world | doctor`.
+"""The command line: `vigos demo | train | eval | compare | palr | probe | report | study | world | doctor`.
 
 Exit codes: 0 all is well; 1 the run failed, with one line that says why; 2 the command line or the configuration is
 wrong.
@@ -212,6 +212,77 @@ def compare(
             "yes" if c.differs else "no",
         )  # fmt: skip
     console.print(table)
+
+
+# --- palr ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def palr(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options of `train`.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the data to measure on.")] = 64,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the student; off, it is the teacher.")] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="Teacher of a student that was trained in full.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """How much of the supervision the privileged answer buys, and not the image. Takes the options of `train`."""
+    source, run = parse_run(config, ["--output-dir", "runs/palr", *context.args])
+    from vigos.recipe import palr_from_source
+
+    found = palr_from_source(source, run, rows=rows, adapter=adapter, teacher_model=teacher_model)
+    table = Table("tokens of", "PALR", "95 % interval", "tokens", title=f"{run.method}, {found['rollouts']} rollouts")
+    for name, group in found["groups"].items():
+        low, high = group["palr_interval"]
+        ratio = "–" if group["palr"] is None else f"{100 * group['palr']:.1f} %"
+        table.add_row(name, ratio, f"{100 * low:.1f} … {100 * high:.1f}", str(group["tokens"]))
+    console.print(table)
+    for reason, n in found["left_out"].items():
+        console.print(f"left out: {n} rollouts ({reason})")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        console.print(f"written: {output}")
+
+
+@app.command("probe")
+def probe_command(
+    model: Annotated[str, typer.Option(help="Model folder or hub name; 'builtin' for the built-in model.")],
+    data: Annotated[str, typer.Option(help="JSONL, Parquet, folder or `datasets` name.")],
+    output: Annotated[Path, typer.Option(help="Folder for the records of each probe and probes.json.")],
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder put on the model.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="YAML with prompt templates.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option()] = 1024,
+    batch_size: Annotated[int, typer.Option()] = 16,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+) -> None:
+    """Does it look? Accuracy with the image removed, blurred, or swapped for another row's, against the intact one."""
+    from vigos.data import load_rows
+    from vigos.probes import probe, summarise
+    from vigos.recipe import load_student
+
+    loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    intact, found = probe(
+        loaded, processor, load_rows(data, data_root=data_root), folder=output, seed=seed, prompts=prompts,
+        temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size,
+    )  # fmt: skip
+    summary = summarise(intact, found)
+    (output / "probes.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    table = Table("images", "accuracy", "95 % interval", "against intact", "95 % interval", "p")
+    for name, values in summary.items():
+        low, high = values["accuracy_interval"]
+        cells = [name, f"{100 * values['accuracy']:.1f} %", f"{100 * low:.1f} … {100 * high:.1f}"]
+        if "difference" in values:
+            low, high = values["difference_interval"]
+            cells += [f"{100 * values['difference']:+.1f}", f"{100 * low:+.1f} … {100 * high:+.1f}"]
+            cells += [f"{values['p_value']:.2g}"]
+        table.add_row(*cells)
+    console.print(table)
+    console.print(f"records and probes.json: {output}")
 
 
 # --- world -----------------------------------------------------------------------------------------------------------

@@ -111,7 +111,9 @@ class ViGOSConfig(TrainingArguments):
         "tree", "As teacher_scoring, for the student's forward and backward."
     )
     token_budget: int = _option(16_384, "Tokens of one scoring forward; a longer sequence gets one of its own.")
-    impl: str = _option("auto", "Engine of the divergence: auto, reference, cpu, triton, triton_streaming or cuda.")
+    impl: str = _option(
+        "auto", "Engine of the divergence: auto, reference, cpu, triton, triton_streaming, cuda or cuda_hopper."
+    )
 
     # --- Rollouts ---
     temperature: float = _option(1.1, "Sampling temperature of rollouts; 0: greedy.")
@@ -146,6 +148,10 @@ class ViGOSConfig(TrainingArguments):
 
     # --- Records ---
     completion_steps: int = _option(1, "Write rollouts with spans and per-token divergence every N steps; 0: never.")
+    palr_steps: int = _option(
+        0, "Measure PALR, the share of the supervision that the answer buys, every N steps; 0: never. See vigos.palr."
+    )
+    palr_wrong_answers: int = _option(4, "Wrong answers a row that PALR compares with, taken from other rows.")
     grade_rollouts: bool = _option(True, "Compare the rollouts' answers with the reference and log the accuracy.")
     save_merged: bool = _option(True, "Also write the final adapter merged into a copy of the model.")
 
@@ -195,6 +201,7 @@ class ViGOSConfig(TrainingArguments):
 
     def _check_numbers(self) -> None:
         positive = ["divergence_temperature", "token_clip", "entry_clip", "token_budget", "lora_r", "lora_alpha"]
+        positive += ["palr_wrong_answers"]
         positive += [
             n
             for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size")
@@ -203,7 +210,7 @@ class ViGOSConfig(TrainingArguments):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lambda_perception", "lambda_reasoning", "lambda_reference", "completion_steps"):
+        for name in ("lambda_perception", "lambda_reasoning", "lambda_reference", "completion_steps", "palr_steps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("ema_decay", "lora_dropout"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vigos.divergence import DivergenceOutput
-from vigos.routing import TERMS, Rollout, RoutedBatch
+from vigos.routing import SEGMENTS, TERMS, Rollout, RoutedBatch
 from vigos.spans import REASONS
 
 PER_TERM = (
@@ -29,12 +29,14 @@ PER_ROLLOUT = (
     "rows/skipped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
 )  # fmt: skip
+# In the steps in which it is measured (see vigos.palr).
+PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))
 # Added up over ranks, averaged over optimizer steps.
 PER_STEP = (
     *(f"loss/{term}" for term in TERMS),
     "rows/skipped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
 )  # fmt: skip
-NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT)
+NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
 
 
 class Metrics:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vigos.cli import Source
     from vigos.config import ViGOSConfig
+    from vigos.prompts import Prompts
     from vigos.trainer import ViGOSTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,15 +51,34 @@ def load_model(
 
 def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
     """Loads model and data, trains, and leaves the run folder; returns the trainer."""
+    trainer = build_trainer(source, config)
+    resume: str | bool | None = source.resume
+    if resume == "auto":
+        from transformers.trainer_utils import get_last_checkpoint
+
+        folder = Path(str(config.output_dir))
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
+    """Model, processor, rows and prompts of `source` in a trainer; `adapter` is put on the model and trained on."""
     from vigos.data import load_rows
     from vigos.trainer import ViGOSTrainer
 
+    model: Any
     model, processor = load_model(
         source.model,
         dtype=source.dtype,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
     )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     rows = load_rows(
         source.data,
         problem_column=config.problem_column,
@@ -73,25 +93,53 @@ def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
         from vigos.world import world_prompts
 
         prompts = world_prompts()
-    trainer = ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
-    resume: str | bool | None = source.resume
-    if resume == "auto":
-        from transformers.trainer_utils import get_last_checkpoint
-
-        folder = Path(str(config.output_dir))
-        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    return ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
 
 
-def evaluate_from_source(
-    model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
-    sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
+def palr_from_source(
+    source: Source, config: ViGOSConfig, *, rows: int, adapter: str | None = None, teacher_model: str | None = None,
+    group: int = 32,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
-    from vigos.data import load_rows
-    from vigos.evaluation import evaluate
+    """PALR of the student's rollouts of the first `rows` rows; see `vigos.palr`.
+
+    Args:
+        adapter: LoRA adapter of the student; its teacher is the model with the adapter off.
+        teacher_model: folder or hub name of the teacher where the student was trained in full.
+        group: rows measured at once, which lend each other answers and images.
+    """
+    from itertools import islice
+
+    from vigos.palr import PALR, measure_palr
+    from vigos.scoring import TeacherScorer
+
+    if rows < 2:
+        raise ValueError(f"rows must be at least 2, which lend each other answers and images, got {rows}")
+    trainer = build_trainer(source, config, adapter=adapter)
+    scorer, policy = trainer.scorer, None if teacher_model else trainer.policy
+    if teacher_model:
+        taught: Any = load_model(teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[0]
+        scorer = TeacherScorer(taught.to(trainer.model.device), token_budget=config.token_budget)
+    dataset: Any = trainer.train_dataset
+    source_rows, parts = islice(iter(dataset), rows), []
+    while members := list(islice(source_rows, group)):
+        rollouts = trainer.sample_rollouts(members)
+        parts.append(
+            measure_palr(
+                rollouts, config, student=trainer.model, scorer=scorer, policy=policy, prompts=trainer.prompts,
+                processor=trainer.processing_class, wrong_answers=config.palr_wrong_answers, seed=config.seed,
+            )
+        )  # fmt: skip
+    found = PALR.joined(parts).summary()
+    if not found["rollouts"]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in found["left_out"].items()) or "no usable row"
+        raise ValueError(f"data: PALR could be measured on none of {rows} rows ({reasons})")
+    return {"method": config.method, **found}
+
+
+def load_student(
+    model: str, *, adapter: str | None = None, prompts_file: Path | None = None, dtype: str = "bfloat16"
+) -> tuple[Any, Any, Prompts]:
+    """Model (with its adapter), processor and the prompts it is asked with."""
     from vigos.prompts import Prompts
 
     loaded: Any
@@ -101,13 +149,23 @@ def evaluate_from_source(
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     if prompts_file:
-        prompts = Prompts.from_file(prompts_file)
-    elif model == "builtin":
+        return loaded, processor, Prompts.from_file(prompts_file)
+    if model == "builtin":
         from vigos.world import world_prompts
 
-        prompts = world_prompts()
-    else:
-        prompts = Prompts()
+        return loaded, processor, world_prompts()
+    return loaded, processor, Prompts()
+
+
+def evaluate_from_source(
+    model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
+    sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
+    from vigos.data import load_rows
+    from vigos.evaluation import evaluate
+
+    loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         loaded, processor, load_rows(data, data_root=data_root), prompts=prompts, k=k, batch_size=batch_size, seed=seed,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vigos.prompts import Role
+from vigos.prompts import Prompts, Role
 from vigos.sequences import EncodedPrompt, ScoredSequence
 from vigos.spans import Spans
 from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
@@ -44,6 +44,7 @@ class Rollout:
     Attributes:
         images: the row's images as they came (PIL), for records; not read here.
         completion_ids: (C,) int64 on the CPU, EOS included if there was one.
+        reference: what the privileged teachers read; None: the answer.
     """
 
     problem_id: str
@@ -53,6 +54,7 @@ class Rollout:
     prompts: Mapping[Role, EncodedPrompt]
     completion_ids: Tensor
     spans: Spans
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,13 @@ def assignments(spans: Spans, config: ViGOSConfig, *, has_images: bool = True) -
         found.append(_assignment("reasoning", reasoning, FORWARD_KL, spans, config))
     weights = dict(zip(TERMS, config.lambdas, strict=True))
     return [a for a in found if len(a.tokens) and weights[a.term] > 0]
+
+
+def teacher_prefill(term: Term, config: ViGOSConfig, prompts: Prompts) -> str | None:
+    """What opens the assistant's turn of a term's teacher; None: what its role always has."""
+    if term != "reasoning":
+        return None
+    return prompts.think_prefill if config.reasoning_prefix == "think" else prompts.prefill
 
 
 def _reasoning_tokens(spans: Spans, whole: Tensor, config: ViGOSConfig) -> Tensor:

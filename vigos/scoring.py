@@ -77,6 +77,13 @@ def lm_head(model: nn.Module) -> nn.Module:
     return head
 
 
+def logit_settings(config: Any) -> dict[str, Any]:
+    """What a model's own forward does to its head's output (Gemma caps it, Cohere and Granite scale it), as arguments
+    of `linear_divergence`; from its text config."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
+
+
 def hidden_states(
     model: nn.Module,
     sequences: Sequence[ScoredSequence],

@@ -36,12 +36,22 @@ from vigos.config import ViGOSConfig
 from vigos.data import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
 from vigos.divergence import linear_divergence
 from vigos.metrics import Metrics, peak_gib
+from vigos.palr import PALR, measure_palr
 from vigos.policy import TeacherPolicy, prepare_model
 from vigos.prompts import Prompts, Role
 from vigos.rollout import RolloutEngine, TransformersEngine, eos_ids, placeholder_ids, stream_seed
-from vigos.routing import Rollout, RoutedBatch, TermCounts, assignments, count_terms, divisors, route
+from vigos.routing import (
+    Rollout,
+    RoutedBatch,
+    TermCounts,
+    assignments,
+    count_terms,
+    divisors,
+    route,
+    teacher_prefill,
+)
 from vigos.runlog import RunLog
-from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head
+from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.spans import parse_rollout
 from vigos.vision import VisionCache
@@ -158,6 +168,10 @@ class ViGOSTrainer(Trainer):
         ]
         self.metrics.add_step(1.0 / ranks)
         self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 0.0)
+        if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
+            found = self.measure_palr([rollout for group in rollouts for rollout in group])
+            for name, (answer, image) in found.sums().items():
+                self.metrics.add(f"palr/{name}", answer, answer + image)
         return [{"batch": batch} for batch in routed], step.tokens.sum().to(device)
 
     def _rollouts(self, micro_batches: Sequence[list[Row | BadRow]]) -> list[list[Rollout]]:
@@ -210,15 +224,18 @@ class ViGOSTrainer(Trainer):
         return prompt
 
     def _encode(self, role: Role, row: Row, prefill: str | None = None) -> EncodedPrompt:
-        answer = row["answer"]
-        if self.args.reference_kind == "solution":
-            answer = str(row["extra"].get(self.args.solution_column) or answer)
         try:
             return encode_prompt(
-                self.processing_class, self.prompts, role, row["problem"], answer, row["images"], prefill
+                self.processing_class, self.prompts, role, row["problem"], self._reference(row), row["images"], prefill
             )
         except ValueError as error:  # the image processor's own limits
             raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
+
+    def _reference(self, row: Row) -> str:
+        """What the privileged teachers read."""
+        if self.args.reference_kind == "solution":
+            return str(row["extra"].get(self.args.solution_column) or row["answer"])
+        return row["answer"]
 
     def _parse(self, row: Row, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
         """The rollouts of a row, with the prompts of the teachers that they meet: encoded once, and only if needed."""
@@ -236,11 +253,7 @@ class ViGOSTrainer(Trainer):
             )
             for a in assignments(spans, args, has_images=bool(row["images"])):
                 if a.term not in prompts:
-                    prefill = None
-                    if a.term == "reasoning":
-                        think = args.reasoning_prefix == "think"
-                        prefill = self.prompts.think_prefill if think else self.prompts.prefill
-                    prompts[a.term] = self._encode(a.term, row, prefill)
+                    prompts[a.term] = self._encode(a.term, row, teacher_prefill(a.term, args, self.prompts))
             rollouts.append(
                 Rollout(
                     problem_id=row["problem_id"],
@@ -250,6 +263,7 @@ class ViGOSTrainer(Trainer):
                     prompts=prompts,
                     completion_ids=ids,
                     spans=spans,
+                    reference=self._reference(row),
                 )
             )
         return rollouts
@@ -259,6 +273,17 @@ class ViGOSTrainer(Trainer):
         self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
         logger.warning("skipped %s", bad)
         self.runlog.write_skipped(self.state.global_step, bad)
+
+    def measure_palr(self, rollouts: Sequence[Rollout]) -> PALR:
+        """PALR of rollouts under this trainer's teachers; wrong answers and other images come from each other."""
+        return measure_palr(
+            rollouts, self.args, student=self.model, scorer=self.scorer, policy=self.policy, prompts=self.prompts,
+            processor=self.processing_class, wrong_answers=self.args.palr_wrong_answers, seed=self.state.global_step,
+        )  # fmt: skip
+
+    def sample_rollouts(self, rows: Sequence[Row | BadRow]) -> list[Rollout]:
+        """The student's rollouts of some rows, as a step of training would draw them."""
+        return self._rollouts([list(rows)])[0]
 
     # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
 
@@ -288,7 +313,7 @@ class ViGOSTrainer(Trainer):
         )
         student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
         head: Any = lm_head(model)
-        settings = _logit_settings(base_model(model).config.get_text_config())
+        settings = logit_settings(base_model(model).config.get_text_config())
         with self.accelerator.autocast():
             out = linear_divergence(
                 student_hidden.to(head.weight.dtype),
@@ -420,12 +445,6 @@ def _as_rows(dataset: Any, args: ViGOSConfig) -> RowDataset | RowStream:
         streaming=hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"),
         bad_rows="return",
     )
-
-
-def _logit_settings(config: Any) -> dict[str, Any]:
-    """What the model's own forward does to the head's output (Gemma caps it, Cohere and Granite scale it)."""
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
 
 
 def _grade(rollouts: Sequence[Rollout], wanted: bool) -> list[bool | None]:
