@@ -1,6 +1,6 @@
 """What each drop-in changes: memory and time of the loss, and the error of its gradient, before and after.
 
-    python bench/dropins.py                                  # this machine, V = 151,936, results to bench/results/
+    python bench/dropins.py                                  # this machine, V = 151,936, results to bench/results/cpu/
     python bench/dropins.py --tokens 256 --only trl gkd      # larger, fewer
 
 Each codebase runs in a process of its own: the peer's code where it is a package (TRL, Liger), else a straight-line
@@ -14,20 +14,16 @@ operands. A number is printed only if the loss is right: ours to 1e-4 of float64
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
-import gc
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import RESULTS, Table, machine, peak_bytes, relative_error, take_turns
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -197,44 +193,13 @@ CASES = {
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def once(run: Run, values: Tensor) -> tuple[float, Tensor, float]:
-    """(loss, gradient, seconds) of one forward and backward."""
+def gradient(run: Run, values: Tensor) -> tuple[float, Tensor]:
+    """(loss, gradient) of one forward and backward."""
     leaf = values.clone().requires_grad_()
-    _synchronize(values)
-    start = time.perf_counter()
     loss = run(leaf)
     loss.backward()
-    _synchronize(values)
     assert leaf.grad is not None
-    return loss.item(), leaf.grad, time.perf_counter() - start
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def peak(run: Run, values: Tensor) -> int:
-    """Bytes above what stood before, the student's gradient included."""
-    gc.collect()
-    leaf = values.clone().requires_grad_()
-    if values.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(leaf).backward()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
-    before = _status("VmRSS")
-    run(leaf).backward()
-    return _status("VmHWM") - before
+    return loss.item(), leaf.grad
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -244,37 +209,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     out: dict[str, float] = {}
     grads = {}
     for side, run in sides.items():  # also warms up: imports, thread pools, compilation
-        out[f"loss_{side}"], grads[side], _ = once(run, case.student)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(args.repeats):
-        for side, run in sides.items():
-            seconds[side].append(once(run, case.student)[2])
-    for side, run in sides.items():
-        out[f"ms_{side}"] = 1e3 * statistics.median(seconds[side])
-        out[f"mib_{side}"] = peak(run, case.student) / 2**20
-    out["loss_exact"], exact, _ = once(case.exact, case.student.double())
+        out[f"loss_{side}"], grads[side] = gradient(run, case.student)
+    runs = {side: partial(gradient, run, case.student) for side, run in sides.items()}
+    for side, time in take_turns(runs, args.device, args.repeats).items():
+        out[f"ms_{side}"] = 1e3 * time
+        out[f"mib_{side}"] = peak_bytes(runs[side], args.device) / 2**20
+    out["loss_exact"], exact = gradient(case.exact, case.student.double())
     for side, grad in grads.items():
-        out[f"error_{side}"] = ((grad.double() - exact).norm() / exact.norm()).item()
+        out[f"error_{side}"] = relative_error(grad, exact)
     wrong = abs(out["loss_after"] - out["loss_exact"])
     if wrong > 1e-4 * abs(out["loss_exact"]) + 1e-6:
         raise SystemExit(f"{name}: our loss {out['loss_after']} is not {out['loss_exact']}; no numbers")
     return out
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the numbers belong to."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    name = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    return {
-        "device": name, "torch": torch.__version__, "trl": version("trl"), "liger-kernel": version("liger-kernel"),
-        "commit": commit,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -286,19 +232,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "dropins.csv")
+    parser.add_argument("--out", type=Path, default=None, help="CSV; default: bench/results/DEVICE/dropins.csv")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # the child process
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
-    header = machine(args.device)
-    print(", ".join(f"{k} {v}" for k, v in header.items()))
+    about = machine(args.device, "trl", "liger-kernel")
+    table = Table(args.out or RESULTS / args.device / "dropins.csv", about)
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(
         f"{args.tokens} tokens, hidden size {args.width}, V = {args.vocabulary:,}, bf16 operands, forward and backward"
     )
     print("| codebase | memory of the loss, MiB | time, ms | gradient error |\n|---|---|---|---|")
-    rows = []
     for name in args.only:
         command = [sys.executable, __file__, "--one", name, "--device", args.device]
         for option in ("tokens", "width", "vocabulary", "repeats"):
@@ -314,13 +260,8 @@ def main() -> None:
             flush=True,
         )
         shape = {"tokens": args.tokens, "width": args.width, "vocabulary": args.vocabulary}
-        rows.append({"codebase": name, **shape, **{k: f"{v:.6g}" for k, v in x.items()}, **header})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {args.out}")
+        table.add([{"codebase": name, **shape, **x}])
+    print(f"written to {table.path}")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,15 @@ error is that of the gradient against float64 on a few rows. A number is printed
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
+from measure import RESULTS, Table, machine, peak_bytes, relative_error, take_turns
 from torch import Tensor
 
 import vigos
 from vigos import reference
-
-FIELDS = ("device", "torch", "dtype", "rows", "vocab", "engine", "ms", "gbps", "share_of_copy", "peak_mib", "error")
 
 
 def peaked(rows: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -37,26 +32,6 @@ def peaked(rows: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, 
     student.scatter_add_(1, winners, 8 + 3 * torch.rand(rows, 4, generator=generator, device=device))
     teacher = student + 0.1 * torch.randn(rows, v, generator=generator, device=device)
     return student.to(dtype), teacher.to(dtype)
-
-
-def timed(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Median milliseconds after one warm-up. On a GPU a 256 MB write between runs clears L2."""
-    run()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            torch.empty(2**28, dtype=torch.int8, device=device).zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return median(times)
 
 
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (student, teacher) -> dlogits
@@ -123,70 +98,53 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=None, help="CSV to write")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, torch {torch.__version__}")
-    rows: list[dict[str, object]] = []
+    about = machine(args.device)
+    table = Table(args.out or RESULTS / args.device / "logits_rows.csv", about)
+    print(", ".join(about.values()))
     for dtype_name in args.dtypes:
         for n in args.rows:
             for v in args.vocab:
-                for row in cases(n, v, getattr(torch, dtype_name), args.device, args.repeats):
-                    rows.append({"device": name, "torch": torch.__version__} | row)
-                    if args.out is not None:
-                        args.out.parent.mkdir(parents=True, exist_ok=True)
-                        with args.out.open("w", newline="") as file:
-                            writer = csv.DictWriter(file, FIELDS)
-                            writer.writeheader()
-                            writer.writerows(rows)
+                table.add(cases(n, v, getattr(torch, dtype_name), args.device, args.repeats))
+    print(f"written to {table.path}")
 
 
 def cases(n: int, v: int, dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, object]]:
-    """All engines at one shape; prints as it goes."""
+    """All engines at one shape."""
     student, teacher = peaked(n, v, dtype, device)
-    copy_ms = timed(lambda: student.clone(), device, repeats)
-    copy_gbps = 2 * student.numel() * dtype.itemsize / copy_ms * 1e-6
     some = torch.arange(0, n, max(1, n // 4), device=device)
     doubled = student[some].double().requires_grad_()
     (wanted,) = torch.autograd.grad(reference.forward_kl(doubled, teacher[some].double()).sum(), doubled)
-    shape = {"dtype": str(dtype).removeprefix("torch."), "rows": n, "vocab": v}
-    out: list[dict[str, object]] = [shape | {"engine": "copy", "gbps": copy_gbps, "share_of_copy": 1.0}]
-    print(f"{shape['dtype']:9} {n:6} {v:7} copy {copy_gbps:26.0f} GB/s")
+    runs: dict[str, Callable[[], Tensor]] = {"copy": student.clone}
+    errors, peaks = {"copy": 0.0}, {"copy": 0.0}
     for name, gradient in engines(device).items():
 
         def step(gradient: Gradient = gradient) -> Tensor:
             return gradient(student, teacher)
 
         try:
-            error = ((step()[some].double() - wanted).norm() / wanted.norm()).item()
+            errors[name] = relative_error(step()[some], wanted)
         except (ValueError, torch.OutOfMemoryError) as reason:  # an engine that is not here, or does not fit
-            print(f"{shape['dtype']:9} {n:6} {v:7} {name:16} {str(reason).splitlines()[0]}")
+            print(f"{dtype} {n:6} {v:7} {name:16} {str(reason).splitlines()[0]}")
             continue
-        if not error < 0.02:
-            raise SystemExit(f"{name}: the gradient is off by {error:.1e}; no time is worth printing")
-        peak = float("nan")
-        if device == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        ms = timed(step, device, repeats)
-        gbps = 3 * student.numel() * dtype.itemsize / ms * 1e-6
+        if not errors[name] < 0.02:
+            raise SystemExit(f"{name}: the gradient is off by {errors[name]:.1e}; no time is worth printing")
+        peaks[name] = peak_bytes(step, device) / 2**20
+        runs[name] = step
+    out: list[dict[str, object]] = []
+    times = take_turns(runs, device, repeats)
+    copy_gbps = 2 * student.numel() * dtype.itemsize / times["copy"] * 1e-9
+    for name, time in times.items():
+        gbps = copy_gbps if name == "copy" else 3 * student.numel() * dtype.itemsize / time * 1e-9
         print(
-            f"{shape['dtype']:9} {n:6} {v:7} {name:16} {ms:9.3f} ms {gbps:5.0f} GB/s "
-            f"{gbps / copy_gbps:4.0%} of the copy {peak:8.0f} MiB  error {error:.1e}"
+            f"{dtype} {n:6} {v:7} {name:16} {1e3 * time:9.3f} ms {gbps:5.0f} GB/s {gbps / copy_gbps:4.0%} of the copy "
+            f"{peaks[name]:8.0f} MiB  error {errors[name]:.1e}"
         )
         out.append(
-            shape
-            | {
-                "engine": name,
-                "ms": ms,
-                "gbps": gbps,
-                "share_of_copy": gbps / copy_gbps,
-                "peak_mib": peak,
-                "error": error,
+            {
+                "dtype": str(dtype).removeprefix("torch."), "rows": n, "vocab": v, "engine": name, "ms": 1e3 * time,
+                "gbps": gbps, "share_of_copy": gbps / copy_gbps, "peak_mib": peaks[name], "error": errors[name],
             }
-        )
+        )  # fmt: skip
     return out
 
 

@@ -17,21 +17,13 @@ highest resident size (CPU) or allocation (GPU) above what was there before. Rat
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
-import gc
-import os
-import platform
-import subprocess
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
+from measure import RESULTS, Table, machine, peak_bytes, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from vigos.scoring import _padded_batch, hidden_states
@@ -131,38 +123,6 @@ def run_released(model: torch.nn.Module, batches: list[list[ScoredSequence]]) ->
         model(**_padded_batch(model, members, None), use_cache=False).logits  # noqa: B018
 
 
-@contextmanager
-def peak_mib(device: str, out: list[float]):
-    """Appends the highest memory use above the start, in MiB."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        yield
-        out.append((torch.cuda.max_memory_allocated() - start) / 2**20)
-        return
-    page, highest, done = os.sysconf("SC_PAGE_SIZE"), 0, threading.Event()
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.005):
-            highest = max(highest, resident())
-
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what the scheme before freed would hide what this one takes
-    start, thread = resident(), threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    out.append(max(highest - start, 0) / 2**20)
-
-
 def cpu_flash(query, key, *_, **__):
     """torch's counter knows no operations of its CPU attention."""
     return 4 * query[0] * query[1] * query[2] * query[3] * key[2]
@@ -173,23 +133,19 @@ Result = tuple[float, float, float, float]  # teraflop, wall seconds, processor 
 
 def measure(fns: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, Result]:
     """Medians of each scheme, the schemes taking turns."""
-    flops: dict[str, float] = {}
-    wall, processor, memory = ({name: [] for name in fns} for _ in range(3))
+    flops, memory = dict[str, float](), dict[str, float]()
+    wall, processor = ({name: [] for name in fns} for _ in range(2))
     table = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash}
     for name, fn in fns.items():  # also the warm-up
         with FlopCounterMode(display=False, custom_mapping=table) as counter:
-            fn()
+            memory[name] = peak_bytes(fn, device) / 2**20
         flops[name] = counter.get_total_flops() / 1e12
     for _ in range(repeats):
         for name, fn in fns.items():
-            with peak_mib(device, memory[name]):
-                start, used = time.perf_counter(), time.process_time()
-                fn()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                wall[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - used)
-    return {n: (flops[n], median(wall[n]), median(processor[n]), max(memory[n])) for n in fns}
+            used = time.process_time()
+            wall[name].append(seconds(fn, device))
+            processor[name].append(time.process_time() - used)
+    return {n: (flops[n], median(wall[n]), median(processor[n]), memory[n]) for n in fns}
 
 
 def schemes(
@@ -199,23 +155,6 @@ def schemes(
         "released": lambda: run_released(model, released),
         "separate": lambda: hidden_states(model, routed, scoring="separate"),
         "tree": lambda: hidden_states(model, routed, scoring="tree", backend=backend),
-    }
-
-
-def machine(device: str) -> dict[str, str]:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.machine())
-        name = f"{cpu}, {torch.get_num_threads()} threads"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
     }
 
 
@@ -231,9 +170,8 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     model = build(args.size, args.device, dtype)
-    out = args.out or Path(__file__).parent / "results" / args.device / f"prefix_tree_{args.size}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about, lines = machine(args.device), []
+    about = machine(args.device, "transformers")
+    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{args.size}.csv", about)
     print(" · ".join(about.values()))
     print(
         " image rollouts invalid scheme     tokens    Tflop        s    cpu s     MiB   released/this: flop    s  cpu s"
@@ -254,19 +192,16 @@ def main() -> None:
                 f"{processor:8.3f} {mib:7.0f}             {ratios[0]:7.2f} {ratios[1]:5.2f} {ratios[2]:5.2f}",
                 flush=True,
             )
-            lines.append(
-                {
+            table.add(
+                [{
                     "size": args.size, "image_tokens": image_tokens, "rollouts": rollouts, "invalid_a_prompt": invalid,
                     "scheme": scheme, "tokens": tokens[scheme], "teraflop": round(flops, 5),
                     "runtime_s": round(wall, 4), "processor_s": round(processor, 4), "peak_mib": round(mib),
                     "flop_ratio": round(ratios[0], 3), "speedup": round(ratios[1], 3),
-                    "processor_speedup": round(ratios[2], 3), "deviation": f"{deviation:.1e}", **about,
-                }
+                    "processor_speedup": round(ratios[2], 3), "deviation": f"{deviation:.1e}",
+                }]
             )  # fmt: skip
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+    print(f"written to {table.path}")
 
 
 def counts(
