@@ -92,17 +92,18 @@ def main() -> None:
     """Every engine at every shape; a row of the CSV as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, nargs="+", default=[4096])
+    parser.add_argument("--rows", type=int, nargs="+", help="default: 4096 on a GPU, 256 on a CPU")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256, 151_936])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=None, help="CSV to write")
     args = parser.parse_args()
     about = machine(args.device)
+    sizes = args.rows or [4096 if args.device == "cuda" else 256]
     table = Table(args.out or RESULTS / args.device / "logits_rows.csv", about)
     print(", ".join(about.values()))
     for dtype_name in args.dtypes:
-        for n in args.rows:
+        for n in sizes:
             for v in args.vocab:
                 table.add(cases(n, v, getattr(torch, dtype_name), args.device, args.repeats))
     print(f"written to {table.path}")
