@@ -349,7 +349,7 @@ def test_released_patch(theirs: types.ModuleType) -> None:
 @pytest.mark.parametrize("floor", [None, -3.0, -10.0])
 @pytest.mark.parametrize("chunk", [2**25, 4 * 203])
 def test_verl_topk(floor: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verl, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(verl._CHUNK_ELEMENTS, "cpu", chunk)
     student = peaked(7, 2, 5, 203)
     log_probs, ids = peaked(8, 2, 5, 203, near=student).log_softmax(-1).topk(9, -1)
     out = verl.topk_forward_kl(student, log_probs, ids, log_prob_min_clamp=floor)

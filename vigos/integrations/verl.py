@@ -27,7 +27,15 @@ LOSS = "vigos_forward_kl_topk"
 _LOSSES = "verl.trainer.distillation.losses"
 _FSDP = "verl.trainer.distillation.fsdp.losses"
 _KNOWN = ("(student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format)",)
-_CHUNK_ELEMENTS = 2**25  # of one chunk's float32 logits
+# Of one chunk's float32 logits: on a CPU it stays in the cache between one pass and the next.
+_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+
+
+def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices over the rows of logits (N, V)."""
+    n, v = logits.shape
+    width = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 2**25) // v)
+    return (slice(start, start + width) for start in range(0, n, width))
 
 
 class _TopK(torch.autograd.Function):
@@ -35,12 +43,12 @@ class _TopK(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, teacher: Tensor, ids: Tensor, floor: float | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, v = logits.shape
+        n = logits.shape[0]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         lse = torch.empty(n, dtype=dtype, device=logits.device)
         picked = torch.empty(ids.shape, dtype=dtype, device=logits.device)
         overlap = torch.empty(ids.shape, dtype=torch.bool, device=logits.device)
-        for at in torch.arange(n, device=logits.device).split(max(1, _CHUNK_ELEMENTS // v)):
+        for at in _row_chunks(logits):
             z = logits[at].to(dtype)
             lse[at] = z.logsumexp(-1)
             picked[at] = z.gather(-1, ids[at])
@@ -62,11 +70,13 @@ class _TopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         logits, ids, lse, p = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        v = logits.shape[1]
-        for at in torch.arange(logits.shape[0], device=logits.device).split(max(1, _CHUNK_ELEMENTS // v)):
-            g = (logits[at].to(lse.dtype) - lse[at, None]).exp_().mul_(p[at].sum(-1, keepdim=True))
-            g.scatter_add_(1, ids[at], -p[at]).mul_(grad[at, None].to(lse.dtype))
-            out[at] = g.to(out.dtype)
+        scale = grad.to(lse.dtype)[:, None]
+        # Both factors of p_s = exp(z - lse) go into the exponent or into k ids: two passes over the vocabulary.
+        shift = lse[:, None] - (p.sum(-1, keepdim=True) * scale.abs()).log()
+        for at in _row_chunks(logits):
+            g = (logits[at] - shift[at]).exp_()
+            g.mul_(scale[at].sign()).scatter_add_(1, ids[at], -p[at] * scale[at])
+            out[at] = g
         return out, None, None, None
 
 

@@ -1,0 +1,177 @@
+"""One training step by phase, ours against the released scheme: teachers, student, divergence, backward.
+
+    python bench/train_step.py                            # this machine, a model that fits it
+    python bench/train_step.py --size 3b --device cuda    # random weights of the 3B shape
+
+Both train the same LoRA adapter (r 64) of the same model on the same rollouts, forward KL, gradient checkpointing on.
+`released` runs three teachers over every whole rollout and the student once, keeps all their logits, and takes the KL
+in float32 from them. `vigos` routes and cuts, shares prefixes, and turns hidden states into the loss. Rollouts
+themselves are the same generation in both and left out. The two losses are compared before a time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from measure import RESULTS, Table, machine, peak_bytes, synchronize
+from peft import LoraConfig, get_peft_model
+from prefix_tree import COMPLETION, SIZES, build, step
+from torch import Tensor
+from torch.nn import functional as F
+
+import vigos
+from vigos.scoring import _padded_batch, hidden_states, lm_head, teacher_mode
+from vigos.sequences import ScoredSequence
+
+PHASES = ("teachers", "student", "divergence", "backward")
+Clock = Callable[[str], None]  # call it at the end of a phase
+
+
+def student_sequences(released: list[list[ScoredSequence]]) -> list[ScoredSequence]:
+    """The student's view of the same rollouts: the reference prompt stands in for its own, which is as long."""
+    return [ScoredSequence(s.prompt, s.completion_ids, torch.arange(COMPLETION), s.owner) for s in released[2]]
+
+
+def supervision(routed: list[ScoredSequence], device: str) -> vigos.Supervision:
+    """Teacher row i, in the order of `routed`, against the student's row of the same token; weights as a mean."""
+    at = torch.cat([s.owner[0] * COMPLETION + s.scored for s in routed]).to(device)
+    return vigos.Supervision(at, torch.arange(len(at), device=device), weight=1.0 / len(at))
+
+
+def ours(model: torch.nn.Module, routed: list[ScoredSequence], student: list[ScoredSequence], clock: Clock) -> Tensor:
+    with torch.no_grad(), teacher_mode(model):
+        teacher = hidden_states(model, routed)
+    clock("teachers")
+    hidden = hidden_states(model, student)
+    clock("student")
+    head = lm_head(model).weight
+    loss = vigos.linear_divergence(hidden, head, teacher, supervision=supervision(routed, str(head.device))).loss
+    clock("divergence")
+    loss.backward()
+    clock("backward")
+    return loss.detach()
+
+
+def theirs(
+    model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]], clock: Clock
+) -> Tensor:
+    def logits(batch: list[ScoredSequence]) -> Tensor:
+        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
+        out = model(**_padded_batch(model.get_base_model(), members, None), use_cache=False).logits
+        starts = [len(s.prompt.ids) - 1 for s in batch]
+        return torch.stack([row[start : start + COMPLETION] for row, start in zip(out, starts, strict=True)])
+
+    with torch.no_grad(), teacher_mode(model):
+        teachers = [logits(batch) for batch in released]
+    clock("teachers")
+    student = logits(released[2])
+    clock("student")
+    roles = ("perception", "reasoning", "reference")
+    total, tokens = student.new_zeros((), dtype=torch.float32), 0
+    log_q = F.log_softmax(student.float(), -1)
+    for role, teacher in zip(roles, teachers, strict=True):
+        log_p = F.log_softmax(teacher.float(), -1)
+        per_token = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (rollouts, C)
+        mask = torch.zeros_like(per_token)
+        for s in routed:
+            if s.owner[1] == role:
+                mask[s.owner[0], s.scored.to(mask.device)] = 1
+        total, tokens = total + (per_token * mask).sum(), tokens + int(mask.sum())
+    loss = total / tokens
+    clock("divergence")
+    loss.backward()
+    clock("backward")
+    return loss.detach()
+
+
+def timed(run: Callable[[Clock], Tensor], device: str) -> dict[str, float]:
+    """Seconds of each phase."""
+    times, last = dict[str, float](), perf_counter()
+
+    def clock(phase: str) -> None:
+        nonlocal last
+        synchronize(device)
+        times[phase] = perf_counter() - last
+        last = perf_counter()
+
+    synchronize(device)
+    last = perf_counter()
+    run(clock)
+    return times
+
+
+def loss_and_peak(run: Callable[[Clock], Tensor], device: str) -> tuple[float, float]:
+    """The loss, and MiB above what stood before."""
+    found: list[float] = []
+    peak = peak_bytes(lambda: found.append(run(lambda _: None).item()), device)
+    return found[0], peak / 2**20
+
+
+def main() -> None:
+    """Every case, both schemes in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--image-tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--rollouts", type=int, default=4, help="of one prompt")
+    parser.add_argument("--invalid", type=int, default=0, help="of them")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/train_step_SIZE.csv")
+    args = parser.parse_args()
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    model = get_peft_model(
+        build(args.size, args.device, dtype),
+        LoraConfig(r=64, lora_alpha=128, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"),
+    )
+    for name, x in model.named_parameters():  # a fresh adapter changes nothing, and the loss would be 0
+        if "lora_B" in name:
+            torch.nn.init.normal_(x, std=0.01)
+    model.train()
+    model.enable_input_require_grads()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    about = machine(args.device, "transformers", "peft")
+    table = Table(args.out or RESULTS / args.device / f"train_step_{args.size}.csv", about)
+    print(" · ".join(about.values()))
+    for image_tokens in args.image_tokens:
+        routed, released = step(image_tokens, args.rollouts, args.invalid)
+        student = student_sequences(released)
+        runs: dict[str, Callable[[Clock], Tensor]] = {
+            "released": lambda clock, a=routed, b=released: theirs(model, a, b, clock),  # type: ignore[misc]
+            "vigos": lambda clock, a=routed, b=student: ours(model, a, b, clock),  # type: ignore[misc]
+        }
+        losses, memory = dict[str, float](), dict[str, float]()
+        for name, run in runs.items():
+            losses[name], memory[name] = loss_and_peak(run, args.device)
+        gap = abs(losses["vigos"] - losses["released"]) / losses["released"]
+        if not gap < (1e-4 if dtype == torch.float32 else 5e-2):
+            raise SystemExit(f"the losses differ: {losses}")
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        for _ in range(args.repeats):
+            for name, run in runs.items():
+                times[name].append(timed(run, args.device))
+        lines = []
+        for name, of in times.items():
+            phases = {phase: median(t[phase] for t in of) for phase in PHASES}
+            total = median(sum(t.values()) for t in of)
+            lines.append(
+                {
+                    "size": args.size, "image_tokens": image_tokens, "rollouts": args.rollouts,
+                    "invalid": args.invalid, "scheme": name, **{f"{p}_s": s for p, s in phases.items()},
+                    "step_s": total, "peak_mib": memory[name], "loss": losses[name],
+                }
+            )  # fmt: skip
+            shown = "  ".join(f"{phase} {s:.3f}" for phase, s in phases.items())
+            print(f"{image_tokens:6} {name:9} {shown}  step {total:.3f} s  {memory[name]:.0f} MiB", flush=True)
+        table.add(lines)
+    print(f"written to {table.path}")
+
+
+if __name__ == "__main__":
+    main()
