@@ -212,6 +212,7 @@ def benchmarks(check: Check) -> None:
         ("logits_rows", rows, 60),
         ("divergence", None if cpu else [], 150),
         ("prefix_tree", None if cpu else ["--size", "3b"], 120),
+        ("train_step", None if cpu else ["--size", "3b"], 60),
     ):
         script = ROOT / "bench" / f"{name}.py"
         if options is None or not script.exists():

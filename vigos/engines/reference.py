@@ -107,10 +107,12 @@ def _normaliser(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Ten
 
 def _expm1_plus(a: Tensor) -> Tensor:
     """exp(-a) - 1 + a for a >= 0, to rounding also where a is small."""
-    series = torch.zeros_like(a)
-    for k in range(16, 1, -1):
-        series = series * -a + 1 / math.factorial(k)
-    return torch.where(a < 0.5, series * a * a, torch.expm1(-a) + a)
+    last = 16 if a.dtype == torch.float64 else 9  # the first term left out is under a rounding at 0.5
+    series = torch.full_like(a, 1 / math.factorial(last))
+    negative = -a
+    for k in range(last - 1, 1, -1):
+        series.mul_(negative).add_(1 / math.factorial(k))
+    return torch.where(a < 0.5, series * a * a, torch.expm1(negative) + a)
 
 
 @dataclass
@@ -147,10 +149,11 @@ def _terms(pair: _Pair, known: Tensor) -> _Terms:
 def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
     """p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
     a = terms.x.abs()
+    fall, second_order = torch.expm1(-a), _expm1_plus(a)
     # The weighting side's probability is the larger one, or the smaller one.
-    weighting_larger = torch.where(a == INF, INF, terms.larger * _expm1_plus(a))
-    near = -(_expm1_plus(a) + torch.expm1(-a) * a)
-    far = -(torch.expm1(-a) + a.clamp(max=1e3) * torch.exp(-a))
+    weighting_larger = torch.where(a == INF, INF, terms.larger * second_order)
+    near = -(second_order + fall * a)
+    far = -(fall + a.clamp(max=1e3) * torch.exp(-a))
     return torch.where(
         terms.student_larger == of_student, weighting_larger, torch.where(a < 0.25, near, far) * terms.larger
     )
@@ -183,6 +186,15 @@ def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
     if clip is None:
         return _kl_terms(terms, kind == REVERSE_KL), a
     return torch.where(u > clip, clip, u), torch.where(u > clip, above, a)
+
+
+def _slopes(terms: _Terms, kind: int, rows: Rows) -> Tensor:
+    """`a` by itself."""
+    if kind == FORWARD_KL and rows.entry_clip is None:
+        return terms.difference
+    if kind == REVERSE_KL and rows.entry_clip is None:
+        return torch.where(terms.p_s > 0, terms.p_s * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+    return _entries(terms, kind, rows)[1]
 
 
 def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tuple[Statistics, Tensor]:
@@ -219,7 +231,7 @@ def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
         if of_kind.any():
-            a = _entries(terms, value, rows)[1]
+            a = _slopes(terms, value, rows)
             out = torch.where(of_kind[:, None], a - terms.p_s * total[:, None], out)
     return out * pair.slope
 

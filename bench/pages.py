@@ -1,0 +1,156 @@
+"""Fills the tables of README.md and docs/ from the committed results; measures nothing.
+
+python bench/pages.py            # rewrite what stands between <!-- table NAME --> and <!-- end -->
+python bench/pages.py --check    # exit status 1 if a page says something else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+NAMES = {
+    "trl": "TRL `DistillationTrainer`", "gkd": "TRL GKD / GOLD", "sdft": "TRL SDFT / SDPO", "liger": "Liger fused JSD",
+    "opsd": "OPSD", "released": "released ViGOS", "verl": "verl top-k", "floor": "three matrix products alone",
+}  # fmt: skip
+Row = dict[str, str]
+
+
+def rows(name: str, device: str = "cpu", **wanted: str) -> list[Row]:
+    """Rows of a results file in which every column of `wanted` has that value."""
+    with (BENCH / "results" / device / f"{name}.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
+
+
+def about(row: Row) -> str:
+    """Whose numbers they are, as a line under the table."""
+    extra = [f"{key} {row[key]}" for key in ("trl", "liger-kernel", "transformers", "peft") if row.get(key)]
+    return "\n" + ", ".join([row["device"], f"torch {row['torch']}", *extra, f"commit {row['commit']}"]) + "\n"
+
+
+def divergence_target() -> str:
+    found = rows("divergence", group="target")
+    lines = []
+    for row in sorted(found, key=lambda r: float(r["ms"])):
+        name = NAMES.get(row["engine"], row["engine"])
+        bold = "**" if row["engine"] == "vigos cpu" else ""
+        memory = "" if row["engine"] == "floor" else f"{float(row['peak_mib']):,.0f} MiB"
+        error = "" if row["engine"] == "floor" else f"{float(row['error']):.1e}"
+        lines.append(
+            [f"{bold}{name}{bold}", f"{float(row['ms']):,.0f} ms", f"{float(row['of_floor']):.2f}", memory, error]
+        )
+    first = found[0]
+    size = f"N {int(first['n']):,}, D {int(first['d']):,}, V {int(first['v']):,}"
+    return table([f"{size}, float32", "time", "/ products", "memory", "gradient error"], lines) + about(first)
+
+
+def precision() -> str:
+    found = rows("precision", dtype="bfloat16", kind="forward")
+    levels = sorted({row["mean_kl"] for row in found}, key=float)
+    lines = []
+    for engine in dict.fromkeys(row["engine"] for row in found):
+        errors = {row["mean_kl"]: float(row["error"]) for row in found if row["engine"] == engine}
+        lines.append(
+            [engine, *(f"{errors[level]:.2%}" if errors[level] < 0.01 else f"{errors[level]:.0%}" for level in levels)]
+        )
+    return table(["mean KL", *(f"{float(level):.2g}" for level in levels)], lines) + about(found[0])
+
+
+def prefix_tree() -> str:
+    found = rows("prefix_tree_25m")
+    key = ("image_tokens", "rollouts", "invalid_a_prompt")
+    by = {(*(row[k] for k in key), row["scheme"]): row for row in found}
+    lines = []
+    for case in dict.fromkeys(tuple(row[k] for k in key) for row in found):
+        released, tree = by[*case, "released"], by[*case, "tree"]
+        lines.append(
+            [
+                f"{int(case[0]):,}", case[1], case[2], f"{int(released['tokens']):,} → {int(tree['tokens']):,}",
+                f"{float(tree['flop_ratio']):.1f} ×", f"{float(tree['speedup']):.1f} ×",
+                f"{int(released['peak_mib']):,} → {int(tree['peak_mib']):,}", tree["deviation"],
+            ]
+        )  # fmt: skip
+    head = [
+        "image tokens",
+        "rollouts",
+        "invalid",
+        "tokens",
+        "fewer operations",
+        "less time",
+        "memory, MiB",
+        "deviation",
+    ]
+    return table(head, lines) + about(found[0])
+
+
+def train_step() -> str:
+    found = rows("train_step_25m")
+    lines = []
+    for row in found:
+        phases = [
+            f"{float(row[f'{phase}_s']):.2f}" for phase in ("teachers", "student", "divergence", "backward", "step")
+        ]
+        lines.append([f"{int(row['image_tokens']):,}", row["scheme"], *phases, f"{float(row['peak_mib']):,.0f}"])
+    head = ["image tokens", "scheme", "teachers, s", "student", "divergence", "backward", "step", "memory, MiB"]
+    return table(head, lines) + about(found[0])
+
+
+def dropins() -> str:
+    found = rows("dropins")
+    lines = []
+    for row in found:
+        x = {key: float(row[key]) for key in row if key.startswith(("mib", "ms", "error"))}
+        lines.append(
+            [
+                NAMES[row["codebase"]], f"{x['mib_before']:,.0f} → {x['mib_after']:,.0f} MiB",
+                f"{x['ms_before']:,.0f} → {x['ms_after']:,.0f} ms ({x['ms_before'] / x['ms_after']:.1f} ×)",
+                f"{x['error_before']:.2%} → {x['error_after']:.2%}",
+            ]
+        )  # fmt: skip
+    first = found[0]
+    size = f"{first['tokens']} tokens, D {first['width']}, V {int(first['vocabulary']):,}"
+    return table([size, "memory of the loss", "time", "gradient error"], lines) + about(first)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "divergence-target": divergence_target, "precision": precision, "prefix-tree": prefix_tree,
+    "train-step": train_step, "dropins": dropins,
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A page with its tables drawn anew."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'stale' if args.check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    sys.exit(bool(stale and args.check))
+
+
+if __name__ == "__main__":
+    main()
