@@ -40,7 +40,9 @@ def target(frame: pd.DataFrame, device: str) -> None:
     colors = [OURS if name.startswith("vigos") else PEER for name in rows.engine]
     for axis, column, form in ((left, "of_floor", "{:.2f} ×"), (right, "peak_mib", "{:,.0f} MiB")):
         bars = axis.barh(rows.engine, rows[column], color=colors)
-        axis.bar_label(bars, [form.format(v) for v in rows[column]], padding=3, fontsize=9)
+        labels = axis.bar_label(bars, [form.format(v) for v in rows[column]], padding=4, fontsize=9)
+        for label in labels:  # readable where the floor's line passes
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axis.margins(x=0.2)
         axis.grid(axis="y", visible=False)
     left.axvline(1, color=FLOOR, linewidth=1, linestyle="--")
@@ -49,7 +51,7 @@ def target(frame: pd.DataFrame, device: str) -> None:
     left.invert_yaxis()
     first = rows.iloc[0]
     figure.suptitle(
-        f"Forward and backward, N {first.n:,}, D {first.d:,}, V {first.v:,}, {first.dtype}, {first['head']} head",
+        f"Forward and backward, N {first.n:,}, D {first.d:,}, V {first.v:,}, {first['dtype']}, {first['head']} head",
         fontsize=10,
     )
     save(figure, f"divergence-target-{device}")
@@ -71,14 +73,18 @@ def growth(frame: pd.DataFrame, device: str) -> None:
         others = [k for k in ("n", "d", "v") if k != key]
         same = base[(base[others] == rows[others].iloc[0]).all(axis=1)]
         rows = pd.concat([rows, same])
-        for color, engine in zip(LINES, engines, strict=False):
+        colors = iter(LINES)
+        for engine in engines:
             line = rows[(rows.engine == engine) & rows.ms.notna()].sort_values(key)
             dashed = engine == "floor"
             axis.plot(
                 line[key], line.ms, marker="o", markersize=3, linewidth=1.5, label=engine,
-                color=FLOOR if dashed else color, linestyle="--" if dashed else "-",
+                color=FLOOR if dashed else next(colors), linestyle="--" if dashed else "-",
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel=names[key])
+        ticks = sorted(rows[key].unique())[::-2][::-1]
+        axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axis.xaxis.minorticks_off()
     axes[0][0].set_ylabel("ms, forward and backward")
     axes[0][-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, f"divergence-growth-{device}")
@@ -88,9 +94,17 @@ def precision(frame: pd.DataFrame, device: str) -> None:
     """Error of the gradient against how far the teacher is, bf16 operands, forward KL."""
     rows = frame[(frame.dtype == "bfloat16") & (frame.kind == "forward")]
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
-    for color, engine in zip(LINES, dict.fromkeys(rows.engine), strict=False):
+    styles = {  # some lie on each other: the wide ones under the narrow ones
+        "Liger": (LINES[5], 6, 0.5), "PyTorch": (LINES[2], 1.5, 1), "PyTorch, fp32 logits": (PEER, 6, 0.8),
+        "TRL": (LINES[4], 1.5, 1),
+    }  # fmt: skip
+    for engine in dict.fromkeys(
+        [*styles, *(e for e in rows.engine if e.startswith("vigos") and e != "vigos reference")]
+    ):
+        color, width, alpha = styles.get(engine, (OURS, 1.5, 1))
         line = rows[rows.engine == engine].sort_values("mean_kl")
-        axis.plot(line.mean_kl, line.error, marker="o", markersize=4, label=engine, color=color)
+        axis.plot(line.mean_kl, line.error, marker="o", markersize=width + 2, linewidth=width, alpha=alpha, color=color,
+                  label=engine)  # fmt: skip
     axis.axhline(0.005, color=FLOOR, linewidth=1, linestyle="--", label="promised: 0.5 %")
     axis.set(
         xscale="log", yscale="log", xlabel="mean KL of teacher and student, nats",
