@@ -1,6 +1,8 @@
 """The README's snippets run as they stand, one after the other, and its links lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,10 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_tables_say_what_the_results_say():
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "pages.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}; run bench/pages.py"
+    marked = sum(page.read_text().count("<!-- table ") for page in PAGES)
+    assert marked >= 5
