@@ -42,7 +42,8 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: $(STAMP)
-	for name in divergence precision dropins logits_rows prefix_tree plots; do $(BIN)/python bench/$$name.py || exit 1; done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,bench]'
+	for name in divergence precision dropins logits_rows prefix_tree train_step plots pages; do $(BIN)/python bench/$$name.py || exit 1; done
 
 # On the GPU machine, with its own Python: no network, no installs.
 gpu-check:
