@@ -75,7 +75,7 @@ def prefix_tree() -> str:
     key = ("image_tokens", "rollouts", "invalid_a_prompt")
     by = {(*(row[k] for k in key), row["scheme"]): row for row in found}
     lines = []
-    for case in dict.fromkeys(tuple(row[k] for k in key) for row in found):
+    for case in sorted({tuple(row[k] for k in key) for row in found}, key=lambda case: [int(x) for x in case]):
         released, tree = by[*case, "released"], by[*case, "tree"]
         lines.append(
             [

@@ -168,18 +168,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default="auto", help="attention of the tree")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", type=int, default=None, help="only the first so many cases")
+    parser.add_argument("--cases", type=int, nargs="+", help="numbers of cases, from 0; the others keep their results")
     parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/prefix_tree_SIZE.csv")
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     model = build(args.size, args.device, dtype)
     about = machine(args.device, "transformers")
-    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{args.size}.csv", about)
+    every = CASES if args.device == "cpu" else GPU_CASES
+    cases = {"-".join(map(str, case)): case for case in ([every[i] for i in args.cases] if args.cases else every)}
+    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{args.size}.csv", about, cases)
     print(" · ".join(about.values()))
     print(
         " image rollouts invalid scheme     tokens    Tflop        s    cpu s     MiB   released/this: flop    s  cpu s"
     )
-    for image_tokens, rollouts, invalid in (CASES if args.device == "cpu" else GPU_CASES)[: args.cases]:
+    for group, (image_tokens, rollouts, invalid) in cases.items():
         routed, released = step(image_tokens, rollouts, invalid)
         tree = hidden_states(model, routed, scoring="tree", backend=args.backend)
         separate = hidden_states(model, routed, scoring="separate")
@@ -197,7 +199,8 @@ def main() -> None:
             )
             table.add(
                 [{
-                    "size": args.size, "image_tokens": image_tokens, "rollouts": rollouts, "invalid_a_prompt": invalid,
+                    "group": group, "size": args.size, "image_tokens": image_tokens, "rollouts": rollouts,
+                    "invalid_a_prompt": invalid,
                     "scheme": scheme, "tokens": tokens[scheme], "teraflop": round(flops, 5),
                     "runtime_s": round(wall, 4), "processor_s": round(processor, 4), "peak_mib": round(mib),
                     "flop_ratio": round(ratios[0], 3), "speedup": round(ratios[1], 3),
