@@ -290,7 +290,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(c, whole.policy.copies[n]) for n, c in resumed.policy.copies.items())
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    files = sorted(p.name for p in (tmp_path / "whole" / "completions").iterdir())
+    files = sorted(p.name for p in (tmp_path / "whole" / "completions").glob("step-*"))
     assert files == [f"step-{i:06d}.jsonl" for i in (1, 2, 3, 4)]
     assert all(len((tmp_path / "whole" / "completions" / f).read_text().splitlines()) == 2 for f in files)
 

@@ -214,6 +214,27 @@ def compare(
     console.print(table)
 
 
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, or the demo's folder around it.")],
+    compare: Annotated[Path | None, typer.Option(help="A second run, shown beside the first.")] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the run folder.")] = None,
+    before: Annotated[Path | None, typer.Option(help="Records of the untrained model.")] = None,
+    after: Annotated[Path | None, typer.Option(help="Records of the trained model.")] = None,
+    rollouts: Annotated[int, typer.Option(help="Rollouts shown at most, sampled evenly over the steps.")] = 400,
+) -> None:
+    """Write one HTML file about a run: headline numbers, rollouts token by token, curves, cost. It loads nothing."""
+    from vigos.report import write_report
+
+    path = write_report(
+        run, output or run / "report.html", compare=compare, before=before, after=after, rollouts=rollouts
+    )
+    console.print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MB)", soft_wrap=True)
+
+
 # --- palr ------------------------------------------------------------------------------------------------------------
 
 

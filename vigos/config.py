@@ -74,6 +74,9 @@ class ViGOSConfig(TrainingArguments):
     reference_kind: Literal["answer", "solution"] | None = _option(
         None, "What the privileged teachers read: the answer, or the row's worked solution (solution_column)."
     )
+    reference_kl: Literal["reverse", "forward"] = _option(
+        "reverse", "Direction of the reference term; reverse: KL(student || teacher), the method's."
+    )
     divergence: Literal["kl", "jsd"] = _option(
         "kl", "kl: the method's directions; jsd: generalised Jensen-Shannon for every term."
     )
@@ -148,6 +151,12 @@ class ViGOSConfig(TrainingArguments):
 
     # --- Records ---
     completion_steps: int = _option(1, "Write rollouts with spans and per-token divergence every N steps; 0: never.")
+    completion_images: int = _option(
+        256, "Longest side, in pixels, of the images kept beside written rollouts; 0: keep none."
+    )
+    completion_top_k: int = _option(
+        0, "Also write the most likely tokens of student and teacher at each supervised token; 0: none."
+    )
     palr_steps: int = _option(
         0, "Measure PALR, the share of the supervision that the answer buys, every N steps; 0: never. See vigos.palr."
     )
@@ -210,7 +219,8 @@ class ViGOSConfig(TrainingArguments):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lambda_perception", "lambda_reasoning", "lambda_reference", "completion_steps", "palr_steps"):
+        at_least_0 = ["lambda_perception", "lambda_reasoning", "lambda_reference", "palr_steps"]
+        for name in (*at_least_0, "completion_steps", "completion_images", "completion_top_k"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("ema_decay", "lora_dropout"):

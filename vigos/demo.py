@@ -63,6 +63,7 @@ def demo_config(output_dir: Path, size: DemoSize, seed: int) -> Any:
         lora_alpha=64,
         lora_dropout=0.0,
         completion_steps=5,
+        completion_top_k=5,
         save_strategy="no",
         report_to=[],
         seed=seed,

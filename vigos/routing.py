@@ -118,7 +118,8 @@ def assignments(spans: Spans, config: ViGOSConfig, *, has_images: bool = True) -
     if config.method == "opsd":
         found.append(_assignment("reference", whole, FORWARD_KL, spans, config))
     elif not spans.valid and config.invalid_rows == "reference":
-        found.append(_assignment("reference", whole, REVERSE_KL, spans, config))
+        kind = REVERSE_KL if config.reference_kl == "reverse" else FORWARD_KL
+        found.append(_assignment("reference", whole, kind, spans, config))
     else:
         description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, whole, config)
         if has_images:

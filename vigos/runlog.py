@@ -3,6 +3,7 @@
     config.yaml                       every option as it ran, the library's own first
     metrics.jsonl                     one line for each log: the step and every metric
     completions/step-000012.jsonl     rollouts: text, spans, validity and its reason, per-token divergence by teacher
+    completions/images/               what they were shown, made small
     skipped.jsonl                     rows that could not be used: id, reason, detail
     checkpoint-12/                    transformers' checkpoints
     adapter/, merged/                 the final adapter, and the model with the adapter added (a copy)
@@ -14,7 +15,9 @@ checkpoint it starts from has not seen.
 
 from __future__ import annotations
 
+import codecs
 import enum
+import hashlib
 import json
 import math
 from dataclasses import fields
@@ -96,16 +99,27 @@ class RunLog(TrainerCallback):
         self._append("skipped.jsonl", {"step": step, "row": row.row_id, "reason": row.reason, "detail": row.detail})
 
     def write_completions(
-        self, step: int, batch: RoutedBatch, output: DivergenceOutput, correct: list[bool | None], tokenizer: Any
-    ) -> None:
+        self, step: int, batch: RoutedBatch, output: DivergenceOutput, correct: list[bool | None], tokenizer: Any,
+        *, image_side: int = 0, top: Any = None,
+    ) -> None:  # fmt: skip
         """The micro-batch's rollouts; for each teacher the tokens it supervised, with the divergence (nats) at each,
-        both log-probabilities and whether it was clipped."""
+        both log-probabilities and whether it was clipped.
+
+        Args:
+            image_side: the longest side, in pixels, of the images that are kept; 0: none.
+            top: the most likely ids and their probabilities, (R, k) each, first the student's, then the teachers'.
+        """
         values = {
             "divergence": output.divergence,
             "student_logprob": output.student_logprob,
             "teacher_logprob": output.teacher_logprob,
         }
-        columns = {name: [round(v, 6) for v in _floats(x)] for name, x in values.items() if x is not None}
+        columns: dict[str, list[Any]] = {
+            name: [round(v, 6) for v in _floats(x)] for name, x in values.items() if x is not None
+        }
+        if top is not None:
+            for name, (ids, probabilities) in zip(("student_top", "teacher_top"), top, strict=True):
+                columns[name] = _top_column(ids, probabilities, tokenizer)
         clipped = output.clipped.tolist()
         by_rollout: dict[int, dict[str, list[int]]] = {}
         for r, (owner, term) in enumerate(zip(batch.owner.tolist(), batch.term.tolist(), strict=True)):
@@ -115,14 +129,13 @@ class RunLog(TrainerCallback):
         records = []
         for i, rollout in enumerate(batch.rollouts):
             spans = rollout.spans
-            pieces = [
-                piece.decode("utf-8", "replace") for piece in token_bytes(rollout.completion_ids.tolist(), tokenizer)
-            ]
+            pieces = _texts(token_bytes(rollout.completion_ids.tolist(), tokenizer))
             record = {
                 "step": step,
                 "problem_id": rollout.problem_id,
                 "problem": rollout.problem,
                 "answer": rollout.answer,
+                "images": [self._image(image, image_side) for image in rollout.images] if image_side else [],
                 "tokens": pieces,
                 "valid": spans.valid,
                 "reason": spans.reason,
@@ -144,6 +157,25 @@ class RunLog(TrainerCallback):
             }
             records.append(record)
         self._append(name, *records)
+
+    def _image(self, image: Any, side: int) -> str:
+        """Writes an image once, small, under a name that follows from its pixels; returns its path from completions/.
+
+        One that is small already is kept exactly.
+        """
+        exact = max(image.size) <= side
+        if not exact:
+            image = image.copy()
+            image.thumbnail((side, side))
+        key = hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=12).hexdigest()
+        name = f"images/{key}.{'png' if exact else 'webp'}"
+        path = self.folder / "completions" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{self.rank}.part")  # ranks may meet the same image
+            image.save(part, format="PNG" if exact else "WEBP", quality=80)
+            part.replace(path)
+        return name
 
     def save_final(self, model: nn.Module, processor: Any, *, merged: bool) -> dict[str, str]:
         """Writes the trained weights; returns which folder holds what. Call it on every rank: rank 0 writes."""
@@ -170,6 +202,24 @@ class RunLog(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records)
+
+
+def _texts(pieces: list[bytes]) -> list[str]:
+    """The tokens' texts, which joined are the completion's: a character split over tokens stands with its last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(piece, final=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+
+
+def _top_column(ids: Tensor, probabilities: Tensor, tokenizer: Any) -> list[list[list[Any]]]:
+    """For each row its [text, probability] pairs."""
+    unique = ids.unique().tolist()
+    texts = {
+        i: piece.decode("utf-8", "replace") for i, piece in zip(unique, token_bytes(unique, tokenizer), strict=True)
+    }
+    return [
+        [[texts[i], round(p, 5)] for i, p in zip(row, ps, strict=True)]
+        for row, ps in zip(ids.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def _floats(x: Tensor) -> list[float]:

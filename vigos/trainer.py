@@ -54,6 +54,7 @@ from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.spans import parse_rollout
+from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
 
 logger = logging.getLogger(__name__)
@@ -330,11 +331,34 @@ class ViGOSTrainer(Trainer):
                 **settings,
             )
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
-        self._record(batch, out, scored - started, time.perf_counter() - scored)
+        correct = self._record(batch, out, scored - started, time.perf_counter() - scored)
+        if self._writes_completions():
+            top = None
+            if args.completion_top_k:
+                taught = self.policy.head_weight(head)
+                top = tuple(
+                    top_tokens(
+                        hidden.to(head.weight.dtype), weight, rows, args.completion_top_k, bias=head.bias,
+                        temperature=args.divergence_temperature, **settings,
+                    )
+                    for hidden, weight, rows in (
+                        (student_hidden, head.weight, supervision.student_row),
+                        (teacher_hidden, head.weight if taught is None else taught, supervision.teacher_row),
+                    )
+                )  # fmt: skip
+            self.runlog.write_completions(
+                self.state.global_step + 1, batch, out, correct, self.tokenizer, image_side=args.completion_images,
+                top=top,
+            )  # fmt: skip
         return (loss, out) if return_outputs else loss
 
+    def _writes_completions(self) -> bool:
+        step, every = self.state.global_step + 1, self.args.completion_steps
+        return bool(every) and (step % every == 0 or step == 1)
+
     @torch.no_grad()
-    def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> None:
+    def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> list[bool | None]:
+        """Adds to the metrics; returns whether each rollout's answer is right (None: not graded)."""
         args, ranks = self.args, self.accelerator.num_processes
         correct = _grade(batch.rollouts, args.grade_rollouts)
         self.metrics.add_rollouts(batch.rollouts, correct)
@@ -342,9 +366,7 @@ class ViGOSTrainer(Trainer):
         self.metrics.add("perf/teacher_s", teacher_s / ranks, 0.0)
         self.metrics.add("perf/student_s", student_s / ranks, 0.0)
         self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in batch.rollouts), 0.0)
-        step = self.state.global_step + 1
-        if args.completion_steps and (step % args.completion_steps == 0 or step == 1):
-            self.runlog.write_completions(step, batch, out, correct, self.tokenizer)
+        return correct
 
     # --- The rest of transformers' loop ---------------------------------------------------------------------------
 
