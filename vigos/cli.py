@@ -235,6 +235,33 @@ def report(
     console.print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MB)", soft_wrap=True)
 
 
+# --- study -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def study(
+    output_dir: Annotated[Path, typer.Option(help="Where cells, CSV files and figures go.")] = Path("runs/study"),
+    quick: Annotated[bool, typer.Option("--quick", help="One seed of every arm on the base that ships.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes side by side, one thread each.")] = 2,
+    draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
+) -> None:
+    """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
+    from vigos.study import FULL, QUICK, run_study
+    from vigos.study_results import draw, print_results
+
+    def tell(what: str, done: int, total: int) -> None:
+        console.print(f"[dim]{done}/{total}[/] {escape(what)}", soft_wrap=True)
+
+    results = output_dir / "results.csv"
+    if not draw_only:
+        run_study(QUICK if quick else FULL, output_dir, jobs=jobs, progress=tell)
+    elif not results.is_file():
+        raise UsageError(f"--draw-only: no such file: {results}")
+    print_results(results, console)
+    for path in draw(results, output_dir / "preconditions.csv", output_dir):
+        console.print(f"drawn: {path}", soft_wrap=True)
+
+
 # --- palr ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,301 @@
+"""The study: its plan, its statistics on known data, its arms in small, and that a killed one goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+from training import CUT_OFF, VALID_A, completion_ids, config, processor
+
+from vigos.cli import main
+from vigos.config import ViGOSConfig
+from vigos.routing import assignments
+from vigos.spans import parse_rollout
+from vigos.study import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, run_study
+from vigos.study_cell import cell_config, measure, stated
+from vigos.study_results import (
+    by_base,
+    difference,
+    draw,
+    findings,
+    in_world,
+    pairs,
+    print_results,
+    read_csv,
+    t_interval,
+    write_csv,
+)
+from vigos.supervision import FORWARD_KL, REVERSE_KL
+from vigos.world import write_world
+
+TINY = Plan("tiny", arms=("base", "vigos"), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)
+
+
+# --- Plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plans_hold_every_arm_and_no_cell_twice() -> None:
+    quick = QUICK.cells()
+    assert {cell.arm for cell in quick} == {arm.name for arm in ARMS}
+    assert len({cell.key for cell in quick}) == len(quick) == 14
+    full = FULL.cells()
+    assert len({cell.key for cell in full}) == len(full)
+    assert (len(FULL.bases), len(FULL.seeds)) >= (5, 2)
+    untrained = [cell for cell in full if cell.arm == "base"]
+    worlds = {(c.world.noise, c.world.shortcut) for c in full}
+    assert len(untrained) == len(FULL.bases) * len(worlds), "what only the training set knows is not evaluated again"
+
+
+def test_a_changed_setting_is_another_cell() -> None:
+    cell = Cell("vigos", World(), 0, 0, TINY)
+    for other in (
+        replace(cell, seed=1), replace(cell, base=1), replace(cell, world=World(noise=0.1)), replace(cell, arm="opsd"),
+        replace(cell, plan=replace(TINY, steps=3)),
+    ):  # fmt: skip
+        assert other.key != cell.key
+    assert replace(cell, plan=replace(TINY, seeds=(0, 1), name="other")).key == cell.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("vigos", "magic")}, "arms must be among base, .*, got 'magic'"),
+        ({"axes": (Axis("noise", (0.1,), ("magic",)),)}, "arms must be among base, .*, got 'magic'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"seeds": ()}, "bases and seeds must each hold at least one number, got none"),
+    ],
+)
+def test_wrong_plans_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
+    made = {a.name: cell_config(Cell(a.name, World(), 0, 3, TINY), tmp_path) for a in ARMS if a.kind == "trainer"}
+    assert made["vigos"].lambdas == (1.0, 1.0, 2.0)
+    assert made["opsd"].method == "opsd"
+    assert made["no_perception"].lambdas == (0.0, 1.0, 2.0)
+    assert (made["clip_token"].clip_mode, made["clip_token"].token_clip) == ("token", 0.05)
+    assert {c.seed for c in made.values()} == {3}
+    options = [f.name for f in dataclasses.fields(ViGOSConfig)]
+    for name, args in made.items():
+        changed = {k for k in options if getattr(args, k, None) != getattr(made["vigos"], k, None)}
+        assert changed == set(ARM[name].options) - ({"entry_clip"} if name == "clip_entry" else {"token_clip"}), name
+
+
+def test_reference_direction() -> None:
+    cut = parse_rollout(completion_ids(CUT_OFF), processor().tokenizer)
+    valid = parse_rollout(completion_ids(VALID_A), processor().tokenizer)
+    kinds = {}
+    for direction in ("reverse", "forward"):
+        args = config(Path("unused"), reference_kl=direction)
+        kinds[direction] = [a.kind for a in assignments(cut, args)]
+        assert {a.kind for a in assignments(valid, args)} == {FORWARD_KL}
+    assert kinds == {"reverse": [REVERSE_KL], "forward": [FORWARD_KL]}
+    with pytest.raises(ValueError, match="reference_kl must be one of reverse, forward, got 'backward'"):
+        ViGOSConfig(output_dir="unused", use_cpu=True, reference_kl="backward")  # type: ignore[arg-type]
+
+
+# --- What the off-policy arm is taught --------------------------------------------------------------------------------
+
+
+def test_stated_completions_are_valid_and_say_the_reference(tmp_path: Path) -> None:
+    path = write_world(tmp_path, "train", n=80, label_bias=0.5)
+    kinds, lies = set(), 0
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        text = stated(row)
+        spans = parse_rollout(completion_ids(text), processor().tokenizer)
+        assert spans.valid, text
+        assert spans.answer_text == row["answer"], text
+        assert row["answer"] in text.split("<think>")[1].split("</think>")[0]
+        described = [f"{d} in {i}" in text for d, i in zip(row["digits"], row["inks"], strict=True)]
+        lies += not all(described)
+        assert sum(described) >= len(described) - (row["kind"] == "ink")
+        assert "None" not in text
+        kinds.add(row["kind"])
+    assert kinds == {"ink", "which", "larger", "sum", "count"}
+    assert lies > 5
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def row(arm: str, base: int, seed: int, score: str, **more: Any) -> dict[str, Any]:
+    values = {"conflict": 0.5, "label_bias": 0.0, "noise": 0.05, "shortcut": 1.0, "steps": 10, "seconds": 1.5}
+    found = {"score": score.count("1") / len(score), "score_items": score, "prior_items": "1" * (len(score) // 2)}
+    rest = {"prior": 1.0, "valid_rate": 0.9, "description": None, "named": 0.0, "follows": None, "tokens": 20.0,
+            "palr_all": 0.25, "palr_description": 0.0, "palr_reasoning": None}  # fmt: skip
+    return {"arm": arm, "base": base, "seed": seed} | values | rest | found | more
+
+
+def test_csv_gives_back_what_was_written(tmp_path: Path) -> None:
+    rows = [row("vigos", 0, 1, "0101"), row("base", 2, 0, "1111", noise=0.3)]
+    assert read_csv(write_csv(tmp_path / "results.csv", rows)) == [{k: r[k] for k in read_csv(tmp_path / "results.csv")[0]} for r in rows]  # fmt: skip  # noqa: E501
+    with pytest.raises(ValueError, match="secret"):
+        write_csv(tmp_path / "more.csv", [rows[0] | {"secret": 1}])
+
+
+def test_t_interval_is_scipys() -> None:
+    values = [0.1, 0.25, -0.05, 0.3, 0.2]
+    mean, interval, p = t_interval(values)
+    exact = stats.ttest_1samp(values, 0.0)
+    low, high = exact.confidence_interval(0.95)
+    assert mean == pytest.approx(0.16)
+    assert interval == pytest.approx((low, high))
+    assert p == pytest.approx(exact.pvalue)
+    assert t_interval([0.2]) == (0.2, None, None)
+    assert t_interval([0.0, 0.0]) == (0.0, (0.0, 0.0), 1.0)
+    assert t_interval([0.5, 0.5]) == (0.5, (0.5, 0.5), 0.0)
+
+
+def test_bases_are_the_unit_of_replication() -> None:
+    """Ten seeds of one base are one observation, however well they agree."""
+    rows = [row(arm, 0, s, items) for s in range(10) for arm, items in (("opsd", "1100"), ("vigos", "1110"))]
+    found = difference(rows, "vigos", "opsd")
+    assert found is not None
+    assert (found.mean, found.interval, found.p_value) == (0.25, None, None)
+    rows += [row(arm, 1, 0, items) for arm, items in (("opsd", "1000"), ("vigos", "1111"))]
+    rows += [row("vigos", 2, 0, "1111")]
+    found = difference(rows, "vigos", "opsd")
+    assert found is not None
+    assert found.by_base == {0: 0.25, 1: 0.75}
+    assert found.interval is not None
+    assert by_base(rows, "vigos", "score") == {0: 0.75, 1: 1.0, 2: 1.0}
+    assert difference(rows, "vigos", "sft") is None
+
+
+def test_pairs_are_mcnemars() -> None:
+    mine, theirs = "1111111100" * 4, "0011111111" * 4
+    better = row("vigos", 0, 0, "1" * 40), row("opsd", 0, 0, "0" * 10 + "1" * 30)
+    (pair,) = pairs(list(better), "vigos", "opsd")
+    assert (pair.better, pair.worse, pair.difference) == (10, 0, 0.25)
+    assert pair.p_value == pytest.approx(stats.binomtest(0, 10).pvalue)
+    assert 0 < pair.interval[0] < 0.25 < pair.interval[1]
+    (level,) = pairs([row("vigos", 0, 0, mine), row("opsd", 0, 0, theirs)], "vigos", "opsd")
+    assert (level.better, level.worse, level.p_value) == (8, 8, 1.0)
+    assert len(pairs([row("vigos", 0, 5, mine), row("base", 0, 0, theirs)], "vigos", "base")) == 1
+    assert pairs([row("vigos", 0, 5, mine), row("opsd", 0, 0, theirs)], "vigos", "opsd") == []
+    with pytest.raises(ValueError, match="must share their test rows, got 40 and 4 outcomes"):
+        pairs([row("vigos", 0, 0, mine), row("opsd", 0, 0, "1111")], "vigos", "opsd")
+
+
+def test_findings_are_signed_as_they_are_said() -> None:
+    rows = []
+    for b, extra in enumerate(("00", "10", "00")):
+        rows += [
+            row("opsd", b, 0, "11111100" + extra), row("vigos", b, 0, "11111000" + extra),
+            row("clip_token", b, 0, "11110000" + extra), row("base", b, 0, "11000000" + extra),
+            row("opsd", b, 0, "1000000000", label_bias=1.0), row("vigos", b, 0, "11111000" + extra, label_bias=1.0),
+        ]  # fmt: skip
+    h1, h2, h3 = (f.difference for f in findings(rows))
+    assert h1 is not None
+    assert h2 is not None
+    assert h3 is not None
+    assert h1.by_base == pytest.approx({0: 0.5, 1: 0.6, 2: 0.5})
+    assert h1.interval is not None
+    assert h1.interval[0] > 0
+    assert (round(h2.mean, 6), round(h3.mean, 6)) == (0.1, 0.1)
+    assert {r["arm"] for r in in_world(rows, World(label_bias=1.0))} == {"opsd", "vigos", "base"}
+    assert [f.difference for f in findings(rows[:1])] == [None, None, None]
+
+
+def test_tables_and_figures_come_from_the_files(tmp_path: Path) -> None:
+    rows = [
+        row(arm, b, s, "1" * (k + 2) + "0" * (6 - k), label_bias=bias, description=0.5)
+        for k, arm in enumerate(("base", "opsd", "vigos"))
+        for b in (0, 1)
+        for s in (0, 1)
+        for bias in (0.0, 1.0)
+        if arm != "base" or (s, bias) == (0, 0.0)
+    ]
+    check = {"shortcut": 1.0, "noise": 0.05, "rate": 0.4, "low": 0.3, "high": 0.5, "n": 10}
+    checks = [
+        {"base": b, **check, "precondition": p, "measure": m, "met": p != "P2"}
+        for b in (0, 1)
+        for p, m in (("P1", "difference"), ("P2", "difference"), ("P3", "score"))
+    ]
+    write_csv(tmp_path / "results.csv", rows)
+    write_csv(tmp_path / "preconditions.csv", checks)
+    written = draw(tmp_path / "results.csv", tmp_path / "preconditions.csv", tmp_path / "figures")
+    assert [p.name for p in written] == ["arms.svg", "axes.svg"]
+    text = written[0].read_text()
+    assert "2 base(s)" in text
+    assert "P2 difference 40, 40 % (met by 0 of 2)" in text
+    assert "Score over label bias" in written[1].read_text()
+    again = draw(tmp_path / "results.csv", tmp_path / "preconditions.csv", tmp_path / "again")
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in written]
+    console = Console(record=True, width=200)
+    print_results(tmp_path / "results.csv", console)
+    table = console.export_text()
+    assert "-12.5 (-12.5 to -12.5, 2 bases)" in table
+    assert "H1" in table
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--draw-only", "--output-dir", str(tmp_path)])
+    assert stop.value.code in (0, None)
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--draw-only", "--output-dir", str(tmp_path / "none")])
+    assert stop.value.code == 2
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["sft", "opsd", "teacher_ema"])
+def test_a_cell_is_measured_and_repeats(tmp_path: Path, arm: str) -> None:
+    cell = Cell(arm, World(label_bias=1.0), 0, 0, TINY)
+    torch.manual_seed(5)
+    first, second = (measure(cell, None, tmp_path / name) for name in "ab")
+    assert first == second
+    assert len(first["score_items"]) == 4
+    assert len(first["prior_items"]) == 2
+    assert first["score"] == first["score_items"].count("1") / 4
+    assert ("palr_all" in first) == (arm != "sft")
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    """Killed with SIGKILL once its first file is there: what was done stays, the rest is done, and nothing is left over
+    afterwards."""
+    script = (
+        "from vigos.study import Plan, run_study\n"
+        "plan = Plan('tiny', arms=('base',), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)\n"
+        f"if __name__ == '__main__': run_study(plan, {str(tmp_path / 'study')!r})\n"
+    )
+    file = tmp_path / "run.py"
+    file.write_text(script)
+    process = subprocess.Popen([sys.executable, str(file)], start_new_session=True)
+    folder = tmp_path / "study"
+    deadline = time.monotonic() + 120
+    while not [*folder.glob("c*/*.json")] and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("c*/*.json")}
+    assert before
+    assert not (folder / "results.csv").exists()
+    finished: list[str] = []
+    plan = replace(TINY, arms=("base",))
+    path = run_study(plan, folder, progress=lambda what, done, total: finished.append(what))
+    assert len(finished) == 2 - len(before)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert [r["arm"] for r in read_csv(path)] == ["base"]
+    content = path.read_bytes()
+    run_study(plan, folder, progress=lambda what, done, total: finished.append(what))
+    assert len(finished) == 2 - len(before), "nothing is done twice"
+    assert path.read_bytes() == content
+    measures = {r["precondition"] for r in read_csv(folder / "preconditions.csv")}
+    assert measures == {"P1", "P2", "P3", "P4", "P5"}
