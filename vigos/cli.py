@@ -1,7 +1,8 @@
 """The command line: `vigos demo | train | eval | compare | palr | probe | report | study | world | doctor`.
 
 Exit codes: 0 all is well; 1 the run failed, with one line that says why; 2 the command line or the configuration is
-wrong.
+wrong; 143 `train` was told to stop by SIGTERM, and wrote a checkpoint first: the same command with `--resume auto` goes
+on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -146,7 +147,11 @@ def train(
     source, run = parse_run(config, context.args)
     from vigos.recipe import train_from_source
 
-    train_from_source(source, run)
+    if train_from_source(source, run).interrupted:
+        from vigos.restart import EXIT_CODE
+
+        console.print("stopped by SIGTERM after a checkpoint; go on with --resume auto")
+        raise typer.Exit(EXIT_CODE)
 
 
 # --- eval, compare ---------------------------------------------------------------------------------------------------
@@ -409,12 +414,14 @@ def _quiet_libraries() -> None:
 def main(argv: list[str] | None = None) -> Any:
     """Runs the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
     _quiet_libraries()
+    from vigos.faults import TrainingStopped
+
     try:
         return app(argv)
     except UsageError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)
-    except (ValueError, OSError) as error:  # our own checks, and files and models that are not there
+    except (ValueError, OSError, TrainingStopped) as error:  # our own checks; files and models that are not there
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(1)
 

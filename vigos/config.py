@@ -164,6 +164,12 @@ class ViGOSConfig(TrainingArguments):
     grade_rollouts: bool = _option(True, "Compare the rollouts' answers with the reference and log the accuracy.")
     save_merged: bool = _option(True, "Also write the final adapter merged into a copy of the model.")
 
+    # --- Faults and speed ---
+    max_dropped_steps: int = _option(
+        3, "Stop after so many steps in a row whose loss or gradient was not finite; such a step changes no weight."
+    )
+    profile: bool = _option(False, "Write a trace and a table of where a step's time goes; takes four steps.")
+
     # --- TrainingArguments with the paper's values ---
     learning_rate: float = _option(5e-6, "Peak learning rate.")
     max_grad_norm: float = _option(0.1, "Gradients are clipped to this norm.")
@@ -182,6 +188,8 @@ class ViGOSConfig(TrainingArguments):
         self._check_numbers()
         self._check_combinations()
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight takes part in every forward (vigos.scoring)
         # Rows are Python objects, which the dispatching loader of iterable datasets cannot slice.
         if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
             self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
@@ -210,7 +218,7 @@ class ViGOSConfig(TrainingArguments):
 
     def _check_numbers(self) -> None:
         positive = ["divergence_temperature", "token_clip", "entry_clip", "token_budget", "lora_r", "lora_alpha"]
-        positive += ["palr_wrong_answers"]
+        positive += ["palr_wrong_answers", "max_dropped_steps"]
         positive += [
             n
             for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size")

@@ -26,15 +26,16 @@ PER_ROLLOUT = (
     "rollout/valid", "rollout/finished", "rollout/tagless", "rollout/accuracy",
     *(f"rollout/invalid/{reason}" for reason in REASONS),
     "length/completion", "length/description", "length/reasoning", "length/answer",
-    "rows/skipped",
+    "rows/skipped", "steps/dropped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
+    "perf/tflops", "perf/mfu",
 )  # fmt: skip
 # In the steps in which it is measured (see vigos.palr).
 PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))
 # Added up over ranks, averaged over optimizer steps.
 PER_STEP = (
     *(f"loss/{term}" for term in TERMS),
-    "rows/skipped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
+    "rows/skipped", "steps/dropped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
 )  # fmt: skip
 NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
 
@@ -102,6 +103,14 @@ class Metrics:
             self.add(f"student_entropy/{name}", student_entropy, tokens)
             self.add(f"teacher_entropy/{name}", teacher_entropy, tokens)
 
+    def state(self) -> list[list[float]]:
+        """What has been added since the last `collect`, for a checkpoint."""
+        return self._sums.tolist()
+
+    def restore(self, sums: list[list[float]]) -> None:
+        """Goes on from a `state`."""
+        self._sums = torch.tensor(sums, dtype=torch.float64)
+
     def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The ratios since the last call over all ranks (`reduce` sums a tensor over them). What has no denominator is
         left out, and so are the reasons for which no rollout was invalid."""
@@ -110,6 +119,21 @@ class Metrics:
         values = (numerator / denominator).tolist()
         silent = {i for name, i in self._index.items() if name.startswith("rollout/invalid/") and not numerator[i]}
         return {name: values[i] for name, i in self._index.items() if denominator[i] > 0 and i not in silent}
+
+
+# Dense bfloat16 TFLOP/s from the data sheets, by what a device's name holds; the first that fits.
+_PEAK_TFLOPS = (
+    ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0),
+    ("4090", 165.0), ("A10G", 70.0), ("L4", 121.0),
+)  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a GPU, TFLOP/s; None for one we have no data sheet of, and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS if part in name), None)
 
 
 def peak_gib(device: torch.device) -> float:

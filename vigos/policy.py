@@ -8,15 +8,17 @@ ever merged into, or subtracted from, the base weights: in bfloat16 that drifts,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vigos.scoring import base_model, check_adapter, lm_head, unwrap
+from vigos.sharding import full, local, piece_of, reshard, sharding_of
 
 if TYPE_CHECKING:
     from vigos.config import ViGOSConfig
@@ -124,29 +126,73 @@ class TeacherPolicy:
         kind: "frozen": the weights of this moment, with a fresh adapter off; "ema": their moving average; "live": the
             student's own.
         decay: share of the average kept at each update.
+        deferred: take the copies in `bind`, of each rank's pieces; a whole model's worth for each rank is then never
+            held. Between here and there the weights must not change.
 
     A copy is kept of trained weights alone: none for a frozen teacher under LoRA, the adapter for a moving average.
     """
 
-    def __init__(self, model: nn.Module, kind: Literal["frozen", "ema", "live"], decay: float = 0.999) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: Literal["frozen", "ema", "live"],
+        decay: float = 0.999,
+        *,
+        deferred: bool = False,
+    ) -> None:
         self.kind, self.decay = kind, decay
-        adapted = hasattr(unwrap(model), "peft_config")
-        self.adapter: Literal["off", "on"] = "off" if adapted and kind == "frozen" else "on"
-        self.copies: dict[str, Tensor] = {}
+        core = unwrap(model)
+        self.adapter: Literal["off", "on"] = "off" if hasattr(core, "peft_config") and kind == "frozen" else "on"
+        self.copies: dict[str, Tensor] = {}  # this rank's pieces
         self.parameters: dict[str, nn.Parameter] = {}
+        self._sharded: nn.Module | None = None
+        self._head: str | None = None
         if kind == "live":
             return
-        in_adapter = _adapter_parameters(unwrap(model))
-        for name, parameter in unwrap(model).named_parameters():
+        in_adapter, head = _adapter_parameters(core), lm_head(core).weight
+        for name, parameter in core.named_parameters():
             if parameter.requires_grad and not (self.adapter == "off" and id(parameter) in in_adapter):
                 self.parameters[name] = parameter
-                # The average moves by a thousandth of what the weights move by: bfloat16 would round that away.
-                dtype = torch.promote_types(parameter.dtype, torch.float32) if kind == "ema" else parameter.dtype
-                self.copies[name] = parameter.detach().to(dtype, copy=True)
+                if parameter is head:
+                    self._head = name
+        if not deferred:
+            self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for name, parameter in self.parameters.items():
+            # The average moves by a thousandth of what the weights move by: bfloat16 would round that away.
+            dtype = torch.promote_types(parameter.dtype, torch.float32) if self.kind == "ema" else parameter.dtype
+            self.copies[name] = local(parameter).to(dtype, copy=True)
+
+    def bind(self, model: nn.Module) -> None:
+        """After the model was wrapped, before a checkpoint is loaded: follows its parameters to where they lie now."""
+        if not self.parameters or sharding_of(model) == "whole":
+            if self.parameters and not self.copies:
+                self._copy()
+            for name, copy in self.copies.items():
+                self.copies[name] = copy.to(self.parameters[name].device)
+            return
+        if sharding_of(model) == "zero3":
+            raise ValueError(
+                f"teacher={self.kind!r} keeps a copy of the trained weights, which ZeRO-3 cannot exchange: train an "
+                "adapter with teacher='frozen', or take FSDP2 (configs/fsdp2.yaml)"
+            )
+        self._sharded = model
+        reshard(model)
+        found = dict(unwrap(model).named_parameters())
+        self.parameters = {name: found[name] for name in self.parameters}
+        if not self.copies:
+            self._copy()
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """The teacher's weights, inside; the student's own tensors again after."""
+        """The teacher's weights, inside; the student's own again after."""
+        with self._exchanged_pieces() if self._sharded is not None else self._exchanged():
+            yield
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
         own = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
@@ -156,26 +202,55 @@ class TeacherPolicy:
             for name, parameter in self.parameters.items():
                 parameter.data = own[name]
 
-    def head_weight(self, head: nn.Module) -> Tensor | None:
+    @contextmanager
+    def _exchanged_pieces(self) -> Iterator[None]:
+        """FSDP2 gathers from memory of its own, so values change places and tensors do not."""
+        assert self._sharded is not None
+        own: dict[str, Tensor] = {}
+        reshard(self._sharded)
+        try:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    own[name] = local(parameter).clone()
+                    local(parameter).copy_(self.copies[name])
+            yield
+        finally:
+            reshard(self._sharded)
+            with torch.no_grad():
+                for name, values in own.items():
+                    local(self.parameters[name]).copy_(values)
+
+    def head_weight(self, head: Any) -> Tensor | None:
         """The head (V, D) the teacher's hidden states belong to; None: the student's."""
-        for name, parameter in self.parameters.items():
-            if parameter is head.weight:
-                return self.copies[name].to(parameter)
-        return None
+        if self._head is None:
+            return None
+        return full(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: moves the average towards the student."""
         if self.kind == "ema":
             for name, parameter in self.parameters.items():
-                self.copies[name].lerp_(parameter.detach().to(self.copies[name]), 1.0 - self.decay)
+                self.copies[name].lerp_(local(parameter).to(self.copies[name]), 1.0 - self.decay)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the copies that cannot be had again into a checkpoint: those of a moving average."""
-        if self.kind == "ema":
-            from safetensors.torch import save_file
+    def save(self, folder: str | Path, *, writes: bool = True) -> None:
+        """Writes the copies that cannot be had again into a checkpoint: those of a moving average.
 
-            save_file({name: copy.contiguous() for name, copy in self.copies.items()}, Path(folder) / TEACHER_FILE)
+        Args:
+            writes: whether this rank does; the others give their pieces.
+        """
+        if self.kind != "ema":
+            return
+        from safetensors.torch import save_file
+
+        # One by one to the CPU: the whole average need not fit beside the model.
+        whole = {}
+        for name, piece in self.copies.items():
+            tensor = full(piece, self.parameters[name])
+            if writes:
+                whole[name] = tensor.cpu().contiguous()
+        if writes:
+            save_file(whole, Path(folder) / TEACHER_FILE)
 
     def load(self, folder: str | Path) -> None:
         """Reads what `save` wrote."""
@@ -192,7 +267,7 @@ class TeacherPolicy:
         if loaded.keys() != self.copies.keys():
             raise ValueError(f"{path} must hold the average of this model's trained weights, got other names")
         for name, copy in self.copies.items():
-            copy.copy_(loaded[name])
+            copy.copy_(piece_of(loaded[name], self.parameters[name]))
 
 
 def _adapter_parameters(model: nn.Module) -> set[int]:
@@ -213,17 +288,24 @@ def _adapter_parameters(model: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def merged_copy(model: nn.Module) -> Any:
+def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Any:
     """A plain transformers model with W + s·BA in place of W, on the CPU; `model` is only read.
 
     The sum is taken in float32 and rounded once to the base's dtype.
+
+    Args:
+        weights: the state dict of the adapted model where its own parameters are in pieces; None: its own.
     """
     from peft.tuners.lora import LoraLayer
 
+    core: Any = unwrap(model)
     base = base_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    held = core.state_dict() if weights is None else weights
+    above = next(f"{name}." if name else "" for name, module in core.named_modules() if module is base)
     state: dict[str, Tensor] = {}
-    for key, tensor in base.state_dict().items():
+    for key, tensor in held.items():
+        key = key.removeprefix(above)
         owner, _, parameter = key.partition(".base_layer.")
         if owner in layers:
             layer: Any = layers[owner]
@@ -231,15 +313,23 @@ def merged_copy(model: nn.Module) -> Any:
                 total = tensor.float()
                 for adapter in layer.active_adapters:
                     if adapter in layer.lora_A:
-                        down, up = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+                        down, up = (
+                            held[f"{above}{owner}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
+                        )
                         total = total + layer.scaling[adapter] * (up @ down)
                 tensor = total.to(tensor.dtype)
             state[f"{owner}.{parameter}"] = tensor.cpu()
         elif not any(key.startswith(f"{name}.") for name in layers):
             state[key] = tensor.cpu()
+    return plain_copy(base, state)
+
+
+def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """A transformers model of the same class and configuration, never wrapped, that holds the tensors of `state`."""
+    kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # FSDP2 changes a module's class
     with torch.device("meta"):
-        copy = type(base)(base.config)
+        copy = kind(model.config)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.tie_weights()
-    copy.generation_config = base.generation_config
+    copy.generation_config = model.generation_config
     return copy

@@ -52,12 +52,12 @@ def load_model(
 def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
     """Loads model and data, trains, and leaves the run folder; returns the trainer."""
     trainer = build_trainer(source, config)
-    resume: str | bool | None = source.resume
+    resume = source.resume
     if resume == "auto":
-        from transformers.trainer_utils import get_last_checkpoint
+        from vigos.restart import last_checkpoint
 
-        folder = Path(str(config.output_dir))
-        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        found = last_checkpoint(str(config.output_dir))
+        resume = None if found is None else str(found)
         logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -190,6 +190,7 @@ class TransformersEngine:
                 use_cache=True,
             ),
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=False,  # ranks take different numbers of steps; under FSDP2 the weights are gathered first
         )
         completions = output[:, P:].cpu()  # (B, C)
         ends = torch.isin(completions, torch.tensor(self.eos_token_ids, dtype=torch.int64))

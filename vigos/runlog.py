@@ -5,7 +5,9 @@
     completions/step-000012.jsonl     rollouts: text, spans, validity and its reason, per-token divergence by teacher
     completions/images/               what they were shown, made small
     skipped.jsonl                     rows that could not be used: id, reason, detail
-    checkpoint-12/                    transformers' checkpoints
+    faults/step-000012.jsonl          rollouts of steps with a loss or gradient that was not finite
+    profile/                          a trace and a table of where time went (`profile`)
+    checkpoint-12/                    transformers' checkpoints, whole or not there (vigos.restart)
     adapter/, merged/                 the final adapter, and the model with the adapter added (a copy)
     model/                            the final model, after full fine-tuning
 
@@ -20,6 +22,7 @@ import enum
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +30,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from vigos.routing import SEGMENTS, TERMS, RoutedBatch
+from vigos.restart import SAVING
+from vigos.routing import SEGMENTS, TERMS, Rollout, RoutedBatch
 from vigos.spans import token_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -76,11 +82,16 @@ class RunLog(TrainerCallback):
             if metrics.is_file():
                 kept = [line for line in _lines(metrics) if _step_of(line) <= state.global_step > 0]
                 metrics.write_text("".join(kept), encoding="utf-8")
-            if state.global_step == 0:
-                (self.folder / "skipped.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / SAVING, ignore_errors=True)  # of a process that was killed while it saved
+            skipped = self.folder / "skipped.jsonl"
+            if skipped.is_file():  # steps count from 0 there: the one under way
+                kept = [line for line in _lines(skipped) if _step_of(line) < state.global_step]
+                skipped.write_text("".join(kept), encoding="utf-8") if kept else skipped.unlink()
             for path in sorted((self.folder / "completions").glob("step-*.jsonl")):
                 if int(path.stem.split("-")[1]) > state.global_step:
                     path.unlink()
+            if state.global_step == 0:
+                shutil.rmtree(self.folder / "faults", ignore_errors=True)
 
     def on_log(
         self,
@@ -158,6 +169,25 @@ class RunLog(TrainerCallback):
             records.append(record)
         self._append(name, *records)
 
+    def write_fault(self, step: int, reason: str, rollouts: Sequence[Rollout]) -> Path:
+        """The rollouts of a step whose gradients were thrown away, with their ids, to `faults/`."""
+        name = f"faults/step-{step:06d}" + (f"-rank{self.rank}" if self.rank else "") + ".jsonl"
+        records = [
+            {
+                "step": step,
+                "reason": reason,
+                "problem_id": rollout.problem_id,
+                "problem": rollout.problem,
+                "answer": rollout.answer,
+                "valid": rollout.spans.valid,
+                "prompt_ids": rollout.prompts["student"].ids.tolist(),
+                "completion_ids": rollout.completion_ids.tolist(),
+            }
+            for rollout in rollouts
+        ]
+        self._append(name, *records)
+        return self.folder / name
+
     def _image(self, image: Any, side: int) -> str:
         """Writes an image once, small, under a name that follows from its pixels; returns its path from completions/.
 
@@ -177,22 +207,29 @@ class RunLog(TrainerCallback):
             part.replace(path)
         return name
 
-    def save_final(self, model: nn.Module, processor: Any, *, merged: bool) -> dict[str, str]:
-        """Writes the trained weights; returns which folder holds what. Call it on every rank: rank 0 writes."""
-        from vigos.policy import merged_copy
+    def save_final(
+        self, model: nn.Module, processor: Any, *, merged: bool, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, str]:
+        """Writes the trained weights; returns which folder holds what. Call it on every rank: rank 0 writes.
+
+        Args:
+            weights: the whole state dict where the model's own parameters are in pieces; None: its own.
+        """
+        from vigos.policy import merged_copy, plain_copy
         from vigos.scoring import unwrap
 
         core: Any = unwrap(model)
         if self.rank != 0:
             return {}
         if not hasattr(core, "peft_config"):
-            core.save_pretrained(self.folder / "model")
+            whole = core if weights is None else plain_copy(core, weights)
+            whole.save_pretrained(self.folder / "model")
             processor.save_pretrained(self.folder / "model")
             return {"model": str(self.folder / "model")}
-        core.save_pretrained(self.folder / "adapter")
+        core.save_pretrained(self.folder / "adapter", state_dict=weights)
         saved = {"adapter": str(self.folder / "adapter")}
         if merged:
-            merged_copy(core).save_pretrained(self.folder / "merged")
+            merged_copy(core, weights).save_pretrained(self.folder / "merged")
             processor.save_pretrained(self.folder / "merged")
             saved["merged"] = str(self.folder / "merged")
         return saved

@@ -11,6 +11,7 @@ the hooks of DDP, FSDP and DeepSpeed wrappers work as in an ordinary step.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +94,7 @@ def hidden_states(
     backend: str = "auto",
     pad_token_id: int | None = None,
     vision: VisionCache | None = None,
+    idle: ScoredSequence | None = None,
 ) -> Tensor:
     """Hidden states (M, D) that predict the scored tokens, in the order of `sequences` and of their `scored`.
 
@@ -108,10 +110,16 @@ def hidden_states(
         pad_token_id: fills padding, which no result depends on; None takes the model's, or 0.
         vision: where the features of images come from if the vision tower is frozen. "tree" encodes an image once
             anyway within a call; a cache carries that over to later calls, as from the teachers to the student.
+        idle: a sequence with an image. Where the vision tower is sharded or trained by several ranks, all of them have
+            to run it in the same forwards: one that has no image there is shown this one, and gives no rows for it.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
-    passes = _plan(model, sequences, scoring, token_budget, backend, pad_token_id)
+
+    def plan(members: Sequence[ScoredSequence], budget: int) -> list[_Pass]:
+        return _plan(model, members, scoring, budget, backend, pad_token_id)
+
+    passes = _level(model, sequences, plan(sequences, token_budget), plan, idle)
     return _run(model, passes, sum(len(s.scored) for s in sequences), vision)
 
 
@@ -125,6 +133,7 @@ class _Pass:
     tokens: int
     images: tuple[ImageInputs, ...] = ()
     packed: bool = False
+    members: tuple[int, ...] = ()  # of the sequences of the call
 
 
 def _plan(
@@ -151,17 +160,9 @@ def _plan(
 
 def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: VisionCache | None) -> Tensor:
     base = base_model(model)
-    forwards = _forwards_on_every_rank(model, len(passes))
     shown = [image.key for each in passes if each.packed for image in each.images]
     if vision is None and len(set(shown)) < len(shown) and VisionCache.obstacle(base) is None:
         vision = VisionCache(max_images=len(shown))  # prompts that share an image but no prefix
-    nothing = torch.empty(0, dtype=torch.int64)
-    idle = _Pass(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
-    if forwards > len(passes) and _sharded(
-        model
-    ):  # the blocks of the vision tower are collectives too: idle forwards show it an image
-        idle = min((each for each in passes if each.images), key=lambda each: each.tokens, default=idle)
-    passes = [*passes, *[replace(idle, taken=nothing, rows=nothing)] * (forwards - len(passes))]
     parts = []
     for each in passes:
         inputs = each.build()
@@ -192,18 +193,57 @@ def _run(model: nn.Module, passes: Sequence[_Pass], num_rows: int, vision: Visio
     return out
 
 
-def _forwards_on_every_rank(model: nn.Module, forwards: int) -> int:
-    """The most forwards any rank runs, if a forward of this model is a collective; else this rank's own number."""
-    if not _distributed():
-        return forwards
-    replicated = isinstance(model, DistributedDataParallel)
-    if replicated and not torch.is_grad_enabled():  # the module inside is called, without the wrapper
-        return forwards
-    if not (replicated or _sharded(model)):
-        return forwards
-    most = torch.tensor(forwards, device=base_model(model).device)
+def _level(
+    model: nn.Module,
+    sequences: Sequence[ScoredSequence],
+    passes: list[_Pass],
+    plan: Callable[[Sequence[ScoredSequence], int], list[_Pass]],
+    idle: ScoredSequence | None,
+) -> list[_Pass]:
+    """As many forwards as the rank with the most, with the vision tower in the same ones, where they are collectives.
+
+    Added forwards give no rows.
+    """
+    replicated = isinstance(model, DistributedDataParallel) and torch.is_grad_enabled()  # else without the wrapper
+    sharded = _sharded(model)
+    if not _distributed() or not (replicated or sharded):
+        return passes
+    base = base_model(model)
+    most = torch.tensor(len(passes), device=base.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+    passes = passes + [_idle_pass(base)] * (int(most) - len(passes))
+    trained = replicated and _trains_vision(base)
+    if not passes or not (trained or (sharded and hasattr(_inner(base), "get_image_features"))):
+        return passes
+    # Units of a sharded tower are gathered by its forward; DDP waits for the gradients of a trained one.
+    shows = torch.tensor([trained or bool(each.images) for each in passes], dtype=torch.int32, device=base.device)
+    dist.all_reduce(shows, op=dist.ReduceOp.MAX)
+    first_row = torch.tensor([0, *(len(s.scored) for s in sequences)]).cumsum(0).tolist()
+    for k, needed in enumerate(shows.tolist()):
+        if needed and not passes[k].images:
+            shown = idle or next((s for s in sequences if s.prompt.images is not None), None)
+            if shown is None:
+                raise ValueError(
+                    "idle must be a sequence with an image: other ranks run the vision tower, and this one has no image"
+                )
+            members = passes[k].members
+            (joined,) = plan([*(sequences[i] for i in members), shown], sys.maxsize)
+            rows = torch.tensor([r for i in members for r in range(first_row[i], first_row[i + 1])], dtype=torch.int64)
+            own = joined.rows < len(rows)
+            passes[k] = replace(joined, taken=joined.taken[own], rows=rows[joined.rows[own]], members=members)
+    return passes
+
+
+def _idle_pass(base: Any) -> _Pass:
+    """One token that gives no row."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return _Pass(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
+
+
+def _trains_vision(base: Any) -> bool:
+    """Whether anything beside the language model and its head is trained."""
+    language = {id(p) for module in (text_model(base), base.get_output_embeddings()) for p in module.parameters()}
+    return any(p.requires_grad and id(p) not in language for p in base.parameters())
 
 
 def _sharded(model: nn.Module) -> bool:
@@ -231,14 +271,14 @@ def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor
         model = model.module  # DDP's forward broadcasts buffers, which ranks with other counts would wait for
 
     def redirected(*args: Any, **kwargs: Any) -> Tensor:
-        with _replaced_forward(core, original), ExitStack() as stack:
+        with replaced_forward(core, original), ExitStack() as stack:
             caught: list[Tensor] = []
 
             def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
                 caught.append(hidden)
                 return hidden
 
-            stack.enter_context(_replaced_forward(head, keep))
+            stack.enter_context(replaced_forward(head, keep))
             original(*args, **kwargs)
         if len(caught) != 1:
             raise ValueError(
@@ -248,12 +288,13 @@ def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor
         return caught[0].flatten(0, 1).index_select(0, taken.to(caught[0].device))
 
     original = core.forward
-    with _replaced_forward(core, redirected):
+    with replaced_forward(core, redirected):
         return model(**inputs)
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the module's own, inside; its hooks and those of wrappers around it run as ever."""
     own = module.__dict__.get("forward")  # accelerate's autocast and offload hooks live on the instance
     module.__dict__["forward"] = forward
     try:
@@ -297,6 +338,7 @@ def _separate_passes(
                 tokens=len(batch) * width,
                 images=tuple(s.prompt.images for _, s in members if s.prompt.images is not None),
                 packed=False,
+                members=tuple(batch),
             )
         )
     return passes
@@ -416,7 +458,7 @@ def _tree_pass(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack,
         on_device = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         return on_device | {"attention_mask": mask, "tree_plan": plan, "use_cache": False}
 
-    return _Pass(build=build, taken=pack.taken, rows=pack.rows, tokens=pack.tokens, images=pack.images, packed=True)
+    return _Pass(build, pack.taken, pack.rows, pack.tokens, pack.images, packed=True, members=tuple(pack.members))
 
 
 def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence]) -> Tensor:
@@ -546,20 +588,23 @@ class TeacherScorer:
             check_adapter(model)
 
     @torch.no_grad()
-    def score(self, batch: TeacherBatch, *, vision: VisionCache | None = None) -> tuple[Tensor, Supervision]:
+    def score(
+        self, batch: TeacherBatch, *, vision: VisionCache | None = None, idle: ScoredSequence | None = None
+    ) -> tuple[Tensor, Supervision]:
         """The teacher's hidden rows (M, D), in the order of `batch.teacher_sequences`, and the batch's supervision.
 
         Args:
             vision: as in `hidden_states`; pass the same one to the student's call and its images are encoded once.
+            idle: as in `hidden_states`.
         """
         start = time.perf_counter()
         sequences = list(batch.teacher_sequences)
         with teacher_mode(self.model, adapter=self.adapter):
-            hidden, passes = self._hidden(sequences, vision)
+            hidden, passes = self._hidden(sequences, vision, idle)
             if self.scoring == "tree" and (self.verify == "always" or (self.verify == "first" and not self.verified)):
-                self._compare(sequences, hidden)
+                self._compare(sequences, hidden, idle)
                 if self.scoring == "separate":
-                    hidden, passes = self._hidden(sequences, vision)
+                    hidden, passes = self._hidden(sequences, vision, idle)
         self.stats = ScoringStats(
             tokens=sum(each.tokens for each in passes),
             tokens_separate=sum(len(fed_ids(s)) for s in sequences),
@@ -568,11 +613,16 @@ class TeacherScorer:
         )
         return hidden, batch.supervision
 
-    def _hidden(self, sequences: Sequence[ScoredSequence], vision: VisionCache | None) -> tuple[Tensor, list[_Pass]]:
-        passes = _plan(self.model, sequences, self.scoring, self.token_budget, self.backend, None)
+    def _hidden(
+        self, sequences: Sequence[ScoredSequence], vision: VisionCache | None, idle: ScoredSequence | None
+    ) -> tuple[Tensor, list[_Pass]]:
+        def plan(members: Sequence[ScoredSequence], budget: int) -> list[_Pass]:
+            return _plan(self.model, members, self.scoring, budget, self.backend, None)
+
+        passes = _level(self.model, sequences, plan(sequences, self.token_budget), plan, idle)
         return _run(self.model, passes, sum(len(s.scored) for s in sequences), vision), passes
 
-    def _compare(self, sequences: Sequence[ScoredSequence], hidden: Tensor) -> None:
+    def _compare(self, sequences: Sequence[ScoredSequence], hidden: Tensor, idle: ScoredSequence | None) -> None:
         """Compares the first row's states with its sequences run alone; a mismatch warns and ends sharing.
 
         The yardstick is what padding does to the same sequences in the model's own forward: rounding in 16 bits moves
@@ -583,8 +633,8 @@ class TeacherScorer:
         chosen = [i for i, s in enumerate(sequences) if s.owner[0] == first and len(s.scored)]
         rows = [hidden[int(ends[i]) - len(sequences[i].scored) : int(ends[i])] for i in chosen]
         subset = [sequences[i] for i in chosen]
-        alone = hidden_states(self.model, subset, scoring="separate", token_budget=1)
-        padded = hidden_states(self.model, subset, scoring="separate", token_budget=self.token_budget)
+        alone = hidden_states(self.model, subset, scoring="separate", token_budget=1, idle=idle)
+        padded = hidden_states(self.model, subset, scoring="separate", token_budget=self.token_budget, idle=idle)
         compared = mismatch = False
         if rows:
             self.deviation, usual = _deviation(torch.cat(rows), alone), _deviation(padded, alone)

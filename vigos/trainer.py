@@ -26,6 +26,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from vigos.config import ViGOSConfig
 from vigos.data import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
 from vigos.divergence import linear_divergence
-from vigos.metrics import Metrics, peak_gib
+from vigos.faults import LEAST_TOKEN_BUDGET, TrainingStopped, free_memory, gradients_finite, watching_ranks
+from vigos.metrics import Metrics, peak_gib, peak_tflops
 from vigos.palr import PALR, measure_palr
 from vigos.policy import TeacherPolicy, prepare_model
+from vigos.profiling import Phases, ProfileCallback
 from vigos.prompts import Prompts, Role
+from vigos.restart import SAVING, StopSignal, last_checkpoint, publish, read_state, rotate, saving, write_state
 from vigos.rollout import RolloutEngine, TransformersEngine, eos_ids, placeholder_ids, stream_seed
 from vigos.routing import (
     Rollout,
@@ -53,6 +57,7 @@ from vigos.routing import (
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.sharding import head_tensors, sharding_of, with_whole_weights
 from vigos.spans import parse_rollout
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
@@ -79,6 +84,7 @@ class ViGOSTrainer(Trainer):
 
     args: ViGOSConfig
     model: Any
+    _saving = False  # a checkpoint is being written
     loss_is_scaled_for_ga = True  # the divisor is the whole step's already
 
     def __init__(
@@ -104,7 +110,6 @@ class ViGOSTrainer(Trainer):
             raise ValueError("processing_class must be the model's processor or tokenizer, got None")
         set_seed(args.seed)  # before the adapter is drawn
         model = prepare_model(model, args)
-        self.policy = TeacherPolicy(model, args.teacher, args.ema_decay)
         super().__init__(
             model=model,
             args=args,
@@ -116,6 +121,7 @@ class ViGOSTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
         base = base_model(model)
+        self.policy = TeacherPolicy(model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.has_vision = hasattr(processing_class, "image_processor") and placeholder_ids(base.config) != ()
         self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
@@ -133,12 +139,26 @@ class ViGOSTrainer(Trainer):
         self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
         self.add_callback(self.runlog)
         self.add_callback(_StepCallback(self))
+        self.phases = Phases()
+        if args.profile:
+            self.add_callback(ProfileCallback(self.phases, str(args.output_dir), args.process_index))
+        self.stop_signal = StopSignal()
+        self.token_budget = args.token_budget  # halved when memory runs out
+        self.dropped_in_a_row = 0
+        self._step_batches: list[RoutedBatch] = []
+        self._step_metrics: list[list[float]] = []  # before its first micro-batch
+        self._step_written: set[int] = set()
+        self._step_computed: list[dict[str, Any]] = []  # of the step under way
+        self._losses_finite = torch.tensor(True)
+        self._resumed_from: str | None = None
+        self._peak_tflops = peak_tflops(args.device)
         self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
         self.rows_used = 0
         self.valid_rollouts = 0
         self._eos = eos_ids(base, self.tokenizer)
         self._placeholders = placeholder_ids(base.config)
         self._step_started = 0.0
+        self._idle_sequence: ScoredSequence | None = None
         self._parameters = base.num_parameters(exclude_embeddings=True)
 
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
@@ -156,7 +176,8 @@ class ViGOSTrainer(Trainer):
         micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         if not micro_batches:
             return [], None
-        rollouts = self._rollouts(micro_batches)
+        with self.phases("prompts and spans"):
+            rollouts = self._rollouts(micro_batches)
         local = [count_terms(group, self.args) for group in rollouts]
         # (micro-batches, tokens or rows, terms), summed over ranks
         table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
@@ -167,6 +188,8 @@ class ViGOSTrainer(Trainer):
             route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
         ]
+        self._step_batches, self._step_computed, self._step_written = routed, [], set()
+        self._losses_finite = torch.tensor(True, device=device)
         self.metrics.add_step(1.0 / ranks)
         self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 0.0)
         if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
@@ -191,8 +214,7 @@ class ViGOSTrainer(Trainer):
                 # Its place in the global step: the same however the step is cut into micro-batches and ranks.
                 place = (k * ranks + rank) * args.per_device_train_batch_size + j
                 seeds.append(stream_seed(args.seed, self.state.global_step, place))
-        with self.accelerator.autocast():
-            completions = self.engine.generate([prompt for _, _, prompt in chosen], args.sampling, seeds)
+        completions = self._generate([prompt for _, _, prompt in chosen], seeds)
         groups: list[list[Rollout]] = [[] for _ in micro_batches]
         n = args.num_generations
         for i, (k, row, prompt) in enumerate(chosen):
@@ -207,6 +229,32 @@ class ViGOSTrainer(Trainer):
         if not self.rows_used and self.skipped.total() >= UNUSABLE_ROWS:
             raise ValueError(self._nothing_usable())
         return groups
+
+    def _generate(self, prompts: list[EncodedPrompt], seeds: list[int]) -> list[Tensor]:
+        def run() -> list[Tensor]:
+            with self.accelerator.autocast():
+                return self.engine.generate(prompts, self.args.sampling, seeds)
+
+        def run_in_memory() -> list[Tensor]:
+            engine = self.engine
+            while isinstance(engine, TransformersEngine):
+                try:
+                    return run()
+                except torch.OutOfMemoryError:
+                    size = engine.batch_size or len(prompts) * self.args.num_generations
+                    if size == 1:
+                        raise
+                    engine.batch_size = size // 2  # changes no sample
+                logger.warning(
+                    "out of memory while sampling: going on with rollout_batch_size=%d instead of %d", size // 2, size
+                )
+                free_memory()
+            return run()
+
+        with self.phases("rollouts"):
+            if self.is_fsdp_enabled and isinstance(self.engine, TransformersEngine):
+                return with_whole_weights(self.model, run_in_memory)
+            return run_in_memory()
 
     def _student_prompt(self, row: Row | BadRow) -> EncodedPrompt:
         if isinstance(row, BadRow):
@@ -304,46 +352,48 @@ class ViGOSTrainer(Trainer):
         started = time.perf_counter()
         # With a frozen tower, teachers and student read the features of one run an image.
         vision = VisionCache.for_model(base_model(model)) if self.has_vision else None
-        with self.policy.weights():
-            teacher_hidden, supervision = self.scorer.score(batch, vision=vision)
+        idle = self._idle() if self.accelerator.num_processes > 1 else None
+        with self.phases("teachers"), self.policy.weights():
+            teacher_hidden, supervision = self.scorer.score(batch, vision=vision, idle=idle)
         scored = time.perf_counter()
         # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
         sequences = batch.student_sequences or [_IDLE]
-        student_hidden = hidden_states(
-            model, sequences, scoring=args.student_scoring, token_budget=args.token_budget, vision=vision
-        )
+        with self.phases("student forward"):
+            student_hidden = hidden_states(
+                model, sequences, scoring=args.student_scoring, token_budget=self.token_budget, vision=vision, idle=idle
+            )
         student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
-        head: Any = lm_head(model)
         settings = logit_settings(base_model(model).config.get_text_config())
-        with self.accelerator.autocast():
+        with self.phases("divergence"), head_tensors(model) as (weight, bias), self.accelerator.autocast():
+            taught = self.policy.head_weight(lm_head(model))
             out = linear_divergence(
-                student_hidden.to(head.weight.dtype),
-                head.weight,
-                teacher_hidden.to(head.weight.dtype),
-                self.policy.head_weight(head),
+                student_hidden.to(weight.dtype),
+                weight,
+                teacher_hidden.to(weight.dtype),
+                taught,
                 supervision=supervision,
                 temperature=args.divergence_temperature,
                 beta=args.jsd_beta,
                 entry_clip=args.entry_clip if args.clip_mode == "entry" else None,
-                student_bias=head.bias,
+                student_bias=bias,
                 labels=batch.labels,
                 impl=args.impl,
                 **settings,
             )
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
         correct = self._record(batch, out, scored - started, time.perf_counter() - scored)
-        if self._writes_completions():
+        if self._writes_completions() and id(batch) not in self._step_written:
+            self._step_written.add(id(batch))
             top = None
             if args.completion_top_k:
-                taught = self.policy.head_weight(head)
                 top = tuple(
                     top_tokens(
-                        hidden.to(head.weight.dtype), weight, rows, args.completion_top_k, bias=head.bias,
+                        hidden.to(weight.dtype), head, rows, args.completion_top_k, bias=bias,
                         temperature=args.divergence_temperature, **settings,
                     )
-                    for hidden, weight, rows in (
-                        (student_hidden, head.weight, supervision.student_row),
-                        (teacher_hidden, head.weight if taught is None else taught, supervision.teacher_row),
+                    for hidden, head, rows in (
+                        (student_hidden, weight, supervision.student_row),
+                        (teacher_hidden, weight if taught is None else taught, supervision.teacher_row),
                     )
                 )  # fmt: skip
             self.runlog.write_completions(
@@ -351,6 +401,81 @@ class ViGOSTrainer(Trainer):
                 top=top,
             )  # fmt: skip
         return (loss, out) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch, in smaller packs if memory runs out."""
+        step = super().training_step
+        if not self._step_computed:
+            self._step_metrics = self.metrics.state()
+        self._step_computed.append(inputs)
+        while True:
+            try:
+                with self.phases("backward"):  # what the phases inside it leave
+                    loss = step(model, inputs, *args, **kwargs)
+                self._losses_finite = self._losses_finite & torch.isfinite(loss).to(self._losses_finite.device)
+                return loss
+            except torch.OutOfMemoryError as error:
+                self._shrink_packs(error)
+            # A backward pass that broke off has left gradients of its own: the step starts again.
+            free_memory()
+            model.zero_grad()
+            self.metrics.restore(self._step_metrics)
+            for done in self._step_computed[:-1]:
+                step(model, done, *args, **kwargs)
+
+    def _shrink_packs(self, error: Exception) -> None:
+        half = self.token_budget // 2
+        if self.accelerator.num_processes > 1:  # the others are in the middle of what this rank cannot finish
+            raise TrainingStopped(
+                f"out of memory on rank {self.accelerator.process_index} with token_budget={self.token_budget}: go on "
+                f"with --resume auto --token-budget {half}"
+            ) from error
+        if half < LEAST_TOKEN_BUDGET:
+            raise TrainingStopped(
+                f"out of memory with token_budget={self.token_budget}, where halving it helps no more: use shorter "
+                "completions, smaller images, gradient_checkpointing=True or more GPUs (docs/scaling.md)"
+            ) from error
+        logger.warning(
+            "out of memory: going on with token_budget=%d instead of %d; set it so to spare the attempt",
+            half, self.token_budget,
+        )  # fmt: skip
+        self.token_budget = self.scorer.token_budget = half
+
+    def drop_if_not_finite(self) -> None:
+        """Before the optimizer: forgets the gradients of a step whose loss or gradient is not finite, on every rank."""
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return  # DeepSpeed, and the loss scaler of float16, check and skip by themselves
+        bad_loss, bad_gradient = ~self._losses_finite.cpu(), ~gradients_finite(self.model).cpu()
+        ranks_bad = self._reduce(torch.stack([bad_loss, bad_gradient]).double()).cpu()
+        if not bool(ranks_bad.any()):
+            self.dropped_in_a_row = 0
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None  # which optimizers pass over: no decay, no momentum
+        self.dropped_in_a_row += 1
+        self.metrics.add("steps/dropped", 1.0 / self.accelerator.num_processes, 0.0)
+        step, what = self.state.global_step + 1, "loss" if ranks_bad[0] else "gradient"
+        rollouts = [rollout for batch in self._step_batches for rollout in batch.rollouts]
+        path = self.runlog.write_fault(step, f"{what} not finite", rollouts)
+        logger.warning("step %d dropped: its %s is not finite; its rollouts are in %s", step, what, path)
+        if self.dropped_in_a_row >= self.args.max_dropped_steps:
+            raise TrainingStopped(
+                f"the loss or gradient was not finite in {self.dropped_in_a_row} steps in a row (max_dropped_steps), "
+                f"the last of them step {step}; their rollouts are in {path.parent}. Look at learning_rate, dtype and "
+                "these rollouts, and go on from an earlier checkpoint"
+            )
+
+    def _idle(self) -> ScoredSequence | None:
+        """What a rank is shown that has no image in a forward in which others have one."""
+        if not self.has_vision:
+            return None
+        if self._idle_sequence is None:
+            from PIL import Image
+
+            blank = [Image.new("RGB", (64, 64))]
+            prompt = encode_prompt(self.processing_class, self.prompts, "perception", "", images=blank)
+            self._idle_sequence = ScoredSequence(prompt, _ONE, _ONE)
+        return self._idle_sequence
 
     def _writes_completions(self) -> bool:
         step, every = self.state.global_step + 1, self.args.completion_steps
@@ -376,7 +501,16 @@ class ViGOSTrainer(Trainer):
         if isinstance(rows, RowDataset | RowStream):
             check_usable(rows, UNUSABLE_ROWS)
         self.runlog.write_config(self.args, model=base_model(self.model).config.name_or_path)
+        if last_checkpoint(str(self.args.output_dir)) and not (args or kwargs.get("resume_from_checkpoint")):
+            logger.warning("%s holds checkpoints of an earlier run, which this one does not read", self.args.output_dir)
+        ranks, timeout = self.accelerator.num_processes, float(self.args.ddp_timeout)
+        with self.stop_signal.listening(), watching_ranks(self.accelerator.process_index, ranks, timeout):
+            return self._train(*args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
+        if self.interrupted:
+            return result
         if not self._over_ranks(self.rows_used):
             raise ValueError(self._nothing_usable())
         if not self._over_ranks(self.valid_rollouts) and self.is_world_process_zero():
@@ -384,9 +518,15 @@ class ViGOSTrainer(Trainer):
                 "no rollout of this run was valid: the model did not take up the format, and only the reference "
                 "teacher had work. Look at completions/ for what it wrote"
             )
-        self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged)
+        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # on rank 0
+        self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged, weights=weights)
         self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
         return result
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether SIGTERM ended the run; its last step is in a checkpoint."""
+        return self.stop_signal.received
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics to what is logged during training."""
@@ -401,11 +541,70 @@ class ViGOSTrainer(Trainer):
             sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
             for sequences in (batch.student_sequences, batch.teacher_sequences)
         )
-        return (6 * student + 2 * teacher) * self._parameters
+        operations = (6 * student + 2 * teacher) * self._parameters
+        self.metrics.add("perf/tflops", operations / 1e12, 0.0)
+        if self._peak_tflops:
+            self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)
+        return operations
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return f"{folder}/{SAVING}" if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """transformers' checkpoint and what is ours, whole or not at all."""
+        folder, name = str(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with saving(folder, name):
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            written = f"{folder}/{SAVING}/{name}"
+            self.policy.save(written, writes=self.args.should_save)
+            write_state(written, self.accelerator.process_index, self._own_state())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(folder, name)
+                rotate(folder, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    def _own_state(self) -> dict[str, Any]:
+        """This rank's, in a checkpoint: what would differ after a restart."""
+        return {
+            "metrics": self.metrics.state(),
+            "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
+            "skipped": dict(self.skipped),
+            "rows_used": self.rows_used,
+            "valid_rollouts": self.valid_rollouts,
+            "token_budget": self.token_budget,
+            "configured_token_budget": self.args.token_budget,
+            "dropped_in_a_row": self.dropped_in_a_row,
+        }
+
+    def restore_own_state(self) -> None:
+        """Once the loop has set up its counters: puts those of the checkpoint in their place."""
+        if self._resumed_from is None:
+            return
+        state = read_state(self._resumed_from, self.accelerator.process_index)
+        self._resumed_from = None
+        if state is None:
+            return
+        self.metrics.restore(state["metrics"])
+        loss, total, logged = state["loss"]
+        self._tr_loss = torch.full_like(self._tr_loss, loss)
+        self._total_loss_scalar, self._globalstep_last_logged = total, logged
+        self.skipped = Counter(state["skipped"])
+        self.rows_used, self.valid_rollouts = state["rows_used"], state["valid_rollouts"]
+        self.dropped_in_a_row = state["dropped_in_a_row"]
+        if state["configured_token_budget"] == self.args.token_budget:  # else it was set anew
+            self.token_budget = self.scorer.token_budget = state["token_budget"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.policy.bind(self.model_wrapped)  # before what it may take its copies from changes
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.policy.load(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint
 
     def _reduce(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -426,20 +625,42 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: ViGOSTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.policy.bind(trainer.model_wrapped)
+        trainer.restore_own_state()
+        if sharding_of(trainer.model_wrapped) == "zero3" and isinstance(trainer.engine, TransformersEngine):
+            raise ValueError(
+                "rollout_engine must be a server's under ZeRO-3, which gathers all weights for every token of a "
+                "rollout; or take FSDP2 (configs/fsdp2.yaml) or ZeRO-2, with rollouts in the training process"
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.drop_if_not_finite()
+        self._optimizer = ExitStack()
+        self._optimizer.enter_context(self.trainer.phases("optimizer"))
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.policy.update()
+        self._optimizer.close()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ranks = self.trainer.accelerator.num_processes
         seconds = (time.perf_counter() - self.trainer._step_started) / ranks
         self.trainer.metrics.add("perf/step_s", seconds, 0.0)
         self.trainer.metrics.add("perf/tokens_per_s", 0.0, seconds)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            self.trainer.policy.save(f"{args.output_dir}/checkpoint-{state.global_step}")
+        for name in ("perf/tflops", "perf/mfu") if self.trainer._peak_tflops else ("perf/tflops",):
+            self.trainer.metrics.add(name, 0.0, seconds * ranks)  # of one device
+        if ranks > 1:  # all stop after the same step
+            self.trainer.stop_signal.received = bool(self.trainer._over_ranks(int(self.trainer.interrupted)))
+        if self.trainer.interrupted:
+            control.should_save = control.should_training_stop = True
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)

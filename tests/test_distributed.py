@@ -1,0 +1,54 @@
+"""Two real processes (gloo, CPU) against one on the same global batch: DDP and FSDP2, adapters and full fine-tuning.
+
+Both processes run every case, so that their start is paid once. `distributed_cases.SCRIPT` has uneven valid and invalid
+rows over the ranks, steps in which a rank has no row, or none that is supervised, or no image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, RANKS, run
+from processes import TESTS, start_ranks, wait_for
+from safetensors.torch import load_file
+
+CLOCKS = ("perf/", "epoch")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which both ranks have left what came out of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = start_ranks(TESTS / "distributed_cases.py", [str(folder), *CASES], RANKS, folder)
+    assert wait_for(processes, folder, timeout=420) == [0] * RANKS
+    return folder
+
+
+def largest_gap(a: dict[str, Any], b: dict[str, Any]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(case: str, ranks: Path, tmp_path: Path) -> None:
+    """Losses, every other metric, and parameters after five steps, to 1e-5; the teacher's weights as well."""
+    found = [torch.load(ranks / case / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    alone = run(case, tmp_path, ranks=1)
+    assert len(alone["logs"]) == 5
+    assert largest_gap(alone["start"], alone["parameters"]) > 1e-2, "nothing was trained"
+    for expected, log in zip(alone["logs"], found[0]["logs"], strict=True):
+        kept = {k: v for k, v in expected.items() if not k.startswith(CLOCKS)}
+        assert {k: v for k, v in log.items() if not k.startswith(CLOCKS)} == pytest.approx(kept, rel=1e-5, abs=1e-9)
+    for each in found:
+        assert largest_gap(alone["parameters"], each["parameters"]) < 1e-5
+        assert largest_gap(alone["teacher"], each["teacher"]) < 1e-5
+    if CASES[case].get("lora", True) is False and CASES[case].get("teacher", "frozen") == "frozen":
+        assert largest_gap(alone["start"], found[0]["teacher"]) == 0, "the frozen teacher has moved"
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "model/model.safetensors"):
+        if (tmp_path / name).is_file():  # what rank 0 wrote at the end is whole
+            assert largest_gap(load_file(tmp_path / name), load_file(ranks / case / name)) < 1e-5
+    assert (ranks / case / "adapter").is_dir() or (ranks / case / "model").is_dir()
