@@ -138,6 +138,7 @@ def run_demo(
     console.print(table)
     written = "summary.json, before.jsonl, after.jsonl, train/"
     console.print(f"{summary['seconds']:.0f} s; everything is in {output_dir}: {written}", soft_wrap=True)
+    console.print(f"a page about it: [bold]vigos report {output_dir}[/]", soft_wrap=True)
     return summary
 
 

@@ -338,14 +338,12 @@ def render(runs: Sequence[Run]) -> str:
     assert source is not None
     script, style = (source.get_source(environment, name)[0].strip() for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    facts = [_facts(run) for run in runs]
     sections: list[tuple[str, str, list[Chart]]] = charts_of([run.log for run in runs])
     return environment.get_template("report.html").render(
         runs=runs,
         letters="AB",
         opsd=any((run.config.get("vigos") or {}).get("method") == "opsd" for run in runs),
-        facts=facts,
-        differing={name for a, b in pairwise(facts) for name, _ in set(a) ^ set(b)},
+        facts=_fact_rows(runs),
         headlines=[headline(run.before, run.after) for run in runs],
         versus=headline(runs[0].after, runs[1].after) if len(runs) == 2 and runs[0].after and runs[1].after else [],
         sections=[(key, title, [(c, Markup(c.svg)) for c in charts]) for key, title, charts in sections],
@@ -369,6 +367,16 @@ _SHOWN = (
     "method", "preset", "clip_mode", "token_clip", "teacher", "learning_rate", "max_steps", "temperature", "lora_r",
     "seed",
 )  # fmt: skip
+
+
+def _fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(which run, its facts): of two runs first what they share, then what is each one's own."""
+    facts = [_facts(run) for run in runs]
+    if len(facts) == 1:
+        return [("", facts[0])]
+    shared = [fact for fact in facts[0] if fact in facts[1]]
+    own = [(letter, [f for f in of if f not in shared]) for letter, of in zip("AB", facts, strict=True)]
+    return [("both", shared), *((letter, of) for letter, of in own if of)]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

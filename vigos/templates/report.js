@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const TEACHERS = ["perception", "reasoning", "reference"];
-  const PAGE = 20;
+  const PAGE = 20, PAGE_TOKENS = 8000; // cards drawn at once, and the tokens after which it is fewer
   const $ = (id) => document.getElementById(id);
   const list = $("list"), tip = $("tip"), root = document.documentElement;
 
@@ -99,10 +99,14 @@
   }
 
   function draw() {
-    for (const group of found.slice(drawn, drawn + PAGE)) list.append(card(group));
-    drawn = Math.min(drawn + PAGE, found.length);
+    const end = Math.min(drawn + PAGE, found.length);
+    for (let tokens = 0; drawn < end && tokens < PAGE_TOKENS; drawn++) {
+      list.append(card(found[drawn]));
+      for (const r of found[drawn].members) tokens += r.tokens.length;
+    }
+    for (const text of list.querySelectorAll(".text")) text.classList.toggle("long", text.scrollHeight > text.clientHeight + 1);
     $("more").hidden = drawn >= found.length;
-    $("more").textContent = `Show ${Math.min(PAGE, found.length - drawn)} more`;
+    $("more").textContent = `Show more (${found.length - drawn} left)`;
   }
 
   // --- A rollout -----------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@
     if (!t) tip.append(el("p", { class: "muted", text: "no teacher supervises it" }));
     else {
       const [, teacher, segment, kl, clipped, p, q, top_p, top_q] = t, colour = `var(--${TEACHERS[teacher]})`;
-      tip.append(el("p", { text: `${TEACHERS[teacher]} teacher, ${segment}` }));
+      tip.append(el("p", { text: `${TEACHERS[teacher]} teacher, token of the ${segment === "other" ? "rest" : segment}` }));
       tip.append(el("p", { text: `KL ${number(kl)} nats${clipped ? ", above the clip: no gradient" : ""}` }));
       tip.append(el("p", { text: `student ${percent(p)}, teacher ${percent(q)}` }));
       if (top_p && top_q) tip.append(el("div", { class: "tops" }, tops("student, %", top_p, piece, "var(--muted)"), tops("teacher, %", top_q, piece, colour)));
@@ -216,6 +220,7 @@
     else hide();
   });
   list.addEventListener("pointerleave", hide);
+  list.addEventListener("scroll", () => document.activeElement !== active && hide(), { capture: true });
   list.addEventListener("click", (event) => {
     const span = token(event.target);
     if (span) span.focus({ preventScroll: true });
