@@ -44,7 +44,7 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(repr=False)  # the inherited one masks tokens
 class ViGOSConfig(TrainingArguments):
     """Options of `vigos.trainer.ViGOSTrainer`. Fields not named here are those of `transformers.TrainingArguments`."""
 

@@ -1,0 +1,94 @@
+"""What an untrusted checkpoint or model folder must not do, and what must not be written. Data: test_data.py; the page:
+test_report.py.
+
+Every attack here is real: a pickle that writes a file when it is loaded, a model folder that brings code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import VALID_A, VALID_B, config, rows, tiny_student, trainer
+
+from vigos.recipe import load_model
+from vigos.world import checkpoint_path
+
+
+def run(folder: Path, **options: Any) -> Any:
+    return trainer(tiny_student(), config(folder, **options), rows(4), texts=[VALID_A, VALID_B])
+
+
+class Payload:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_the_payload_works(tmp_path: Path) -> None:
+    """Else the tests below would pass whatever the code does."""
+    file = tmp_path / "evil.bin"
+    torch.save(Payload(tmp_path / "mark"), file)
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_runs_no_pickle(name: str, tmp_path: Path) -> None:
+    """Resuming either refuses the file or never reads it."""
+    run(tmp_path, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert checkpoint.is_dir()
+    mark = tmp_path / "mark"
+    torch.save(Payload(mark), checkpoint / name)
+    try:
+        run(tmp_path, max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+    except (pickle.UnpicklingError, ValueError, RuntimeError) as refused:
+        assert "weights_only" in str(refused) or "pickle" in str(refused).lower()  # noqa: PT017
+    assert not mark.exists()
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_path(), folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Payload(tmp_path / "mark"), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_in_a_model_folder_runs_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(checkpoint_path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import PretrainedConfig\nclass Theirs(PretrainedConfig):\n    model_type = 'theirs'\n"
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(str(folder))
+    assert not mark.exists()
+
+
+def test_tokens_do_not_reach_the_run_folder(tmp_path: Path) -> None:
+    secret = "hf_" + "s3cr3t" * 5
+    made = run(tmp_path, hub_token=secret)
+    made.train()
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file.name
+    assert secret not in repr(made.args)
