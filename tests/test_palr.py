@@ -29,10 +29,11 @@ from training import (
     trainer,
 )
 
-from vigos.cli import main
+from vigos.cli import Source, main
 from vigos.data import load_rows
 from vigos.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob
 from vigos.prompts import Prompts
+from vigos.recipe import palr_from_source
 from vigos.routing import TERMS, Rollout, route
 from vigos.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
@@ -289,3 +290,28 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     low, high = found["groups"]["all"]["palr_interval"]
     assert 0 < low <= found["groups"]["all"]["palr"] <= high < 1
     assert "PALR" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_adapter_off_is_the_teacher_that_was_named(tmp_path: Path) -> None:
+    """A student by its adapter folder; its teacher by switching the adapter off, or by name: the same figures."""
+    data = write_world(tmp_path / "w", "train", n=8)
+    model, processor = load_base()
+    args = config(tmp_path / "run", method="opsd", impl="cpu", max_completion_length=64)
+    made = ViGOSTrainer(model=model, args=args, processing_class=processor, train_dataset=data, prompts=world_prompts())
+    moved(made, 0.05)
+    made.model.save_pretrained(tmp_path / "adapter")
+    source = Source(model="builtin", data=str(data), dtype="float32")
+    first, second = (
+        palr_from_source(source, args, rows=8, adapter=str(tmp_path / "adapter"), teacher_model=name, group=4)
+        for name in (None, "builtin")
+    )
+    assert first["rollouts"] == 8
+    assert first["groups"]["all"]["by_answer"] > 0.01
+    for name, group in first["groups"].items():
+        for key in ("by_answer", "by_image", "tokens"):
+            assert group[key] == pytest.approx(second["groups"][name][key], rel=1e-4, abs=1e-5), (name, key)
+    untouched = palr_from_source(source, args, rows=8, group=4)
+    assert abs(untouched["groups"]["all"]["by_image"] - first["groups"]["all"]["by_image"]) > 1e-3
+    with pytest.raises(ValueError, match="rows must be at least 2, which lend each other answers and images, got 1"):
+        palr_from_source(source, args, rows=1)

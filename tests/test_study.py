@@ -23,7 +23,7 @@ from vigos.cli import main
 from vigos.config import ViGOSConfig
 from vigos.routing import assignments
 from vigos.spans import parse_rollout
-from vigos.study import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, run_study
+from vigos.study import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, reduced, run_study
 from vigos.study_cell import cell_config, measure, stated
 from vigos.study_results import (
     by_base,
@@ -66,6 +66,19 @@ def test_a_changed_setting_is_another_cell() -> None:
     ):  # fmt: skip
         assert other.key != cell.key
     assert replace(cell, plan=replace(TINY, seeds=(0, 1), name="other")).key == cell.key
+
+
+def test_a_smaller_plan_is_part_of_the_larger_one() -> None:
+    small = reduced(FULL, bases=2, seeds=1, axes=["label_bias"])
+    assert {cell.key for cell in small.cells()} < {cell.key for cell in FULL.cells()}
+    assert {cell.base for cell in small.cells()} == {0, 1}
+    assert {cell.world.noise for cell in small.cells()} == {World.noise}
+    assert reduced(FULL) == FULL
+    assert {cell.plan.steps for cell in reduced(FULL, steps=60).cells()} == {60}
+    with pytest.raises(ValueError, match="axes must be among label_bias, conflict, noise, shortcut, got 'colour'"):
+        reduced(FULL, axes=["colour"])
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        reduced(FULL, seeds=0)
 
 
 @pytest.mark.parametrize(

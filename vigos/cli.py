@@ -247,11 +247,15 @@ def report(
 def study(
     output_dir: Annotated[Path, typer.Option(help="Where cells, CSV files and figures go.")] = Path("runs/study"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed of every arm on the base that ships.")] = False,
+    bases: Annotated[int | None, typer.Option(help="How many bases; default: the plan's.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many training seeds of each.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="Turn this knob only; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes side by side, one thread each.")] = 2,
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
-    from vigos.study import FULL, QUICK, run_study
+    from vigos.study import FULL, QUICK, reduced, run_study
     from vigos.study_results import draw, print_results
 
     def tell(what: str, done: int, total: int) -> None:
@@ -259,7 +263,8 @@ def study(
 
     results = output_dir / "results.csv"
     if not draw_only:
-        run_study(QUICK if quick else FULL, output_dir, jobs=jobs, progress=tell)
+        plan = reduced(QUICK if quick else FULL, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
+        run_study(plan, output_dir, jobs=jobs, progress=tell)
     elif not results.is_file():
         raise UsageError(f"--draw-only: no such file: {results}")
     print_results(results, console)

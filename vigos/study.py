@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -171,6 +171,30 @@ FULL = Plan(
     bases=(0, 1, 2, 3, 4),
     seeds=(0, 1),
 )
+
+
+def reduced(
+    plan: Plan, *, bases: int | None = None, seeds: int | None = None, steps: int | None = None,
+    axes: Sequence[str] | None = None,
+) -> Plan:  # fmt: skip
+    """A plan with the first `bases` bases and `seeds` seeds, other steps, and the named axes alone (None: as it is).
+
+    Cells of a smaller plan with as many steps are cells of the larger one: a study can grow.
+    """
+    for name, value in (("bases", bases), ("seeds", seeds)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    knobs = [axis.knob for axis in plan.axes]
+    for knob in axes or ():
+        if knob not in knobs:
+            raise ValueError(f"axes must be among {', '.join(knobs)}, got {knob!r}")
+    return replace(
+        plan,
+        bases=plan.bases if bases is None else tuple(range(bases)),
+        seeds=plan.seeds if seeds is None else tuple(range(seeds)),
+        steps=plan.steps if steps is None else steps,
+        axes=plan.axes if axes is None else tuple(axis for axis in plan.axes if axis.knob in axes),
+    )
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
