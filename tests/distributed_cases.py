@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_sampled": {"sampled": True, "normalize": "active"},
     "ddp_packs": {"token_budget": 64, "teacher_scoring": "separate"},
     "ddp_accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "ddp_palr": {"palr_steps": 1},
     "fsdp_lora": FSDP2,
     "fsdp_full": FSDP2 | {"lora": False},
     "fsdp_everything": FSDP2 | {"lora": False, "train_vision": True, "train_head": True},
@@ -53,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_resumed_full": FSDP2 | SAVED | {"lora": False, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_sampled": FSDP2 | {"sampled": True},
     "fsdp_packs": FSDP2 | {"token_budget": 64, "student_scoring": "separate"},
+    "fsdp_palr": FSDP2 | {"palr_steps": 1, "lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_accumulated": FSDP2 | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
 }
 

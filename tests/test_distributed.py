@@ -15,7 +15,7 @@ from distributed_cases import CASES, RANKS, run
 from processes import TESTS, start_ranks, wait_for
 from safetensors.torch import load_file
 
-CLOCKS = ("perf/", "epoch")
+CLOCKS = ("perf/", "epoch", "palr/")  # PALR takes other answers and images from the rows of its rank
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,8 @@ def test_two_ranks_equal_one_process(case: str, ranks: Path, tmp_path: Path) -> 
     for expected, log in zip(alone["logs"], found[0]["logs"], strict=True):
         kept = {k: v for k, v in expected.items() if not k.startswith(CLOCKS)}
         assert {k: v for k, v in log.items() if not k.startswith(CLOCKS)} == pytest.approx(kept, rel=1e-5, abs=1e-9)
+        assert all(0 <= v <= 1 for k, v in log.items() if k.startswith("palr/"))
+    assert any("palr/all" in log for log in found[0]["logs"]) == case.endswith("palr")
     for each in found:
         assert largest_gap(alone["parameters"], each["parameters"]) < 1e-5
         assert largest_gap(alone["teacher"], each["teacher"]) < 1e-5

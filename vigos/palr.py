@@ -32,6 +32,7 @@ from vigos.divergence import linear_divergence
 from vigos.routing import SEGMENTS, TERMS, Rollout, RoutedBatch, Term, route, teacher_prefill
 from vigos.scoring import base_model, hidden_states, lm_head, logit_settings, teacher_mode
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.sharding import head_tensors, reshard
 from vigos.supervision import Supervision
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ def measure_palr(
     policy: TeacherPolicy | None = None,
     wrong_answers: int = 4,
     wrong: Sequence[Sequence[str]] | None = None,
+    idle: ScoredSequence | None = None,
     seed: int = 0,
 ) -> PALR:
     """Scores rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
@@ -233,6 +235,7 @@ def measure_palr(
         policy: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
         wrong_answers: K, at most, for each row.
         wrong: the wrong answers of each rollout; None draws them from the other rows' answers.
+        idle: as in `hidden_states`, for ranks without a rollout that can be measured.
     """
     if wrong is not None and len(wrong) != len(rollouts):
         raise ValueError(f"wrong must hold the wrong answers of {len(rollouts)} rollouts, got {len(wrong)}")
@@ -242,7 +245,7 @@ def measure_palr(
     batch = route([rollouts[i] for i in usable], config)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
     swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config, processor, prompts)
-    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config)
+    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, idle)
 
     R, K = batch.n_rows, max((len(s.wrong) for s in swapped), default=0)
     other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
@@ -337,45 +340,58 @@ def _swapped(
 
 def _logprobs(
     batch: RoutedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
-    policy: TeacherPolicy | None, config: ViGOSConfig,
+    policy: TeacherPolicy | None, config: ViGOSConfig, idle: ScoredSequence | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """log p (R,), log q (R,) and the log-probabilities of the swapped sequences, end to end; float64 on the CPU."""
     extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
     step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
     with policy.weights() if policy else nullcontext():
-        hidden, _ = scorer.score(step)  # (R + swapped, D)
+        hidden, _ = scorer.score(step, idle=idle)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
         own = hidden_states(
-            student, batch.student_sequences, scoring=config.student_scoring, token_budget=config.token_budget
-        )
-    if batch.n_rows == 0:
-        return (torch.zeros(0, dtype=torch.float64),) * 3
-    head: Any = lm_head(student)
-    taught: Any = lm_head(scorer.model)
-    weight = (policy.head_weight(head) if policy else None) if taught is head else taught.weight
+            student, batch.student_sequences, scoring=config.student_scoring, token_budget=config.token_budget,
+            idle=idle,
+        )  # fmt: skip
     settings = {
         "temperature": config.divergence_temperature, "impl": config.impl,
         **logit_settings(base_model(student).config.get_text_config()),
     }  # fmt: skip
-    hidden, own = hidden.to(head.weight.dtype), own.to(head.weight.dtype)
+    head, taught = lm_head(student), lm_head(scorer.model)
+    with head_tensors(student) as (weight, bias), head_tensors(scorer.model) as (teacher_weight, teacher_bias):
+        kept = policy.head_weight(head) if policy and taught is head else None  # a head that trains keeps a copy
+        found = _of_labels(
+            batch, swapped, own.to(weight.dtype), hidden.to(weight.dtype), (weight, bias),
+            (teacher_weight if kept is None else kept, teacher_bias), settings,
+        )  # fmt: skip
+    reshard(student)
+    return found
+
+
+def _of_labels(
+    batch: RoutedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, head: tuple[Tensor, Tensor | None],
+    taught: tuple[Tensor, Tensor | None], settings: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The log-probabilities of `_logprobs`, from hidden states and the heads (weight, bias) they belong to."""
     R = batch.n_rows
+    if R == 0:
+        return (torch.zeros(0, dtype=torch.float64),) * 3
+    weight = head[0].detach()
+    teacher_weight = weight if taught[0] is head[0] else taught[0].detach()  # one head is read once for both
+    bias, teacher_bias = (None if b is None else b.detach() for b in (head[1], taught[1]))
     out = linear_divergence(
-        own, head.weight.detach(), hidden[:R], weight, supervision=batch.supervision, labels=batch.labels,
-        student_bias=None if head.bias is None else head.bias.detach(),
-        teacher_bias=None if taught.bias is None else taught.bias.detach(), **settings,
+        own, weight, hidden[:R], None if teacher_weight is weight else teacher_weight, supervision=batch.supervision,
+        labels=batch.labels, student_bias=bias, teacher_bias=teacher_bias, **settings,
     )  # fmt: skip
     lengths = [len(base.scored) for base in batch.teacher_sequences]
-    counts = [1 + len(swaps.wrong) for swaps in swapped]
-    first, second = _pairs(lengths, counts)
-    labels = torch.cat([s.completion_ids[s.scored] for s in extra])
-    swaps_out = linear_divergence(
-        hidden[R:], taught.weight.detach() if weight is None else weight, hidden[R:],
-        supervision=Supervision(first, second), labels=labels[first],
-        student_bias=None if taught.bias is None else taught.bias.detach(), **settings,
+    first, second = _pairs(lengths, [1 + len(swaps.wrong) for swaps in swapped])
+    labels = torch.cat([s.completion_ids[s.scored] for swaps in swapped for s in (swaps.other_image, *swaps.wrong)])
+    rest = linear_divergence(
+        hidden[R:], teacher_weight, hidden[R:], supervision=Supervision(first, second), labels=labels[first],
+        student_bias=teacher_bias, **settings,
     )  # fmt: skip
-    rest = torch.empty(len(labels), dtype=torch.float64)
-    rest[first], rest[second] = _cpu(swaps_out.student_logprob), _cpu(swaps_out.teacher_logprob)
-    return _cpu(out.student_logprob), _cpu(out.teacher_logprob), rest
+    swapped_logprob = torch.empty(len(labels), dtype=torch.float64)
+    swapped_logprob[first], swapped_logprob[second] = _cpu(rest.student_logprob), _cpu(rest.teacher_logprob)
+    return _cpu(out.student_logprob), _cpu(out.teacher_logprob), swapped_logprob
 
 
 def _pairs(lengths: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
