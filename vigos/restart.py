@@ -79,7 +79,7 @@ def rotate(folder: str | Path, limit: int | None) -> None:
         away = Path(folder) / SAVING / f"old-{old.name}"
         away.parent.mkdir(exist_ok=True)
         old.rename(away)
-        shutil.rmtree(away, ignore_errors=True)
+    shutil.rmtree(Path(folder) / SAVING, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
