@@ -125,6 +125,14 @@ class ViGOSConfig(TrainingArguments):
     max_completion_length: int = _option(4096, "Tokens a rollout may have; longer ones are cut and invalid.")
     num_generations: int = _option(1, "Rollouts of each row.")
     rollout_batch_size: int | None = _option(None, "Sequences generated at once; unset: those of the optimizer step.")
+    rollout_engine: Literal["transformers", "server"] = _option(
+        "transformers", "Who samples: the model's own generate, or a server with vLLM's OpenAI-compatible API."
+    )
+    rollout_url: str | None = _option(None, "Address of the rollout server, up to and including /v1.")
+    rollout_model: str | None = _option(None, "The base model's name on the rollout server.")
+    rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
+    rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
+    rollout_retries: int = _option(4, "Further tries of a request that failed in passing.")
 
     # --- Data and prompts ---
     max_prompt_length: int | None = _option(8192, "Rows with a longer student prompt are skipped; 0: no limit.")
@@ -245,6 +253,14 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
+        if self.rollout_engine == "server":
+            for name in ("rollout_url", "rollout_model"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name} must be given with rollout_engine='server', got {getattr(self, name)!r}")
+            if not self.lora:
+                raise ValueError(
+                    "lora must be true with rollout_engine='server', which gets the student as an adapter, got False"
+                )
         if self.lora and self.train_head:
             raise ValueError(
                 "train_head must be false unless lora=False: an adapter's file cannot hold the head, and the adapter "

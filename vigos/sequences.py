@@ -37,12 +37,22 @@ class ImageInputs:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """What a prompt was rendered from, for servers that render it themselves."""
+
+    messages: Seq[dict[str, Any]]  # contents are parts, {"type": "image"} in place of each image
+    images: Seq[Image]
+    prefill: str
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """A whole prompt, image placeholders expanded and the assistant's prefill included."""
 
     ids: Tensor  # (P,) int64
     token_type_ids: Tensor | None  # (P,) int64, the processor's mm_token_type_ids: 0 text, 1 image; None without images
     images: ImageInputs | None
+    chat: Chat | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ def encode_prompt(
     if prefill is None:
         prefill = prompts.prefill if role in ("student", "reference") else ""
     messages = prompts.messages(role, problem, answer, num_images=len(images))
+    chat = Chat(messages, tuple(images), prefill)
     if not hasattr(processor, "image_processor"):  # a tokenizer: its templates expect plain strings
         messages = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefill
@@ -91,4 +102,5 @@ def encode_prompt(
         ids=batch["input_ids"][0],
         token_type_ids=None if types is None else torch.as_tensor(types)[0],
         images=ImageInputs.of(tensors) if tensors else None,
+        chat=chat,
     )

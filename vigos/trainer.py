@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,9 +126,8 @@ class ViGOSTrainer(Trainer):
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.has_vision = hasattr(processing_class, "image_processor") and placeholder_ids(base.config) != ()
         self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
-        self.engine: RolloutEngine = rollout_engine or TransformersEngine.for_model(
-            model, processing_class, batch_size=args.rollout_batch_size
-        )
+        self.engine: RolloutEngine = rollout_engine or self._engine(model, processing_class)
+        self._pushed_step = 0  # the adapter that the rollout server has; a fresh one changes nothing
         self.scorer = TeacherScorer(
             self.model,
             scoring=args.teacher_scoring,
@@ -230,6 +230,37 @@ class ViGOSTrainer(Trainer):
             raise ValueError(self._nothing_usable())
         return groups
 
+    def _engine(self, model: nn.Module, processing_class: Any) -> RolloutEngine:
+        """What `args.rollout_engine` names."""
+        args = self.args
+        if args.rollout_engine == "transformers":
+            return TransformersEngine.for_model(model, processing_class, batch_size=args.rollout_batch_size)
+        from vigos.rollout_server import ServerEngine
+
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "rollout_engine='server' must run under one process or DDP: it saves the adapter without gathering "
+                "shards; got " + ("FSDP" if self.is_fsdp_enabled else "DeepSpeed")
+            )
+        base = base_model(model)
+        return ServerEngine(
+            str(args.rollout_url), str(args.rollout_model), self.tokenizer, eos_token_ids=eos_ids(base, self.tokenizer),
+            banned_token_ids=placeholder_ids(base.config), vocab_size=base.config.get_text_config().vocab_size,
+            concurrency=args.rollout_concurrency, timeout=args.rollout_timeout, retries=args.rollout_retries,
+            adapters=Path(str(args.output_dir)) / "rollout_adapters",
+        )  # fmt: skip
+
+    def _push_adapter(self) -> None:
+        """The rollout server samples from the student as it stands: its adapter goes there once a step."""
+        step = self.state.global_step
+        if step == self._pushed_step or not hasattr(self.engine, "push"):
+            return
+        if self.is_world_process_zero():
+            self.engine.push(self.accelerator.unwrap_model(self.model), step)
+        self.accelerator.wait_for_everyone()
+        self.engine.model = f"vigos-{step}"  # type: ignore[attr-defined]
+        self._pushed_step = step
+
     def _generate(self, prompts: list[EncodedPrompt], seeds: list[int]) -> list[Tensor]:
         def run() -> list[Tensor]:
             with self.accelerator.autocast():
@@ -252,6 +283,7 @@ class ViGOSTrainer(Trainer):
             return run()
 
         with self.phases("rollouts"):
+            self._push_adapter()
             if self.is_fsdp_enabled and isinstance(self.engine, TransformersEngine):
                 return with_whole_weights(self.model, run_in_memory)
             return run_in_memory()

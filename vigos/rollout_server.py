@@ -1,0 +1,235 @@
+"""Rollouts from a server that speaks vLLM's OpenAI-compatible API: images, sampling, token ids, adapters by name.
+
+    engine = ServerEngine("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-3B-Instruct", tokenizer, eos_token_ids=(151645,))
+    completions = engine.generate(prompts, Sampling(n=4), seed=0)
+
+A request is the chat that the prompt was rendered from, the assistant's turn opened with its prefill. The server must
+return token ids (vLLM: `return_token_ids`): text that is tokenised again has other boundaries, and the loss would be
+of tokens that nobody sampled. It must have rendered the same prompt: the ids it returns are compared with ours.
+
+The student's adapter is saved as files and loaded by the server under a name of its own (`/load_lora_adapter`): nothing
+is ever merged, here or there, so the base weights stay as they are. The server reads the files: same host, or a shared
+file system. vLLM wants `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+
+Failures: connections, statuses 408, 429 and 5xx, and answers that make no sense are tried again with growing pauses;
+what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from torch import Tensor, nn
+
+from vigos.rollout import Sampling, stream_seed
+from vigos.sequences import Chat, EncodedPrompt
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
+_PASSING = (408, 429, 500, 502, 503, 504)
+_SHOWN = 300  # characters of an answer in a message
+
+
+class RolloutServerError(RuntimeError):
+    """The server is gone, refuses, or answers what cannot be used."""
+
+
+class _Again(Exception):
+    """Worth another try."""
+
+
+class ServerEngine:
+    """A `RolloutEngine` on a server. Completions are as exact as with the model at hand: ids, not text.
+
+    Args:
+        url: up to and including /v1.
+        model: the base model's name on the server.
+        tokenizer: the student's, for messages about prompts that differ.
+        eos_token_ids: ids that end a completion.
+        banned_token_ids: ids that are never sampled; a completion that holds one all the same is refused.
+        vocab_size: ids must lie below it; None does not check.
+        concurrency: requests in flight.
+        timeout: seconds that one request may take.
+        retries: further tries of a request that failed in passing.
+        pause: seconds before the second try, doubled for each further one.
+        adapters: folder in which adapters are saved for the server; None: none are.
+    """
+
+    def __init__(
+        self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
+        banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
+        timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"rollout_url must start with http:// or https://, got {url!r}")
+        if not model:
+            raise ValueError("rollout_model must be the model's name on the server, got an empty one")
+        if concurrency < 1 or timeout <= 0 or retries < 0:
+            raise ValueError(
+                "concurrency must be at least 1, timeout above 0 and retries at least 0, got "
+                f"{concurrency}, {timeout}, {retries}"
+            )
+        self.url, self.base, self.model, self.tokenizer = url.rstrip("/"), model, model, tokenizer
+        self.eos_token_ids, self.banned_token_ids = tuple(eos_token_ids), tuple(banned_token_ids)
+        self.vocab_size, self.concurrency, self.timeout = vocab_size, concurrency, timeout
+        self.retries, self.pause = retries, pause
+        self.adapters = None if adapters is None else Path(adapters)
+        self.retried = 0  # tries beyond the first, over the run
+        key = os.environ.get(KEY_VARIABLE)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def __repr__(self) -> str:  # without the key
+        return f"ServerEngine({self.url!r}, {self.model!r})"
+
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
+        """See `RolloutEngine.generate`. Raises RolloutServerError."""
+        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
+        bodies = [self._body(prompt, sampling, s) for prompt, s in zip(prompts, seeds, strict=True)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [
+                pool.submit(self._completions, prompt, body, sampling)
+                for prompt, body in zip(prompts, bodies, strict=True)
+            ]
+            try:
+                return [completion for future in futures for completion in future.result()]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    # --- Adapters -----------------------------------------------------------------------------------------------------
+
+    def push(self, model: nn.Module, step: int) -> str:
+        """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before."""
+        if self.adapters is None:
+            raise ValueError("adapters must be a folder that the server reads too, got None")
+        name = f"vigos-{step}"
+        folder = (self.adapters / name).resolve()
+        model.save_pretrained(str(folder))  # type: ignore[operator]
+        self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        before, self.model = self.model, name
+        if before not in (self.base, name):
+            self._post("unload_lora_adapter", {"lora_name": before})
+            shutil.rmtree(self.adapters / before, ignore_errors=True)
+        return name
+
+    # --- One request --------------------------------------------------------------------------------------------------
+
+    def _body(self, prompt: EncodedPrompt, sampling: Sampling, seed: int) -> dict[str, Any]:
+        if prompt.chat is None:
+            raise ValueError("prompts must come from encode_prompt, which keeps the chat that a server renders")
+        prefilled = bool(prompt.chat.prefill)
+        return {
+            "model": self.model, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
+            "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.banned_token_ids},
+            "add_generation_prompt": not prefilled, "continue_final_message": prefilled,
+            "return_token_ids": True, "skip_special_tokens": False,
+        }  # fmt: skip
+
+    def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Tensor]:
+        def read(answer: Any) -> list[Tensor]:
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                usage = answer["usage"]["completion_tokens"]
+                found = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
+                theirs = answer.get("prompt_token_ids")
+            except (KeyError, TypeError, AttributeError) as error:
+                raise _Again(f"an answer without {error}") from error
+            if theirs is None or any(ids is None for ids, _ in found):
+                raise RolloutServerError(
+                    f"{self.url} returned no token ids; vLLM does with return_token_ids (0.10.2 and later). Text that "
+                    "is tokenised again is not what was sampled"
+                )
+            self._same_prompt(prompt, theirs)
+            if len(found) != sampling.n:
+                raise _Again(f"{len(found)} completions, {sampling.n} were asked for")
+            if sum(len(ids) for ids, _ in found) != usage:
+                raise _Again(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
+            return [self._completion(ids, reason, sampling) for ids, reason in found]
+
+        return self._post("chat/completions", body, read)
+
+    def _completion(self, ids: list[Any], reason: str, sampling: Sampling) -> Tensor:
+        limit = self.vocab_size if self.vocab_size is not None else 2**31
+        if not all(isinstance(i, int) and 0 <= i < limit for i in ids):
+            raise _Again(f"token ids outside the vocabulary of {limit}")
+        if banned := sorted(set(ids) & set(self.banned_token_ids)):
+            raise _Again(f"a completion holds the banned ids {banned}: it would take another image's features")
+        ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]
+        if ends:
+            ids = ids[: ends[0] + 1]
+        elif reason == "stop":  # some servers leave out the token that ended it
+            ids = [*ids, self.eos_token_ids[0]]
+        elif len(ids) < sampling.max_new_tokens:
+            raise _Again(
+                f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens, finish_reason {reason!r}"
+            )
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _same_prompt(self, prompt: EncodedPrompt, theirs: list[int]) -> None:
+        """The same ids, or, from a server that does not expand them, with one placeholder in place of each image's."""
+        ours = prompt.ids.tolist()
+        if theirs in (ours, _collapsed(ours, self.banned_token_ids)):
+            return
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        shown = [self.tokenizer.decode(ids[max(0, at - 4) : at + 8]) for ids in (ours, theirs)]
+        raise RolloutServerError(
+            f"{self.url} rendered another prompt for {self.model}: it differs from token {at} on, ours {shown[0]!r}, "
+            f"the server's {shown[1]!r}; give the server the student's chat template (--chat-template)"
+        )
+
+    def _post(self, path: str, body: dict[str, Any], read: Any = None) -> Any:
+        """Posts, reads, and tries again what failed in passing."""
+        where, failure = f"{self.url}/{path}", "nothing was tried"
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self.retried += 1
+                logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, self.retries + 1)
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                answer = requests.post(where, json=body, headers=self._headers, timeout=self.timeout)
+                if answer.status_code in _PASSING:
+                    raise _Again(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
+                if not answer.ok:
+                    raise RolloutServerError(f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}")
+                return answer if read is None else read(answer.json())
+            except (requests.RequestException, _Again) as error:  # RequestException: also an answer that is no JSON
+                failure = f"{type(error).__name__}: {error}" if not isinstance(error, _Again) else str(error)
+        raise RolloutServerError(f"{where} failed {self.retries + 1} times, last with {failure}")
+
+
+def wire_messages(chat: Chat) -> list[dict[str, Any]]:
+    """The chat as the API takes it: images as PNG data addresses, the prefill as an open assistant turn."""
+    images = iter(chat.images)
+
+    def part(content: dict[str, Any]) -> dict[str, Any]:
+        if content["type"] != "image":
+            return dict(content)
+        buffer = io.BytesIO()
+        next(images).save(buffer, format="PNG")  # lossless: the server must see the pixels that the teachers see
+        address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": address}}
+
+    wired = [{"role": m["role"], "content": [part(content) for content in m["content"]]} for m in chat.messages]
+    return [*wired, {"role": "assistant", "content": chat.prefill}] if chat.prefill else wired
+
+
+def _collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
+    """`ids` with runs of one placeholder as one."""
+    return [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders]
