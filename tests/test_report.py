@@ -257,6 +257,7 @@ def test_figures_follow_the_log(page: Path) -> None:
         assert title in text
     assert "tagless" not in text.split('id="data"')[0] or "no tags at all" in text
     assert "no tags at all" in text
+    assert "Left out" not in text, "nothing was"
     assert not re.findall(r"#0a0b0|#01010|#02020|#03030", text), "a marker colour was left"
 
 
@@ -264,8 +265,12 @@ def test_older_and_emptier_runs(tmp_path: Path, run: Path) -> None:
     """Without evaluations, images, likeliest tokens or rollouts; and with lines cut off by a kill."""
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "kl/perception": 0.1}\n{"step": 2, "lo')
-    assert "Divergence before the clip" in write_report(bare, tmp_path / "bare.html").read_text()
+    (bare / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 0.5, "kl/perception": 0.1, "rows/skipped": 2}\n{"step": 2, "lo'
+    )
+    text = write_report(bare, tmp_path / "bare.html").read_text()
+    assert "Divergence before the clip" in text
+    assert "Left out" in text
     assert "Before and after</h2>" not in (tmp_path / "bare.html").read_text()
     folder = bare / "completions"
     folder.mkdir()

@@ -70,6 +70,10 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
                     _reasons(logs), share=True,
                 ),
                 lines(
+                    "left_out", "Left out", "Rows that could not be used, and steps whose loss was not finite.", logs,
+                    _happened(logs, [("rows/skipped", "rows", SERIES[1]), ("steps/dropped", "steps", SERIES[2])]),
+                ),
+                lines(
                     "valid", "Valid rollouts", "Share in the asked format, and share ended by an end token.", logs,
                     [("rollout/valid", "valid", ACCENT), ("rollout/finished", "ended", SERIES[1])],
                     share=True, low=None,
@@ -95,6 +99,10 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
                     "rate", "Throughput", "Completion tokens a second of the whole step.", logs,
                     [("perf/tokens_per_s", "tokens/s", ACCENT)],
                 ),
+                lines(
+                    "operations", "Model operations", "TFLOP a second, those of the student and its teachers alone.",
+                    logs, [("perf/tflops", "TFLOP/s", ACCENT)],
+                ),
                 lines("memory", "Peak memory", "GiB of a process.", logs, [("perf/peak_gib", "GiB", ACCENT)]),
             ],
         ),
@@ -111,6 +119,11 @@ def _reasons(logs: Sequence[Log]) -> list[tuple[str, str, str]]:
         (f"rollout/invalid/{r}", _REASON_WORDS.get(r, r.replace("_", " ")), colour)
         for r, colour in zip(frequent, SERIES, strict=False)
     ]
+
+
+def _happened(logs: Sequence[Log], curves: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The curves that are not 0 everywhere."""
+    return [curve for curve in curves if any(line.get(curve[0]) for log in logs for line in log)]
 
 
 def _phases(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -349,7 +349,7 @@ def _logprobs(
         hidden, _ = scorer.score(step, idle=idle)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
         own = hidden_states(
-            student, batch.student_sequences, scoring=config.student_scoring, token_budget=config.token_budget,
+            student, batch.student_sequences, scoring=config.student_scoring, token_budget=scorer.token_budget,
             idle=idle,
         )  # fmt: skip
     settings = {
