@@ -1,0 +1,50 @@
+"""One of two ranks, the second of which goes in its second step: `fault_ranks.py killed|stopped FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
+from transformers import TrainerCallback
+
+from vigos.faults import TrainingStopped
+
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+TIMEOUT_S = 6
+
+
+class GoesAway(TrainerCallback):
+    """Sends the second rank a signal before its second step."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), self.number)
+
+
+def main(how: str, folder: Path) -> None:
+    """Trains until somebody is missed."""
+    torch.set_num_threads(1)
+    # transformers gives ddp_timeout to GPUs' groups alone; one that exists is taken as it is.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    args = config(folder, max_steps=50, ddp_backend="gloo", ddp_timeout=TIMEOUT_S, per_device_train_batch_size=1)
+    texts, gone = [VALID_A, CUT_OFF], GoesAway(SIGNALS[how])
+    engine = trainer(tiny_student(), args, rows(8), texts=texts, callbacks=[gone])
+    try:
+        engine.train()
+    except TrainingStopped as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,213 @@
+"""Steps that go wrong: numbers that are not finite, memory that runs out, ranks that are gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_ranks import SIGNALS, TIMEOUT_S
+from processes import TESTS, start_ranks, wait_for
+from torch import Tensor
+from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
+from transformers import TrainerCallback
+
+from vigos.faults import TrainingStopped
+from vigos.trainer import ViGOSTrainer
+
+TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
+
+
+def parameters(engine: ViGOSTrainer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in engine.model.named_parameters() if p.requires_grad}
+
+
+def logs_of(engine: ViGOSTrainer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in log.items() if "perf/" not in k} for log in engine.state.log_history if "loss" in log]
+
+
+class Watch(TrainerCallback):
+    """The trained weights after every step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.after.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+
+# --- Not finite ------------------------------------------------------------------------------------------------------
+
+
+def poisoned(folder: Path, steps: set[int], where: str, **options: Any) -> tuple[ViGOSTrainer, Watch]:
+    """A trainer in whose `steps` a gradient, or the student's hidden states and with them the loss, hold a NaN."""
+    watch = Watch()
+    args = config(folder, max_steps=5, clip_mode="none", learning_rate=1e-2, **options)
+    engine = trainer(tiny_student(), args, rows(12), texts=TEXTS, callbacks=[watch])
+    chosen = [p for p in engine.model.parameters() if p.requires_grad][3]
+
+    def bad() -> bool:
+        return engine.state.global_step + 1 in steps
+
+    def gradient(grad: Tensor) -> Tensor:
+        return grad * float("nan") if bad() else grad
+
+    def hidden(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        return output * float("inf") if bad() and torch.is_grad_enabled() else None
+
+    if where == "gradient":
+        chosen.register_hook(gradient)
+    else:
+        engine.model.get_base_model().model.language_model.norm.register_forward_hook(hidden)
+    return engine, watch
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_step_that_is_not_finite_is_dropped(where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine, watch = poisoned(tmp_path, {2, 4}, where)
+    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+        engine.train()
+    first, second, third, fourth, fifth = watch.after
+    assert same(first, second)
+    assert not same(second, third), "the run goes on"
+    assert same(third, fourth)
+    assert not same(fourth, fifth)
+    assert all(torch.isfinite(p).all() for p in fifth.values())
+    assert [log["steps/dropped"] for log in logs_of(engine)] == [0, 1, 0, 1, 0]
+    assert all(int(s["step"]) == 3 for s in list(engine.optimizer.state.values())[:4]), "the optimizer saw three steps"
+    assert f"step 2 dropped: its {where} is not finite" in caplog.text
+    files = sorted(p.name for p in (tmp_path / "faults").iterdir())
+    assert files == ["step-000002.jsonl", "step-000004.jsonl"]
+    records = [json.loads(line) for line in (tmp_path / "faults" / files[0]).read_text().splitlines()]
+    assert len(records) == 2, "both rollouts of the step"
+    assert all(r["completion_ids"] and r["prompt_ids"] and r["reason"] == f"{where} not finite" for r in records)
+
+
+def test_too_many_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    engine, watch = poisoned(tmp_path, {2, 3, 4, 5}, "gradient", max_dropped_steps=3)
+    with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row .*the last of them step 4; .*faults"):
+        engine.train()
+    assert len(watch.after) == 3
+    assert same(watch.after[0], parameters(engine))
+    assert len(list((tmp_path / "faults").iterdir())) == 3
+
+
+# --- Out of memory ---------------------------------------------------------------------------------------------------
+
+
+class NoMemory:
+    """Raises what CUDA's allocator raises, at the `at`-th forward or backward of a layer in which gradients are on."""
+
+    def __init__(self, engine: ViGOSTrainer, at: int, times: int = 1, backward: bool = False) -> None:
+        self.seen, self.at, self.times = 0, at, times
+        layer = engine.model.get_base_model().model.language_model.layers[0].mlp
+        if backward:
+            layer.register_full_backward_hook(lambda *_: self.maybe())
+        else:
+            layer.register_forward_pre_hook(lambda *_: self.maybe() if torch.is_grad_enabled() else None)
+
+    def maybe(self) -> None:
+        self.seen += 1
+        if self.at <= self.seen < self.at + self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def memory_run(folder: Path, **options: Any) -> ViGOSTrainer:
+    defaults = {"max_steps": 2, "clip_mode": "none", "gradient_accumulation_steps": 2, "completion_steps": 1}
+    args = config(folder, **(defaults | {"token_budget": 4096} | options))
+    return trainer(tiny_student(torch.float64), args, rows(8), texts=TEXTS)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("at", [1, 2, 4], ids=["first micro-batch", "second", "second step"])
+def test_out_of_memory_halves_the_packs(
+    at: int, backward: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Losses, parameters and records are those of a run in which memory sufficed."""
+    whole = memory_run(tmp_path / "whole")
+    whole.train()
+    engine = memory_run(tmp_path / "short")
+    fault = NoMemory(engine, at, backward=backward)
+    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+        engine.train()
+    assert fault.seen > at
+    assert (engine.token_budget, engine.scorer.token_budget) == (2048, 2048)
+    assert caplog.text.count("going on with token_budget=2048 instead of 4096") == 1
+    for log, expected in zip(logs_of(engine), logs_of(whole), strict=True):
+        assert log == pytest.approx(expected, rel=1e-9)
+    after = parameters(whole)
+    assert all(torch.allclose(p, after[n], rtol=0, atol=1e-12) for n, p in parameters(engine).items())
+    for name in ("step-000001.jsonl", "step-000002.jsonl"):
+        lines = [(tmp_path / run / "completions" / name).read_text().count("\n") for run in ("whole", "short")]
+        assert lines == [4, 4]
+
+
+def test_memory_that_never_suffices_ends_the_run(tmp_path: Path) -> None:
+    engine = memory_run(tmp_path, token_budget=1024)
+    NoMemory(engine, 1, times=10**6)
+    with pytest.raises(TrainingStopped, match=r"out of memory with token_budget=256, where halving it helps no more"):
+        engine.train()
+
+
+def test_out_of_memory_while_sampling_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = []
+    for limit in (99, 1):
+        args = config(tmp_path, max_steps=2, clip_mode="none", per_device_train_batch_size=4)
+        engine = trainer(tiny_student(torch.float64), args, rows(8))
+
+        def too_many(module: Any, inputs: Any, limit: int = limit) -> None:
+            if not torch.is_grad_enabled() and inputs[0].shape[0] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        engine.model.get_base_model().model.language_model.layers[0].mlp.register_forward_pre_hook(too_many)
+        with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+            engine.train()
+        found.append((logs_of(engine), engine.engine.batch_size))  # type: ignore[attr-defined]
+    assert [size for _, size in found] == [None, 1]
+    assert "going on with rollout_batch_size=2 instead of 4" in caplog.text
+    for log, expected in zip(found[1][0], found[0][0], strict=True):
+        assert log == pytest.approx(expected, rel=1e-7)
+
+
+def test_smaller_packs_outlive_a_restart(tmp_path: Path) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    engine = memory_run(tmp_path, **saved)
+    NoMemory(engine, 1)
+    engine.train()
+    for budget, expected in ((4096, 2048), (3000, 3000)):
+        again = memory_run(tmp_path, **saved, token_budget=budget)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert again.token_budget == expected, "what was set anew counts, what was found out stays"
+
+
+# --- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ranks_that_are_gone_or_hang_stop_the_others(tmp_path: Path) -> None:
+    pairs = {
+        how: start_ranks(TESTS / "fault_ranks.py", [how, str(tmp_path / how)], 2, tmp_path / f"{how}-logs")
+        for how in SIGNALS
+    }
+    start = time.monotonic()
+    for how, processes in pairs.items():
+        code = wait_for(processes[:1], tmp_path / f"{how}-logs", timeout=120)
+        wait_for(processes[1:], tmp_path / f"{how}-logs", timeout=0.1)  # a stopped process is killed here
+        log = (tmp_path / f"{how}-logs" / "rank0.log").read_text()
+        assert code == [1]
+        errors = [line for line in log.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        assert (
+            f"rank 0 of 2 stops: another rank has gone, or did not answer within ddp_timeout={TIMEOUT_S} s" in errors[0]
+        )
+        assert "--resume auto" in errors[0]
+        assert "Traceback" not in log
+    assert time.monotonic() - start < 100

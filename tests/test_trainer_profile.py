@@ -1,0 +1,140 @@
+"""`--profile`, and the configurations and the memory table that docs/scaling.md speaks of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
+
+from vigos.metrics import peak_tflops
+from vigos.profiling import NAMES, Phases, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_profile_says_where_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = config(tmp_path, max_steps=5, profile=True, clip_mode="none", max_completion_length=8)
+    engine = trainer(tiny_student(), args, rows(10))
+    engine.train()
+    written = (tmp_path / "profile" / "table.txt").read_text()
+    assert written in capsys.readouterr().out
+    seconds = {line[: line.index("  ")]: float(line.split()[-4]) for line in written.splitlines()[1:]}
+    assert seconds.keys() == {*NAMES, "the rest", "a step"}
+    assert all(value > 0 for name, value in seconds.items() if name != "the rest")
+    assert sum(v for n, v in seconds.items() if n != "a step") == pytest.approx(seconds["a step"], abs=2e-3)
+    assert seconds["rollouts"] > seconds["divergence"], "eight forwards against one small product"
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    ranges = {e["name"] for e in trace["traceEvents"] if str(e.get("name", "")).startswith("vigos::")}
+    assert ranges >= {f"vigos::{name}" for name in NAMES}
+    logs = [log for log in engine.state.log_history if "loss" in log]
+    assert all(log["perf/tflops"] > 0 and log["perf/tokens_per_s"] > 0 for log in logs)
+    assert not any("perf/mfu" in log for log in logs), "nobody states the peak of a CPU"
+
+
+def test_profile_needs_its_steps(tmp_path: Path) -> None:
+    engine = trainer(tiny_student(), config(tmp_path, max_steps=3, profile=True), rows(4), texts=[VALID_A, CUT_OFF])
+    with pytest.raises(ValueError, match="profile needs at least 4 steps, got 3"):
+        engine.train()
+
+
+def test_phases_count_no_second_twice() -> None:
+    phases = Phases()
+    with phases("teachers"):
+        pass
+    assert sum(phases.seconds.values()) == 0, "off"
+    phases.on = True
+    with phases("backward"), phases("student forward"):
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    assert phases.seconds["backward"] < phases.seconds["student forward"]
+    assert table({"teachers": 1.0}, whole=4.0, steps=2).splitlines()[1:] == [
+        "teachers     0.5000 s   25.0 %", "the rest     1.5000 s   75.0 %", "a step       2.0000 s  100.0 %",
+    ]  # fmt: skip
+    assert peak_tflops(torch.device("cpu")) is None
+
+
+# --- configs/ --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_accelerate_takes_the_configurations(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through accelerate's own launcher, up to the environment that it would start eight processes with."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    monkeypatch.chdir(ROOT)
+    path = f"configs/{name}.yaml"
+    assert load_config_from_file(path).num_processes == 8
+    args = launch_command_parser().parse_args(["--config_file", path, "-m", "vigos.cli", "train"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # what the launcher asks before it takes the file
+    args, *_ = _validate_launch_command(args)
+    assert args.num_processes == 8
+    if name.startswith("zero"):
+        assert args.use_deepspeed
+        found = HfDeepSpeedConfig(args.deepspeed_config_file)
+        assert (found.get_value("zero_optimization.stage"), found.is_zero3()) == (int(name[-1]), name == "zero3")
+        for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            assert found.get_value(key) == "auto", "the trainer's own value counts"
+        return
+    env = prepare_multi_gpu_env(args)
+    assert env["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert (env.get("ACCELERATE_USE_FSDP"), env.get("FSDP_VERSION")) == (
+        ("true", "2") if name == "fsdp2" else (None, None)
+    )
+    if name == "fsdp2":
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        for key, value in env.items():
+            if key.startswith("FSDP_"):
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+        assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+        assert "transformer" in str(plugin.auto_wrap_policy)
+
+
+# --- Memory from shapes ----------------------------------------------------------------------------------------------
+
+
+def test_memory_table_of_the_page_is_the_models() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "memory_model.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run bench/memory_model.py"
+    assert "| 7B LoRA, 1 GPU or DDP |" in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize("size", ["3B", "7B", "32B"])
+def test_memory_model_counts_the_parameters_that_transformers_makes(size: str) -> None:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    from memory_model import SHAPES, Run, memory
+
+    shape = SHAPES[size]
+    text = {
+        "vocab_size": shape.V, "hidden_size": shape.D, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+    vision = {
+        "depth": shape.vision_layers, "hidden_size": shape.vision_hidden, "out_hidden_size": shape.D,
+        "intermediate_size": shape.vision_intermediate,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
+        )
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    assert sum(p.numel() for p in model.model.visual.parameters()) == shape.vision
+    one, eight = (memory(shape, Run(lora=False, gpus=n, sharded=n > 1)) for n in (1, 8))
+    assert eight["gradients, AdamW"] == pytest.approx(one["gradients, AdamW"] / 8)
+    assert memory(shape, Run(lora=True, gpus=1, sharded=False, pack=8192))["activations"] * 2 == pytest.approx(
+        memory(shape, Run(lora=True, gpus=1, sharded=False))["activations"]
+    )
