@@ -32,7 +32,7 @@ from training import (
 
 from vigos.cli import main
 from vigos.evaluation import evaluate
-from vigos.report import MAX_TOKENS, load_run, render, rollout_data, script_json, write_report
+from vigos.report import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
 from vigos.runlog import _texts
 from vigos.top_tokens import top_tokens
 
@@ -217,8 +217,6 @@ def test_nothing_of_a_run_becomes_markup(run: Path, page: Path) -> None:
 
 
 def test_headline_is_paired_and_has_intervals(run: Path) -> None:
-    from vigos.report import headline
-
     loaded = load_run(run)
     score, prior, valid = headline(loaded.before, loaded.after)
     assert [n.label for n in (score, prior, valid)] == ["Score", "Prior", "In format"]
@@ -231,6 +229,20 @@ def test_headline_is_paired_and_has_intervals(run: Path) -> None:
     text = render([loaded])
     assert "+50.0" in text
     assert "12 rows" in text
+
+
+def test_evaluations_of_other_rows_are_not_paired(run: Path, tmp_path: Path) -> None:
+    """Numbers yes, a difference no: neither for other keys nor for the same keys with other answers."""
+    loaded = load_run(run / "train")
+    assert (loaded.name, loaded.before is not None) == (run.name, True)
+    lines = (run / "after.jsonl").read_text().splitlines()
+    for name, change in (("keys", {"key": "other"}), ("answers", {"answer": "other"})):
+        path = tmp_path / f"{name}.jsonl"
+        changed = [json.dumps(json.loads(line) | change) for line in lines[1:]]
+        path.write_text("\n".join([lines[0], *changed]) + "\n")
+        numbers = headline(loaded.before, load_run(run, after=path).after)
+        assert all(n.after is not None and n.comparison is None for n in numbers)
+    render([load_run(run, after=tmp_path / "keys.jsonl")])
 
 
 def test_rollout_data_holds_what_was_logged(run: Path) -> None:

@@ -73,7 +73,7 @@ def load_run(
     folder: str | Path, *, before: str | Path | None = None, after: str | Path | None = None,
     rollouts: int = MAX_ROLLOUTS, seed: int = 0, like: Run | None = None,
 ) -> Run:  # fmt: skip
-    """Reads a run folder, or a folder with the run under `train/` and `before.jsonl` and `after.jsonl` beside it.
+    """Reads a run folder, or the demo's: the run under `train/`, `before.jsonl` and `after.jsonl` beside it.
 
     Args:
         before, after: records of two evaluations, where they lie elsewhere.
@@ -93,7 +93,7 @@ def load_run(
     wanted = {(r["step"], r["problem_id"]) for r in like.rollouts} if like else set()
     sampled, written = _sample(inner / "completions", rollouts, seed, wanted)
     return Run(
-        name=outer.resolve().name,
+        name=(outer.resolve().parent if outer.name == "train" else outer.resolve()).name,
         folder=inner,
         config=config if isinstance(config, dict) else {},
         log=[line for line in _json_lines(inner / "metrics.jsonl") if "loss" in line and "step" in line],
@@ -109,7 +109,8 @@ def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -
     if given is not None:
         path = Path(given)
         return EvaluationResult.load(path / "records.jsonl" if path.is_dir() else path)
-    found = next((p / name for p in (outer, inner) if (p / name).is_file()), None)
+    folders = [outer, inner, *([outer.parent] if outer.name == "train" else [])]
+    found = next((p / name for p in folders if (p / name).is_file()), None)
     return EvaluationResult.load(found) if found else None
 
 
@@ -201,10 +202,17 @@ def headline(before: EvaluationResult | None, after: EvaluationResult | None) ->
             (100 * s[metric], *(100 * v for v in s[f"{metric}_interval"])) if metric in s else None for s in summaries
         ]
         if any(values):
-            both = before is not None and after is not None and all(values)
+            both = before is not None and after is not None and all(values) and _same_rows(before, after)
             paired = compare(before, after, metric=metric) if both else None  # type: ignore[arg-type]
             found.append(Number(label, meaning, values[0], values[1], paired))  # type: ignore[arg-type]
     return found
+
+
+def _same_rows(a: EvaluationResult, b: EvaluationResult) -> bool:
+    """Whether two evaluations share rows, and agree on the answers of those they share."""
+    answers = {r["key"]: r["answer"] for r in a.answered}
+    shared = [r for r in b.answered if r["key"] in answers]
+    return bool(shared) and all(answers[r["key"]] == r["answer"] for r in shared)
 
 
 # --- Rollouts for the page --------------------------------------------------------------------------------------------
