@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, completion_ids, config, processor, rows, tiny_student, trainer
+from transformers import TrainerCallback
 
+from vigos.restart import last_checkpoint
 from vigos.rollout import Sampling
 from vigos.sequences import EncodedPrompt
 from vigos.sharding import sharding_of
@@ -42,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_everything": {"lora": False, "train_vision": True, "train_head": True, "normalize": "sequence"},
     "ddp_ema": {"teacher": "ema", "ema_decay": 0.5},
     "ddp_resumed": SAVED | {"teacher": "ema", "ema_decay": 0.5, "save_merged": True},
+    "ddp_stopped": {"lr_scheduler_type": "linear"},
+    "ddp_poisoned": {},
     "ddp_sampled": {"sampled": True, "normalize": "active"},
     "ddp_packs": {"token_budget": 64, "teacher_scoring": "separate"},
     "ddp_accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
@@ -52,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_ema": FSDP2 | {"lora": False, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_resumed": FSDP2 | SAVED | {"save_merged": True},
     "fsdp_resumed_full": FSDP2 | SAVED | {"lora": False, "teacher": "ema", "ema_decay": 0.5},
+    "fsdp_stopped": FSDP2 | {"lora": False},
+    "fsdp_poisoned": FSDP2 | {"lora": False},
     "fsdp_sampled": FSDP2 | {"sampled": True},
     "fsdp_packs": FSDP2 | {"token_budget": 64, "student_scoring": "separate"},
     "fsdp_palr": FSDP2 | {"palr_steps": 1, "lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5},
@@ -60,7 +67,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class ByRow:
-    """A rollout engine that writes what `SCRIPT` says for the digit that a prompt asks about."""
+    """A rollout engine that writes what `SCRIPT` says for the digit that a prompt asks about.
+
+    Like one on a server it is given the adapter: `pushed` holds the last.
+    """
+
+    def __init__(self) -> None:
+        self.pushed: dict[str, Tensor] = {}
+
+    def push(self, model: Any, step: int, weights: dict[str, Tensor]) -> None:
+        self.pushed = weights
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         return [self._written(prompt) for prompt in prompts]
@@ -103,6 +119,26 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
     return engine
 
 
+class Stop(TrainerCallback):
+    """One rank is told to stop in the third step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def poison(engine: ViGOSTrainer, here: bool) -> None:
+    """The first step's loss is not finite: on this process, or on another one."""
+
+    def spoil(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        return output * float("nan") if here and engine.state.global_step == 0 and torch.is_grad_enabled() else None
+
+    engine.scorer.model.get_submodule(NORM[hasattr(engine.model, "peft_config")]).register_forward_hook(spoil)
+
+
+NORM = {False: "model.language_model.norm", True: "base_model.model.model.language_model.norm"}
+
+
 def whole(engine: ViGOSTrainer) -> dict[str, Tensor]:
     """Every trained parameter, whole."""
     trained = {n: p for n, p in engine.accelerator.unwrap_model(engine.model).named_parameters() if p.requires_grad}
@@ -113,7 +149,18 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
     """Trains; returns what was logged and what came out."""
     engine = build(case, folder, ranks)
     start = whole(engine)
-    engine.train()
+    if "poisoned" in case:
+        poison(engine, here=ranks == 1 or os.environ["RANK"] == "1")
+    if "stopped" in case and ranks > 1:
+        engine.add_callback(Stop())
+        engine.train()
+        assert engine.interrupted
+        found = last_checkpoint(folder)
+        assert found == folder / "checkpoint-3", found
+        engine = build(case, folder, ranks)
+        engine.train(resume_from_checkpoint=str(found))
+    else:
+        engine.train()
     if ranks > 1:
         assert sharding_of(engine.model_wrapped) == ("fsdp2" if case.startswith("fsdp") else "whole")
         if "resumed" in case:  # its end again, from the middle, by a trainer that has seen nothing
@@ -122,7 +169,8 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
     logs = [log for log in engine.state.log_history if "loss" in log]
     with engine.policy.weights():
         teacher = whole(engine)
-    return {"logs": logs, "start": start, "parameters": whole(engine), "teacher": teacher}
+    pushed = getattr(engine.engine, "pushed", {})  # on rank 0 alone
+    return {"logs": logs, "start": start, "parameters": whole(engine), "teacher": teacher, "pushed": pushed}
 
 
 def shard_on_cpus() -> None:

@@ -73,6 +73,11 @@ class RolloutEngine(Protocol):
         ...
 
 
+def adapter_name(step: int) -> str:
+    """What the student's adapter after `step` optimizer steps is called on a rollout server."""
+    return f"vigos-{step}"
+
+
 def placeholder_ids(config: Any) -> tuple[int, ...]:
     """The ids that stand for image, video or audio features in `config`: a completion must never hold one."""
     ids = {getattr(config, name, None) for name in _PLACEHOLDERS}

@@ -32,7 +32,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
-from vigos.rollout import Sampling, stream_seed
+from vigos.rollout import Sampling, adapter_name, stream_seed
 from vigos.sequences import Chat, EncodedPrompt
 
 logger = logging.getLogger(__name__)
@@ -112,13 +112,17 @@ class ServerEngine:
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
-    def push(self, model: nn.Module, step: int) -> str:
-        """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before."""
+    def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
+        """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before.
+
+        Args:
+            weights: the trained parameters by name, whole (`vigos.sharding.whole_trained`).
+        """
         if self.adapters is None:
             raise ValueError("adapters must be a folder that the server reads too, got None")
-        name = f"vigos-{step}"
+        name = adapter_name(step)
         folder = (self.adapters / name).resolve()
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
         self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         before, self.model = self.model, name
         if before not in (self.base, name):

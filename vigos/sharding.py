@@ -60,6 +60,17 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def whole_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained parameters by name, whole on every rank."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if sharding_of(model) == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            return {name: p.detach().clone() for name, p in trained.items()}
+    return {name: full(local(p.detach()), p).clone() for name, p in trained.items()}
+
+
 @contextmanager
 def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight (V, D) and bias of the language-model head, whole on this rank.

@@ -32,19 +32,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from vigos.config import ViGOSConfig
 from vigos.data import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
 from vigos.divergence import linear_divergence
-from vigos.faults import LEAST_TOKEN_BUDGET, TrainingStopped, free_memory, gradients_finite, watching_ranks
+from vigos.faults import free_memory, watching_ranks
 from vigos.metrics import Metrics, peak_gib, peak_tflops
 from vigos.palr import PALR, measure_palr
 from vigos.policy import TeacherPolicy, prepare_model
 from vigos.profiling import Phases, ProfileCallback
 from vigos.prompts import Prompts, Role
-from vigos.restart import SAVING, StopSignal, last_checkpoint, publish, read_state, rotate, saving, write_state
-from vigos.rollout import RolloutEngine, TransformersEngine, eos_ids, placeholder_ids, stream_seed
+from vigos.restart import last_checkpoint
+from vigos.robust_trainer import RobustTrainer
+from vigos.rollout import RolloutEngine, TransformersEngine, adapter_name, eos_ids, placeholder_ids, stream_seed
 from vigos.routing import (
     Rollout,
     RoutedBatch,
@@ -58,7 +59,7 @@ from vigos.routing import (
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
-from vigos.sharding import head_tensors, sharding_of, with_whole_weights
+from vigos.sharding import head_tensors, sharding_of, whole_trained, with_whole_weights
 from vigos.spans import parse_rollout
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
@@ -68,7 +69,7 @@ logger = logging.getLogger(__name__)
 UNUSABLE_ROWS = 64  # so many rows refused at the start, and none usable: the run stops with the reasons
 
 
-class ViGOSTrainer(Trainer):
+class ViGOSTrainer(RobustTrainer):
     """Trains a student against its own frozen (averaged, live) weights in three contexts.
 
     Args:
@@ -85,7 +86,6 @@ class ViGOSTrainer(Trainer):
 
     args: ViGOSConfig
     model: Any
-    _saving = False  # a checkpoint is being written
     loss_is_scaled_for_ga = True  # the divisor is the whole step's already
 
     def __init__(
@@ -142,15 +142,7 @@ class ViGOSTrainer(Trainer):
         self.phases = Phases()
         if args.profile:
             self.add_callback(ProfileCallback(self.phases, str(args.output_dir), args.process_index))
-        self.stop_signal = StopSignal()
         self.token_budget = args.token_budget  # halved when memory runs out
-        self.dropped_in_a_row = 0
-        self._step_batches: list[RoutedBatch] = []
-        self._step_metrics: list[list[float]] = []  # before its first micro-batch
-        self._step_written: set[int] = set()
-        self._step_computed: list[dict[str, Any]] = []  # of the step under way
-        self._losses_finite = torch.tensor(True)
-        self._resumed_from: str | None = None
         self._peak_tflops = peak_tflops(args.device)
         self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
         self.rows_used = 0
@@ -188,8 +180,7 @@ class ViGOSTrainer(Trainer):
             route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
         ]
-        self._step_batches, self._step_computed, self._step_written = routed, [], set()
-        self._losses_finite = torch.tensor(True, device=device)
+        self.begin_step(routed)
         self.metrics.add_step(1.0 / ranks)
         self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 0.0)
         if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
@@ -237,11 +228,6 @@ class ViGOSTrainer(Trainer):
             return TransformersEngine.for_model(model, processing_class, batch_size=args.rollout_batch_size)
         from vigos.rollout_server import ServerEngine
 
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "rollout_engine='server' must run under one process or DDP: it saves the adapter without gathering "
-                "shards; got " + ("FSDP" if self.is_fsdp_enabled else "DeepSpeed")
-            )
         base = base_model(model)
         return ServerEngine(
             str(args.rollout_url), str(args.rollout_model), self.tokenizer, eos_token_ids=eos_ids(base, self.tokenizer),
@@ -255,10 +241,12 @@ class ViGOSTrainer(Trainer):
         step = self.state.global_step
         if step == self._pushed_step or not hasattr(self.engine, "push"):
             return
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        weights = whole_trained(student)
         if self.is_world_process_zero():
-            self.engine.push(self.accelerator.unwrap_model(self.model), step)
+            self.engine.push(student, step, weights)
         self.accelerator.wait_for_everyone()
-        self.engine.model = f"vigos-{step}"  # type: ignore[attr-defined]
+        self.engine.model = adapter_name(step)  # type: ignore[attr-defined]
         self._pushed_step = step
 
     def _generate(self, prompts: list[EncodedPrompt], seeds: list[int]) -> list[Tensor]:
@@ -415,8 +403,7 @@ class ViGOSTrainer(Trainer):
             )
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
         correct = self._record(batch, out, scored - started, time.perf_counter() - scored)
-        if self._writes_completions() and id(batch) not in self._step_written:
-            self._step_written.add(id(batch))
+        if self._writes_completions() and self.first_attempt(batch):
             top = None
             if args.completion_top_k:
                 top = tuple(
@@ -434,69 +421,6 @@ class ViGOSTrainer(Trainer):
                 top=top,
             )  # fmt: skip
         return (loss, out) if return_outputs else loss
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a micro-batch, in smaller packs if memory runs out."""
-        step = super().training_step
-        if not self._step_computed:
-            self._step_metrics = self.metrics.state()
-        self._step_computed.append(inputs)
-        while True:
-            try:
-                with self.phases("backward"):  # what the phases inside it leave
-                    loss = step(model, inputs, *args, **kwargs)
-                self._losses_finite = self._losses_finite & torch.isfinite(loss).to(self._losses_finite.device)
-                return loss
-            except torch.OutOfMemoryError as error:
-                self._shrink_packs(error)
-            # A backward pass that broke off has left gradients of its own: the step starts again.
-            free_memory()
-            model.zero_grad()
-            self.metrics.restore(self._step_metrics)
-            for done in self._step_computed[:-1]:
-                step(model, done, *args, **kwargs)
-
-    def _shrink_packs(self, error: Exception) -> None:
-        half = self.token_budget // 2
-        if self.accelerator.num_processes > 1:  # the others are in the middle of what this rank cannot finish
-            raise TrainingStopped(
-                f"out of memory on rank {self.accelerator.process_index} with token_budget={self.token_budget}: go on "
-                f"with --resume auto --token-budget {half}"
-            ) from error
-        if half < LEAST_TOKEN_BUDGET:
-            raise TrainingStopped(
-                f"out of memory with token_budget={self.token_budget}, where halving it helps no more: use shorter "
-                "completions, smaller images, gradient_checkpointing=True or more GPUs (docs/scaling.md)"
-            ) from error
-        logger.warning(
-            "out of memory: going on with token_budget=%d instead of %d; set it so to spare the attempt",
-            half, self.token_budget,
-        )  # fmt: skip
-        self.token_budget = self.scorer.token_budget = half
-
-    def drop_if_not_finite(self) -> None:
-        """Before the optimizer: forgets the gradients of a step whose loss or gradient is not finite, on every rank."""
-        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
-            return  # DeepSpeed, and the loss scaler of float16, check and skip by themselves
-        bad_loss, bad_gradient = ~self._losses_finite.cpu(), ~gradients_finite(self.model).cpu()
-        ranks_bad = self._reduce(torch.stack([bad_loss, bad_gradient]).double()).cpu()
-        if not bool(ranks_bad.any()):
-            self.dropped_in_a_row = 0
-            return
-        for parameter in self.model.parameters():
-            parameter.grad = None  # which optimizers pass over: no decay, no momentum
-        self.dropped_in_a_row += 1
-        self.metrics.add("steps/dropped", 1.0 / self.accelerator.num_processes, 0.0)
-        step, what = self.state.global_step + 1, "loss" if ranks_bad[0] else "gradient"
-        rollouts = [rollout for batch in self._step_batches for rollout in batch.rollouts]
-        path = self.runlog.write_fault(step, f"{what} not finite", rollouts)
-        logger.warning("step %d dropped: its %s is not finite; its rollouts are in %s", step, what, path)
-        if self.dropped_in_a_row >= self.args.max_dropped_steps:
-            raise TrainingStopped(
-                f"the loss or gradient was not finite in {self.dropped_in_a_row} steps in a row (max_dropped_steps), "
-                f"the last of them step {step}; their rollouts are in {path.parent}. Look at learning_rate, dtype and "
-                "these rollouts, and go on from an earlier checkpoint"
-            )
 
     def _idle(self) -> ScoredSequence | None:
         """What a rank is shown that has no image in a forward in which others have one."""
@@ -556,11 +480,6 @@ class ViGOSTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
         return result
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether SIGTERM ended the run; its last step is in a checkpoint."""
-        return self.stop_signal.received
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics to what is logged during training."""
         if "loss" in logs:
@@ -579,73 +498,6 @@ class ViGOSTrainer(Trainer):
         if self._peak_tflops:
             self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)
         return operations
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        folder = super()._get_output_dir(trial)
-        return f"{folder}/{SAVING}" if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """transformers' checkpoint and what is ours, whole or not at all."""
-        folder, name = str(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with saving(folder, name):
-            self._saving = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving = False
-            written = f"{folder}/{SAVING}/{name}"
-            self.policy.save(written, writes=self.args.should_save)
-            write_state(written, self.accelerator.process_index, self._own_state())
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(folder, name)
-                rotate(folder, self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-
-    def _own_state(self) -> dict[str, Any]:
-        """This rank's, in a checkpoint: what would differ after a restart."""
-        return {
-            "metrics": self.metrics.state(),
-            "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
-            "skipped": dict(self.skipped),
-            "rows_used": self.rows_used,
-            "valid_rollouts": self.valid_rollouts,
-            "token_budget": self.token_budget,
-            "configured_token_budget": self.args.token_budget,
-            "dropped_in_a_row": self.dropped_in_a_row,
-        }
-
-    def restore_own_state(self) -> None:
-        """Once the loop has set up its counters: puts those of the checkpoint in their place."""
-        if self._resumed_from is None:
-            return
-        state = read_state(self._resumed_from, self.accelerator.process_index)
-        self._resumed_from = None
-        if state is None:
-            return
-        self.metrics.restore(state["metrics"])
-        loss, total, logged = state["loss"]
-        self._tr_loss = torch.full_like(self._tr_loss, loss)
-        self._total_loss_scalar, self._globalstep_last_logged = total, logged
-        self.skipped = Counter(state["skipped"])
-        self.rows_used, self.valid_rollouts = state["rows_used"], state["valid_rollouts"]
-        self.dropped_in_a_row = state["dropped_in_a_row"]
-        if state["configured_token_budget"] == self.args.token_budget:  # else it was set anew
-            self.token_budget = self.scorer.token_budget = state["token_budget"]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy.bind(self.model_wrapped)  # before what it may take its copies from changes
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.policy.load(resume_from_checkpoint)
-        self._resumed_from = resume_from_checkpoint
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), "sum")
-
-    def _over_ranks(self, count: int) -> int:
-        return int(self._reduce(torch.tensor(count)))
 
     def _nothing_usable(self) -> str:
         reasons = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
