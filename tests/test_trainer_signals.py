@@ -1,0 +1,43 @@
+"""The command line itself under SIGTERM: a real `vigos train` of the built-in model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vigos.restart import EXIT_CODE, last_checkpoint
+from vigos.world import write_world
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_with_its_code(tmp_path: Path) -> None:
+    data, run = write_world(tmp_path / "world", "train", n=8), tmp_path / "run"
+    options = {
+        "model": "builtin", "data": data, "output-dir": run, "max-steps": 10_000, "per-device-train-batch-size": 2,
+        "gradient-accumulation-steps": 1, "max-completion-length": 8, "save-strategy": "no", "report-to": "none",
+        "use-cpu": "true", "max-prompt-length": 4096,
+    }  # fmt: skip
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "vigos.cli", "train", *flags]
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics, limit = run / "metrics.jsonl", time.monotonic() + 150
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < limit:
+        assert process.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_CODE == 143, log.read_text()[-2000:]
+    assert "go on with --resume auto" in " ".join(log.read_text().split())
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    found = last_checkpoint(run)
+    assert found is not None
+    assert found.name == f"checkpoint-{last['step']}", "of the step it was in"
+    assert not (run / "adapter").exists(), "a run that was stopped has no final weights"
