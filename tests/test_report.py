@@ -328,6 +328,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
     return ten_thousand(tmp_path_factory.mktemp("large"), run)
 
 
+@pytest.mark.slow
 def test_ten_thousand_rollouts_are_sampled_evenly(large: Path) -> None:
     loaded = load_run(large, rollouts=400)
     steps = [r["step"] for r in loaded.rollouts]
