@@ -1,4 +1,4 @@
-"""One of two ranks, the second of which goes in its second step: `fault_ranks.py killed|stopped FOLDER`."""
+"""One of two ranks, the second of which fails in its second step: `fault_ranks.py killed|stopped|memory FOLDER`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from vigos.faults import TrainingStopped
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
-TIMEOUT_S = 6
+FAULTS = (*SIGNALS, "memory")
+TIMEOUT_S = 20  # also what two processes may start apart on a busy machine
 
 
 class GoesAway(TrainerCallback):
@@ -37,8 +38,14 @@ def main(how: str, folder: Path) -> None:
     # transformers gives ddp_timeout to GPUs' groups alone; one that exists is taken as it is.
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     args = config(folder, max_steps=50, ddp_backend="gloo", ddp_timeout=TIMEOUT_S, per_device_train_batch_size=1)
-    texts, gone = [VALID_A, CUT_OFF], GoesAway(SIGNALS[how])
-    engine = trainer(tiny_student(), args, rows(8), texts=texts, callbacks=[gone])
+    gone = [GoesAway(SIGNALS[how])] if how in SIGNALS else []
+    engine = trainer(tiny_student(), args, rows(8), texts=[VALID_A, CUT_OFF], callbacks=gone)
+
+    def no_memory(*_: Any) -> None:
+        if how == "memory" and os.environ["RANK"] == "1" and engine.state.global_step == 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    engine.model.get_base_model().model.language_model.layers[0].mlp.register_forward_pre_hook(no_memory)
     try:
         engine.train()
     except TrainingStopped as error:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fault_ranks import SIGNALS, TIMEOUT_S
+from fault_ranks import FAULTS, TIMEOUT_S
 from processes import TESTS, start_ranks, wait_for
 from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
@@ -192,22 +191,25 @@ def test_smaller_packs_outlive_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_are_gone_or_hang_stop_the_others(tmp_path: Path) -> None:
+def test_rank_that_is_gone_or_hangs_stops_the_others(tmp_path: Path) -> None:
+    """One message on the rank that is left; the one whose memory ran out says what to set."""
     pairs = {
         how: start_ranks(TESTS / "fault_ranks.py", [how, str(tmp_path / how)], 2, tmp_path / f"{how}-logs")
-        for how in SIGNALS
+        for how in FAULTS
     }
-    start = time.monotonic()
     for how, processes in pairs.items():
-        code = wait_for(processes[:1], tmp_path / f"{how}-logs", timeout=120)
-        wait_for(processes[1:], tmp_path / f"{how}-logs", timeout=0.1)  # a stopped process is killed here
-        log = (tmp_path / f"{how}-logs" / "rank0.log").read_text()
+        logs = tmp_path / f"{how}-logs"
+        code = wait_for(processes[:1], logs, timeout=200)
+        wait_for(processes[1:], logs, timeout=20 if how == "memory" else 0.1)  # a stopped process is killed here
         assert code == [1]
+        log = (logs / "rank0.log").read_text()
         errors = [line for line in log.splitlines() if line.startswith("error:")]
         assert len(errors) == 1
-        assert (
-            f"rank 0 of 2 stops: another rank has gone, or did not answer within ddp_timeout={TIMEOUT_S} s" in errors[0]
-        )
+        assert "rank 0 of 2 stops: another rank has gone" in errors[0]
+        assert f"ddp_timeout={TIMEOUT_S} s" in errors[0]
         assert "--resume auto" in errors[0]
         assert "Traceback" not in log
-    assert time.monotonic() - start < 100
+    said = (tmp_path / "memory-logs" / "rank1.log").read_text()
+    assert (
+        "error: out of memory on rank 1 with token_budget=16384: go on with --resume auto --token-budget 8192" in said
+    )

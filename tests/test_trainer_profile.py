@@ -36,6 +36,19 @@ def test_profile_says_where_time_went(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not any("perf/mfu" in log for log in logs), "nobody states the peak of a CPU"
 
 
+def test_images_are_decoded_in_other_processes(tmp_path: Path) -> None:
+    """With workers for the rows a run is the same run."""
+    found = []
+    for workers in (0, 2):
+        args = config(tmp_path, max_steps=3, clip_mode="none", max_completion_length=8, dataloader_num_workers=workers)
+        data = [*rows(5), {**rows(1)[0], "answer": ""}]
+        engine = trainer(tiny_student(), args, data)
+        engine.train()
+        found.append([{k: v for k, v in log.items() if "perf/" not in k} for log in engine.state.log_history[:3]])
+    assert found[0] == found[1]
+    assert sum(log["rows/skipped"] for log in found[0]) == 1
+
+
 def test_profile_needs_its_steps(tmp_path: Path) -> None:
     engine = trainer(tiny_student(), config(tmp_path, max_steps=3, profile=True), rows(4), texts=[VALID_A, CUT_OFF])
     with pytest.raises(ValueError, match="profile needs at least 4 steps, got 3"):
