@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
     """Trains the cell's arm in `scratch` and measures it; returns the measured columns of results.csv."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
     from vigos.data import load_rows
     from vigos.evaluation import evaluate
     from vigos.trainer import ViGOSTrainer
@@ -42,6 +44,8 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
             model = train_sft(model, processor, train, options)
         else:
             trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=train)
+            for printer in (ProgressCallback, PrinterCallback):  # the study says where it is
+                trainer.remove_callback(printer)
             trainer.train()
             model = trainer.model
             rollouts = trainer.sample_rollouts(list(islice(load_rows(train), plan.palr_rows)))
