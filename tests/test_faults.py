@@ -15,7 +15,7 @@ from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import TrainingStopped
+from vigos.faults import TrainingStopped, watching_ranks
 from vigos.trainer import ViGOSTrainer
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
@@ -188,6 +188,18 @@ def test_smaller_packs_outlive_a_restart(tmp_path: Path) -> None:
 
 
 # --- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_collectives_say_means_that_a_rank_is_lost() -> None:
+    class ServerError(RuntimeError):
+        pass
+
+    for error in (ServerError("the server timed out"), RuntimeError("shapes do not match"), RuntimeError("timed out")):
+        lost = type(error) is RuntimeError and "timed out" in str(error)
+        with pytest.raises(TrainingStopped if lost else type(error)), watching_ranks(0, 2, 1.0):
+            raise error
+    with pytest.raises(RuntimeError, match=r"^timed out"), watching_ranks(0, 1, 1.0):  # no other rank
+        raise RuntimeError("timed out")
 
 
 @pytest.mark.slow

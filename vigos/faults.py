@@ -48,9 +48,8 @@ def lost_peer(error: BaseException) -> bool:
     import torch.distributed as dist
 
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in _LOST)
-    )
+    # Types of their own, a rollout server's for one, are about something else.
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(word in text for word in _LOST))
 
 
 @contextmanager
