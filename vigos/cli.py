@@ -21,6 +21,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import Progress
     from rich.table import Table
 except ImportError:  # the base install has torch and triton alone
     sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
@@ -173,15 +174,19 @@ def evaluate_command(
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
 ) -> None:
     """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
     from vigos.recipe import evaluate_from_source
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    result = evaluate_from_source(
-        model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
-        batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root,
-    )  # fmt: skip
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("rows", total=None)
+        result = evaluate_from_source(
+            model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
+            batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
     table = Table("metric", "value")
     for name, value in result.items():
         if isinstance(value, int | float):

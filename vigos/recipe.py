@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +160,21 @@ def load_student(
 def evaluate_from_source(
     model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
     sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
+    benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
+    from vigos.benchmarks import load_benchmark
     from vigos.data import load_rows
     from vigos.evaluation import evaluate
+
+    # Before the model: what is wrong with the data is said at once.
+    rows = load_rows(data, data_root=data_root) if benchmark is None else load_benchmark(benchmark, data)
 
     loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     result = evaluate(
-        loaded, processor, load_rows(data, data_root=data_root), prompts=prompts, k=k, batch_size=batch_size, seed=seed,
-        records=output / "records.jsonl", **sampling,
+        loaded, processor, rows, prompts=prompts, k=k, batch_size=batch_size, seed=seed,
+        records=output / "records.jsonl", progress=progress, **sampling,
     )  # fmt: skip
     summary = result.summary()
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
