@@ -32,6 +32,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
+from vigos.faults import TrainingStopped
 from vigos.rollout import Sampling, adapter_name, stream_seed
 from vigos.sequences import Chat, EncodedPrompt
 
@@ -42,7 +43,7 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 _SHOWN = 300  # characters of an answer in a message
 
 
-class RolloutServerError(RuntimeError):
+class RolloutServerError(TrainingStopped):
     """The server is gone, refuses, or answers what cannot be used."""
 
 
