@@ -58,6 +58,29 @@ def divergence_target() -> str:
     return table([f"{size}, float32", "time", "/ products", "memory", "gradient error"], lines) + about(first)
 
 
+def growth() -> str:
+    """Time and memory of the loss as one size grows, everything else fixed."""
+    names = {"n": "tokens N", "d": "hidden size D", "v": "vocabulary V"}
+    base = rows("divergence", engine="vigos cpu", group="rows", rows="peaked")
+    lines, commits = [], {base[0]["commit"]}
+    for key, name in names.items():
+        found = rows("divergence", engine="vigos cpu", group=key) + base
+        commits |= {row["commit"] for row in found}
+        found.sort(key=lambda row: int(row[key]))
+        lines.append(
+            [
+                name, " / ".join(f"{int(row[key]):,}" for row in found),
+                " / ".join(f"{float(row['ms']):,.0f}" for row in found),
+                " / ".join(f"{float(row['peak_mib']):,.0f}" for row in found),
+            ]
+        )  # fmt: skip
+    first = base[0]
+    size = f"from N {first['n']}, D {first['d']}, V {int(first['v']):,}"
+    return table([size, "values", "time, ms", "memory, MiB"], lines) + about(
+        first | {"commit": " and ".join(sorted(commits))}
+    )
+
+
 def precision() -> str:
     found = rows("precision", dtype="bfloat16", kind="forward")
     levels = sorted({row["mean_kl"] for row in found}, key=float)
@@ -127,7 +150,7 @@ def dropins() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "divergence-target": divergence_target, "precision": precision, "prefix-tree": prefix_tree,
+    "divergence-target": divergence_target, "growth": growth, "precision": precision, "prefix-tree": prefix_tree,
     "train-step": train_step, "dropins": dropins,
 }  # fmt: skip
 
