@@ -60,7 +60,9 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, capsys):
 
 
 def test_missing_model_folder_is_one_line(tmp_path):
-    options = ["--model", str(tmp_path / "none"), "--data", "x", "--output", str(tmp_path)]
+    data = tmp_path / "rows.jsonl"  # is read first, so it must be there
+    data.write_text('{"problem": "What?", "answer": "7"}\n')
+    options = ["--model", str(tmp_path / "none"), "--data", str(data), "--output", str(tmp_path)]
     command = [sys.executable, "-m", "vigos.cli", "eval", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

@@ -175,6 +175,8 @@ def evaluate_command(
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
 ) -> None:
     """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
     from vigos.recipe import evaluate_from_source
@@ -186,6 +188,7 @@ def evaluate_command(
             model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
             batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            judge_url=judge_url, judge_model=judge_model,
         )  # fmt: skip
     table = Table("metric", "value")
     for name, value in result.items():

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from vigos.data import BadRow, Row, RowDataset, RowStream, load_rows
 from vigos.grading import extract_boxed, grade
+from vigos.judge import Judge, JudgeError
 from vigos.prompts import Prompts
 from vigos.sequences import EncodedPrompt, encode_prompt
 from vigos.spans import Validity, parse_rollout, token_bytes
@@ -309,6 +310,7 @@ def evaluate(
     records: str | Path | None = None,
     resume: bool = True,
     grader: Callable[[str | None, str], bool] = grade,
+    judge: Judge | None = None,
     eos_token_ids: Sequence[int] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> EvaluationResult:
@@ -330,6 +332,8 @@ def evaluate(
             goes on where it stopped; one with other settings, another model or other rows is refused.
         resume: False writes `records` anew.
         grader: (content of the last box or None, reference answer) → right or not.
+        judge: asked about boxes that `grader` calls wrong. A row of which it could not judge a sample is skipped, as
+            "judge_failed".
         eos_token_ids: ids that end a completion; None takes them from the engine or the model.
         progress: called with (rows done, rows in all or None) after every batch.
     """
@@ -359,6 +363,8 @@ def evaluate(
         "sampling": dataclasses.asdict(sampling), "prompts": _digest(json.dumps(dataclasses.asdict(prompts))),
         "model": "" if model is None else model_fingerprint(model),
     }  # fmt: skip
+    if judge is not None:
+        settings["judge"] = judge.model
     source, total = _quiet(rows)
     rows_a_batch = max(1, batch_size // n)
     done = _resume(Path(records), settings, resume, rows_a_batch, total) if records is not None else []
@@ -373,15 +379,18 @@ def evaluate(
                 "resume=False starts anew"
             )
 
-    def sample_record(ids: Tensor, answer: str) -> dict[str, Any]:
+    def sample_record(ids: Tensor, problem: str, answer: str) -> dict[str, Any]:
         spans = parse_rollout(
             ids, tokenizer, validity=validity, eos_token_ids=eos_token_ids, image_token_ids=image_token_ids
         )
         content = ids[: spans.length - spans.finished].tolist()
         text = b"".join(token_bytes(content, tokenizer)).decode("utf-8", "replace")
         prediction = extract_boxed(text)
+        correct = grader(prediction, answer)
+        if judge is not None and prediction is not None and not correct:
+            correct = judge(problem, answer, prediction)
         return {
-            "text": text, "prediction": prediction, "correct": grader(prediction, answer), "valid": spans.valid,
+            "text": text, "prediction": prediction, "correct": correct, "valid": spans.valid,
             "reason": spans.reason, "finished": spans.finished, "tokens": spans.length,
         }  # fmt: skip
 
@@ -404,7 +413,11 @@ def evaluate(
             else:
                 assert not isinstance(row, BadRow)
                 record |= {"problem_id": row["problem_id"], "answer": row["answer"], "extra": _plain(row["extra"])}
-                record["samples"] = [sample_record(next(completions), row["answer"]) for _ in range(n)]
+                sampled = [next(completions) for _ in range(n)]
+                try:
+                    record["samples"] = [sample_record(ids, row["problem"], row["answer"]) for ids in sampled]
+                except JudgeError as error:
+                    record["skipped"] = {"reason": "judge_failed", "detail": str(error)}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             finished.append(json.loads(lines[-1]))  # as a file gives it back
         if records is not None:
@@ -530,9 +543,9 @@ def _resume(
         found, records, offsets = _read_records(path)
         if found is not None:
             wanted = json.loads(json.dumps(settings))
-            different = [name for name in wanted if found.get(name) != wanted[name]]
+            different = [name for name in {**wanted, "judge": None} if found.get(name) != wanted.get(name)]
             if different:
-                values = "; ".join(f"{name} {found.get(name)!r} there, {wanted[name]!r} here" for name in different)
+                values = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
                 raise ValueError(f"records {path} come from another evaluation ({values}); resume=False starts anew")
             kept = len(records) if len(records) == total else len(records) // rows_a_batch * rows_a_batch
             with path.open("r+b") as file:

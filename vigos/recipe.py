@@ -161,12 +161,17 @@ def evaluate_from_source(
     model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
     sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
     benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
+    judge_url: str | None = None, judge_model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
     from vigos.benchmarks import load_benchmark
     from vigos.data import load_rows
     from vigos.evaluation import evaluate
+    from vigos.judge import Judge
 
+    if (judge_url is None) != (judge_model is None):
+        raise ValueError(f"judge_url and judge_model go together, got {judge_url!r} and {judge_model!r}")
+    judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
     # Before the model: what is wrong with the data is said at once.
     rows = load_rows(data, data_root=data_root) if benchmark is None else load_benchmark(benchmark, data)
 
@@ -174,7 +179,7 @@ def evaluate_from_source(
     output.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         loaded, processor, rows, prompts=prompts, k=k, batch_size=batch_size, seed=seed,
-        records=output / "records.jsonl", progress=progress, **sampling,
+        records=output / "records.jsonl", progress=progress, judge=judge, **sampling,
     )  # fmt: skip
     summary = result.summary()
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""The judge over real HTTP: what it says, what fails, and what failures do to an evaluation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vigos.data import load_rows
+from vigos.evaluation import evaluate
+from vigos.judge import KEY_VARIABLE, Judge, JudgeError
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    script = Path(__file__).with_name("judge_server_process.py")
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.kill()
+
+
+def asked(address: str, behaviour: str, **options: Any) -> Judge:
+    return Judge(f"{address}/{behaviour}/v1", "judge", **({"pause": 0.01, "retries": 1} | options))
+
+
+@pytest.mark.parametrize("behaviour", ["good", "busy"])
+def test_verdicts(behaviour: str, address: str) -> None:
+    judge = asked(address, behaviour)
+    assert judge("Which {colour}?", "red", "a Red one")
+    assert not judge("Which?", "red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [("undecided", "neither correct nor"), ("garbage", "JSON"), ("empty", "without 'choices'"), ("hangs", "Timeout")],
+)
+def test_failures_are_no_verdicts(behaviour: str, message: str, address: str) -> None:
+    with pytest.raises(JudgeError, match=message):
+        asked(address, behaviour, timeout=0.3 if behaviour == "hangs" else 5.0)("Which?", "red", "red")
+
+
+def test_the_key_is_not_shown(address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "s3cr3t")
+    judge = asked(address, "refuses")
+    with pytest.raises(JudgeError, match="status 401") as refused:
+        judge("Which?", "red", "red")
+    assert "s3cr3t" not in str(refused.value) + caplog.text + repr(judge)
+
+
+def test_a_judge_that_is_gone() -> None:
+    with pytest.raises(JudgeError, match="ConnectionError"):
+        Judge("http://127.0.0.1:9/v1", "judge", pause=0.0, retries=1)("Which?", "red", "red")
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="url of the judge must start with http"):
+        Judge("localhost", "judge")
+    with pytest.raises(ValueError, match="model of the judge must be named"):
+        Judge("http://localhost", "")
+    with pytest.raises(ValueError, match="timeout of the judge must be above 0"):
+        Judge("http://localhost", "judge", timeout=0)
+
+
+class Says:
+    """An engine with one answer."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.ids = torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        self.eos_token_ids = (tokenizer.eos_token_id,)
+
+    def generate(self, prompts: list[Any], sampling: Any, seed: Any) -> list[torch.Tensor]:
+        return [self.ids] * len(prompts)
+
+
+def test_rows_that_were_not_judged_are_not_wrong(address: str, tmp_path: Path) -> None:
+    from vigos.world import load_base
+
+    tokenizer = load_base()[1].tokenizer
+    rows = load_rows([{"problem": "Which?", "answer": "red", "problem_id": str(i)} for i in range(6)])
+    engine, records = Says(tokenizer, r"\boxed{it is red}"), tmp_path / "records.jsonl"
+
+    def found(judge: Judge | None, **options: Any) -> dict[str, Any]:
+        return evaluate(None, tokenizer, rows, engine=engine, judge=judge, **options).summary()
+
+    assert found(None)["accuracy"] == 0.0
+    sometimes = found(asked(address, "sometimes", retries=0), records=records)
+    assert (sometimes["rows"], sometimes["accuracy"]) == (3, 1.0)
+    assert sometimes["skipped_reasons"] == {"judge_failed": 3}
+    with pytest.raises(ValueError, match="judge 'judge' there, None here"):
+        found(None, records=records)
+    with pytest.raises(ValueError, match=r"none of the 6 rows could be used \(judge_failed 6\)"):
+        found(asked(address, "undecided", retries=0))
+    engine = Says(tokenizer, "red")  # no box: wrong, and nobody is asked
+    assert found(asked(address, "undecided"))["unparseable"] == 1.0
