@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import sys
 import warnings
@@ -177,10 +178,13 @@ def evaluate_command(
     benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="records.jsonl of the untrained model, shown beside.")] = None,
 ) -> None:
     """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
+    from vigos.evaluation import EvaluationResult
     from vigos.recipe import evaluate_from_source
 
+    untrained = EvaluationResult.load(baseline) if baseline is not None else None
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("rows", total=None)
@@ -190,10 +194,15 @@ def evaluate_command(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             judge_url=judge_url, judge_model=judge_model,
         )  # fmt: skip
-    table = Table("metric", "value")
+    beside = {}
+    if untrained is not None:
+        untrained.check_same_prompt(EvaluationResult.load(output / "records.jsonl"))
+        beside = untrained.summary()
+    table = Table("metric", "value", *(["baseline"] if beside else []))
     for name, value in result.items():
         if isinstance(value, int | float):
-            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+            shown = [value, beside.get(name, math.nan)] if beside else [value]
+            table.add_row(name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in shown))
     console.print(table)
     console.print(f"records and summary: {output}")
 

@@ -143,6 +143,13 @@ class EvaluationResult:
         """The records of rows that could be used."""
         return [r for r in self.records if "samples" in r]
 
+    def check_same_prompt(self, other: EvaluationResult) -> None:
+        """Raises ValueError unless both were asked with the same prompts, sampling and judge."""
+        for name in ("prompts", "sampling", "judge"):
+            mine, theirs = self.settings.get(name), other.settings.get(name)
+            if mine != theirs:
+                raise ValueError(f"baseline must be asked the same way: {name} {mine!r} there, {theirs!r} here")
+
     def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
         """The records that a metric is taken over."""
         role = {"score": CONFLICT, "prior": PRIOR}.get(metric)
