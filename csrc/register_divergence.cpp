@@ -35,9 +35,11 @@ void register_divergence(py::module_& m) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   using Address = std::uintptr_t;
 
-  py::class_<Matrix>(m, "Matrix", "Address, dtype (0 float32, 1 bfloat16, 2 float16), row stride, rows, columns.")
+  // module_local: another build of the extension may be loaded in the same process.
+  py::class_<Matrix>(m, "Matrix", py::module_local(),
+                     "Address, dtype (0 float32, 1 bfloat16, 2 float16), row stride, rows, columns.")
       .def(py::init(&matrix), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("rows"), py::arg("columns"));
-  py::class_<Transform>(m, "Transform", "From raw logits to z.")
+  py::class_<Transform>(m, "Transform", py::module_local(), "From raw logits to z.")
       .def(py::init([](float alpha, float inner, float height, Address bias_s, Address bias_t, Address bias_gap,
                        bool difference) {
              return Transform{
@@ -46,12 +48,12 @@ void register_divergence(py::module_& m) {
            }),
            py::arg("alpha"), py::arg("inner"), py::arg("height"), py::arg("bias_s"), py::arg("bias_t"),
            py::arg("bias_gap"), py::arg("difference"));
-  py::class_<Options>(m, "Options", "beta of JSD, and the clip of each entry's term or None.")
+  py::class_<Options>(m, "Options", py::module_local(), "beta of JSD, and the clip of each entry's term or None.")
       .def(py::init([](float beta, std::optional<float> clip) {
              return Options{beta, clip.value_or(0.0f), clip.has_value()};
            }),
            py::arg("beta"), py::arg("entry_clip"));
-  py::class_<Chunk>(m, "Chunk", "Logits (v, width) of both sides.")
+  py::class_<Chunk>(m, "Chunk", py::module_local(), "Logits (v, width) of both sides.")
       .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width) {
              return Chunk{at<float>(s), at<float>(t), ld_s, ld_t, v, width};
            }),
