@@ -149,9 +149,19 @@ def dropins() -> str:
     return table([size, "memory of the loss", "time", "gradient error"], lines) + about(first)
 
 
+def study_quick() -> str:
+    """Every cell of one quick study."""
+    lines = []
+    for row in rows("quick", "study"):
+        world = "" if float(row["label_bias"]) == 0 else f", references lie ({row['label_bias']})"
+        shares = [f"{100 * float(row[name]):.1f} %" for name in ("score", "prior", "valid_rate", "description")]
+        lines.append([f"`{row['arm']}`{world}", *shares])
+    return table(["arm", "Score", "Prior", "in the format", "description right"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision, "prefix-tree": prefix_tree,
-    "train-step": train_step, "dropins": dropins,
+    "train-step": train_step, "study-quick": study_quick, "dropins": dropins,
 }  # fmt: skip
 
 
