@@ -172,6 +172,12 @@ FULL = Plan(
     seeds=(0, 1),
 )
 
+# The cells of the whole that the expectations H1 to H3 are about, with one training seed.
+CORE = replace(
+    FULL, name="core", arms=("base", "opsd", "vigos", "clip_token"),
+    axes=(Axis("label_bias", (1.0,), ("opsd", "vigos")),), seeds=(0,),
+)  # fmt: skip
+
 
 def reduced(
     plan: Plan, *, bases: int | None = None, seeds: int | None = None, steps: int | None = None,
