@@ -24,7 +24,7 @@ from vigos.restart import EXIT_CODE, CheckpointError, checkpoints, last_checkpoi
 from vigos.trainer import ViGOSTrainer
 
 KILLS = 20
-STEPS = 40
+STEPS = 60
 ROWS = 24
 
 
@@ -86,6 +86,17 @@ def wait(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def until(seconds: float, happened: Callable[[], bool]) -> None:
+    """Waits for it, and not longer than that."""
+    limit = time.monotonic() + seconds
+    while not happened() and time.monotonic() < limit:
+        time.sleep(0.001)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def kill_at_random(folder: Path) -> dict[str, Any]:
     """Kills a run `KILLS` times, each time going on from its last checkpoint, then lets it end."""
     chance = random.Random(0)
@@ -96,12 +107,11 @@ def kill_at_random(folder: Path) -> dict[str, Any]:
         before = last_checkpoint(run) if run.is_dir() else None
         number = child(lambda: resume(build(run)), log)
         if chance.random() < 0.6:  # in the middle of writing a checkpoint
-            limit = time.monotonic() + 20
-            while not list(run.glob("saving/checkpoint-*/*")) and time.monotonic() < limit:
-                time.sleep(0.001)
+            until(20, lambda: bool(list(run.glob("saving/checkpoint-*/*"))))
             time.sleep(chance.uniform(0, 0.02))
-        else:
-            time.sleep(chance.uniform(0.1, 1.0))
+        else:  # at any time before it has gone on by two steps: on a fast machine too the run must outlast the kills
+            step = 0 if before is None else step_of(before)
+            until(chance.uniform(0.1, 1.0), lambda step=step: (run / f"checkpoint-{step + 2}").is_dir())
         os.kill(number, signal.SIGKILL)
         code = wait(number)
         if code != -signal.SIGKILL:
@@ -110,7 +120,7 @@ def kill_at_random(folder: Path) -> dict[str, Any]:
         saving += bool(list(run.glob("saving/checkpoint-*")))
         after = last_checkpoint(run) if run.is_dir() else None
         assert before is None or after is not None, "a checkpoint was lost"
-        restarts_from.append(0 if after is None else int(after.name.split("-")[1]))
+        restarts_from.append(0 if after is None else step_of(after))
     ended = wait(child(lambda: resume(build(run)), log))
     return {"kills": kills, "while_saving": saving, "restarts_from": restarts_from, "exit_code": ended}
 
