@@ -31,6 +31,8 @@ LOCK = threading.Lock()  # one model, several requests in flight
 ADAPTERS: dict[str, str] = {}
 SEEN: dict[str, int] = {}  # requests by behaviour
 IMAGE = MODEL.config.image_token_id
+# What vLLM takes from the model's generation config where a request leaves it out.
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def sample(body: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
@@ -83,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
+        if self.path.endswith("/v1/models"):
+            return self.reply(200, {"object": "list", "data": [{"id": name} for name in ["base", *ADAPTERS]]})
         self.reply(200, {"seen": SEEN, "adapters": ADAPTERS})
 
     def do_POST(self) -> None:
@@ -90,9 +94,13 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         SEEN[behaviour] = count = SEEN.get(behaviour, 0) + 1
         if path == "load_lora_adapter":
+            if body["lora_name"] in ADAPTERS:
+                return self.reply(400, {"error": "has already been loaded"})
             ADAPTERS[body["lora_name"]] = body["lora_path"]
             return self.reply(200, b"Success")
         if path == "unload_lora_adapter":
+            if body["lora_name"] not in ADAPTERS:
+                return self.reply(404, {"error": "cannot be found"})
             del ADAPTERS[body["lora_name"]]
             return self.reply(200, b"Success")
         if behaviour == "dies":
@@ -107,6 +115,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": "who are you"})
         if behaviour == "garbage" or (behaviour == "garbage-once" and count == 1):
             return self.reply(200, b"<html>a proxy's page</html>")
+        if missing := [name for name in DEFAULTED if name not in body]:
+            return self.reply(400, {"error": f"left to the server: {missing}"})
+        if behaviour == "short":
+            body["max_tokens"] = 5
         prompt, completions = sample(body)
         if behaviour == "other-prompt":
             prompt = [*prompt[:4], 7, *prompt[5:]]

@@ -104,6 +104,7 @@ def test_the_same_completions_as_with_the_model_at_hand(
         ("other-prompt", r"rendered another prompt for base: it differs from token 4 on"),
         ("hangs", r"failed 2 times, last with ReadTimeout"),
         ("keyed", r"refused: status 401"),
+        ("short", r"answered a completion cut after 5 of 40 tokens, finish_reason 'length': its context"),
     ],
 )
 def test_what_lasts_is_an_error_that_says_what(
@@ -156,6 +157,30 @@ def test_prompts_without_a_chat_are_refused(base: tuple[Any, Any], port: int) ->
         ServerEngine("localhost:8000", "m", None, eos_token_ids=(1,))
 
 
+def test_an_adapter_is_loaded_over_a_stale_one_of_the_same_run(
+    base: tuple[Any, Any], prompts: list[EncodedPrompt], port: int, tmp_path: Path
+) -> None:
+    """A resumed run pushes step 3 again; another run on the same server has a step 3 of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    def push(folder: str, scale: float) -> ServerEngine:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+        model = get_peft_model(load_base()[0], lora)
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            parameter.data.mul_(scale)
+        served = engine(base, port, "adapters", adapters=tmp_path / folder)
+        served.push(model, 3, {n: p for n, p in model.named_parameters() if p.requires_grad})
+        return served
+
+    stale, other = push("run", 0.0).generate(prompts, SAMPLING, 5), push("other", 2.0)
+    resumed = push("run", 2.0)
+    wanted = resumed.generate(prompts, SAMPLING, 5)
+    assert any(not torch.equal(a, b) for a, b in zip(stale, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(other.generate(prompts, SAMPLING, 5), wanted, strict=True))
+    assert resumed.served_name != other.served_name
+
+
 @pytest.mark.slow
 def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path) -> None:
     """Three steps with rollouts from the server equal three with the model's own, and the base stays as it was."""
@@ -185,5 +210,7 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
     assert found == wanted
     assert trainer.engine.model == "vigos-2"
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-        assert list(json.load(answer)["adapters"]) == ["vigos-2"]  # the one before was unloaded
+        adapters = json.load(answer)["adapters"]
+    ours = [name for name, path in adapters.items() if path.startswith(str(tmp_path))]
+    assert ours == [trainer.engine.served_name]  # the one before was unloaded
     assert [p.name for p in (tmp_path / "served" / "rollout_adapters").iterdir()] == ["vigos-2"]

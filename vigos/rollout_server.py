@@ -11,6 +11,10 @@ The student's adapter is saved as files and loaded by the server under a name of
 is ever merged, here or there, so the base weights stay as they are. The server reads the files: same host, or a shared
 file system. vLLM wants `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
 
+What a server fills in by itself must not reach the samples: vLLM takes what a request leaves out from the model's own
+generation config (Qwen2.5-VL's has a repetition penalty), and finds cached prefixes by an adapter's name and path,
+whatever its weights. So every sampling parameter is sent, and every engine has a cache of its own (`cache_salt`).
+
 Failures: connections, statuses 408, 429 and 5xx, and answers that make no sense are tried again with growing pauses;
 what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
 """
@@ -18,9 +22,11 @@ what lasts, and every other status, ends in a `RolloutServerError` that names se
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -41,6 +47,11 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
 _PASSING = (408, 429, 500, 502, 503, 504)
 _SHOWN = 300  # characters of an answer in a message
+_ADVICE = {
+    ("chat/completions", 422): ". The server must take the fields of vLLM's API, return_token_ids above all: "
+    "`transformers serve` does not, and returns text alone",
+    ("load_lora_adapter", 404): ". vLLM has it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+}
 
 
 class RolloutServerError(TrainingStopped):
@@ -88,6 +99,9 @@ class ServerEngine:
         self.retries, self.pause = retries, pause
         self.adapters = None if adapters is None else Path(adapters)
         self.retried = 0  # tries beyond the first, over the run
+        self._salt = secrets.token_hex(16)
+        # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
+        self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
         key = os.environ.get(KEY_VARIABLE)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -113,6 +127,14 @@ class ServerEngine:
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
+    @property
+    def served_name(self) -> str:
+        """What requests ask for: the base model, or this run's adapter `self.model`."""
+        return self._served_name(self.model)
+
+    def _served_name(self, model: str) -> str:
+        return model if model == self.base else f"{model}-{self._run}"
+
     def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
         """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before.
 
@@ -124,12 +146,38 @@ class ServerEngine:
         name = adapter_name(step)
         folder = (self.adapters / name).resolve()
         model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
-        self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        load = {"lora_name": self._served_name(name), "lora_path": str(folder)}
+        try:
+            self._request("load_lora_adapter", load)
+        except RolloutServerError:
+            if load["lora_name"] not in self._names():
+                raise
+            # From before this run was resumed, or from a try whose answer was lost: other weights, perhaps.
+            self._request("unload_lora_adapter", {"lora_name": load["lora_name"]})
+            self._request("load_lora_adapter", load)
         before, self.model = self.model, name
         if before not in (self.base, name):
-            self._post("unload_lora_adapter", {"lora_name": before})
+            self._unload(self._served_name(before))
             shutil.rmtree(self.adapters / before, ignore_errors=True)
         return name
+
+    def _unload(self, name: str) -> None:
+        try:
+            self._request("unload_lora_adapter", {"lora_name": name})
+        except RolloutServerError:
+            if name in self._names():
+                raise  # else it is gone already: a server that was started again
+
+    def _names(self) -> list[str]:
+        """Models and adapters that the server has."""
+
+        def read(answer: Any) -> list[str]:
+            try:
+                return [model["id"] for model in answer["data"]]
+            except (KeyError, TypeError) as error:
+                raise _Again(f"an answer without {error}") from error
+
+        return self._request("models", read=read)
 
     # --- One request --------------------------------------------------------------------------------------------------
 
@@ -138,11 +186,12 @@ class ServerEngine:
             raise ValueError("prompts must come from encode_prompt, which keeps the chat that a server renders")
         prefilled = bool(prompt.chat.prefill)
         return {
-            "model": self.model, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
+            "model": self.served_name, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
+            "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.banned_token_ids},
             "add_generation_prompt": not prefilled, "continue_final_message": prefilled,
-            "return_token_ids": True, "skip_special_tokens": False,
+            "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt,
         }  # fmt: skip
 
     def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Tensor]:
@@ -166,7 +215,7 @@ class ServerEngine:
                 raise _Again(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
             return [self._completion(ids, reason, sampling) for ids, reason in found]
 
-        return self._post("chat/completions", body, read)
+        return self._request("chat/completions", body, read)
 
     def _completion(self, ids: list[Any], reason: str, sampling: Sampling) -> Tensor:
         limit = self.vocab_size if self.vocab_size is not None else 2**31
@@ -180,8 +229,12 @@ class ServerEngine:
         elif reason == "stop":  # some servers leave out the token that ended it
             ids = [*ids, self.eos_token_ids[0]]
         elif len(ids) < sampling.max_new_tokens:
-            raise _Again(
-                f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens, finish_reason {reason!r}"
+            cut = f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens, finish_reason {reason!r}"
+            if reason != "length":
+                raise _Again(cut)
+            raise RolloutServerError(
+                f"{self.url} answered {cut}: its context (vLLM: --max-model-len) is too short for prompt and "
+                "max_completion_length, or it has a limit of its own"
             )
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -199,8 +252,8 @@ class ServerEngine:
             f"the server's {shown[1]!r}; give the server the student's chat template (--chat-template)"
         )
 
-    def _post(self, path: str, body: dict[str, Any], read: Any = None) -> Any:
-        """Posts, reads, and tries again what failed in passing."""
+    def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
+        """Posts (without a body: gets), reads, and tries again what failed in passing."""
         where, failure = f"{self.url}/{path}", "nothing was tried"
         for attempt in range(self.retries + 1):
             if attempt:
@@ -208,11 +261,15 @@ class ServerEngine:
                 logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, self.retries + 1)
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                answer = requests.post(where, json=body, headers=self._headers, timeout=self.timeout)
+                method = "GET" if body is None else "POST"
+                answer = requests.request(method, where, json=body, headers=self._headers, timeout=self.timeout)
                 if answer.status_code in _PASSING:
                     raise _Again(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
                 if not answer.ok:
-                    raise RolloutServerError(f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}")
+                    raise RolloutServerError(
+                        f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}"
+                        f"{_ADVICE.get((path, answer.status_code), '')}"
+                    )
                 return answer if read is None else read(answer.json())
             except (requests.RequestException, _Again) as error:  # RequestException: also an answer that is no JSON
                 failure = f"{type(error).__name__}: {error}" if not isinstance(error, _Again) else str(error)
