@@ -688,7 +688,8 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
 def test_row_that_the_processor_refuses_is_skipped(tmp_path: Path) -> None:
     strip = {"problem": "Which ink?", "images": [picture(0, 4000, 8)], "answer": "red", "problem_id": "strip"}
     data = load_rows([strip, *rows(1)])
-    data.reader = replace(data.reader, limits=ImageLimits(max_aspect=1e9))  # type: ignore[union-attr]
+    images = replace(data.reader.images, limits=ImageLimits(max_aspect=1e9))
+    data.reader = replace(data.reader, images=images)  # type: ignore[union-attr]
     engine = trainer(tiny_student(), config(tmp_path), data, texts=[VALID_A])  # type: ignore[arg-type]
     engine.train()
     (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]

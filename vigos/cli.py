@@ -76,6 +76,12 @@ class Source:
     data_root: str | None = dataclasses.field(
         default=None, metadata={"help": "Folder that image paths are relative to."}
     )
+    allow_outside_root: bool = dataclasses.field(
+        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
+    )
+    allow_remote_images: bool = dataclasses.field(
+        default=False, metadata={"help": "Download images given as http or https addresses, each time they are read."}
+    )
     streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
     attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
@@ -175,6 +181,12 @@ def evaluate_command(
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    allow_outside_root: Annotated[
+        bool, typer.Option("--allow-outside-root", help="Read images outside that folder, or behind links out of it.")
+    ] = False,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Download images given as http or https addresses.")
+    ] = False,
     benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
@@ -191,6 +203,7 @@ def evaluate_command(
         result = evaluate_from_source(
             model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
             batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
+            allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             judge_url=judge_url, judge_model=judge_model,
         )  # fmt: skip

@@ -16,22 +16,16 @@ r"""Is an answer right? Offline, deterministic, bounded in time.
 
 from __future__ import annotations
 
-import atexit
-import json
 import logging
 import math
-import os
 import re
-import selectors
-import subprocess
-import sys
-import threading
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
 from vigos.prompts import BOX_OPEN
 from vigos.spans import balanced_end
+from vigos.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -234,79 +228,18 @@ def _is_mathematics(text: str) -> bool:
     return bool(re.search(r"[\d\\^=+*/<>]", text))
 
 
-class _Worker:
-    """math-verify in a process of its own: a power tower cannot be interrupted otherwise, and its memory is bounded.
-
-    Safe to use from several threads; a forked child starts a worker of its own.
-    """
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.owner = 0
-        self.lock = threading.Lock()
+class _Verifier(Worker):
+    """math-verify in a process of its own: a power tower cannot be interrupted otherwise, and its memory is bounded."""
 
     def verify(self, prediction: str, answer: str, timeout_s: float) -> bool:
-        with self.lock:
-            process = self._running()
-            reply = self._ask(process, [prediction, answer, timeout_s], timeout_s + 1)
-            if reply is None:
-                self.stop()
-                logger.warning(
-                    "comparing %r with %r took more than %s s: counted as wrong", prediction, answer, timeout_s
-                )
-                return False
-            return bool(reply["equal"])
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
-            return self.process
-        script = Path(__file__).with_name("_grading_worker.py")
-        # -P: the folder of the script stays off the path, where its neighbours would hide other packages.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        ready = self._read(process, 120)  # importing sympy on a busy machine
-        if ready is None or "error" in ready:
-            process.kill()
-            detail = "it did not start" if ready is None else ready["error"]
-            raise ImportError(f"grading mathematics needs math-verify: pip install 'vigos[train]' ({detail})")
-        self.process, self.owner = process, os.getpid()
-        return process
-
-    def _ask(
-        self, process: subprocess.Popen[bytes], request: list[object], timeout_s: float
-    ) -> dict[str, object] | None:
-        assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:  # it was killed, by the system for its memory perhaps
-            return None
-        return self._read(process, timeout_s)
-
-    @staticmethod
-    def _read(process: subprocess.Popen[bytes], timeout_s: float) -> dict[str, object] | None:
-        """The next line; None if it does not come in time or the process ended."""
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                return None
-        line = process.stdout.readline()  # replies are short and flushed whole
-        return json.loads(line) if line.strip() else None
-
-    def stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None and self.owner == os.getpid():
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            reply, _ = self.ask([prediction, answer, timeout_s], timeout_s=timeout_s + 1)
+        except ImportError as error:
+            raise ImportError(f"grading mathematics needs math-verify: pip install 'vigos[train]' ({error})") from error
+        except (TimeoutError, ChildProcessError):
+            logger.warning("comparing %r with %r took more than %s s: counted as wrong", prediction, answer, timeout_s)
+            return False
+        return bool(reply["equal"])
 
 
-_worker = _Worker()
-atexit.register(_worker.stop)
+_worker = _Verifier(Path(__file__).with_name("_grading_worker.py"))

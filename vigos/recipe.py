@@ -86,6 +86,8 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         answer_column=config.answer_column,
         id_column=config.id_column,
         data_root=source.data_root,
+        allow_outside_root=source.allow_outside_root,
+        allow_remote_images=source.allow_remote_images,
         streaming=source.streaming,
     )
     prompts = None
@@ -161,7 +163,8 @@ def evaluate_from_source(
     model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
     sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
     benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
-    judge_url: str | None = None, judge_model: str | None = None,
+    judge_url: str | None = None, judge_model: str | None = None, allow_outside_root: bool = False,
+    allow_remote_images: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
     from vigos.benchmarks import load_benchmark
@@ -173,7 +176,14 @@ def evaluate_from_source(
         raise ValueError(f"judge_url and judge_model go together, got {judge_url!r} and {judge_model!r}")
     judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
     # Before the model: what is wrong with the data is said at once.
-    rows = load_rows(data, data_root=data_root) if benchmark is None else load_benchmark(benchmark, data)
+    if benchmark is None:
+        rows = load_rows(
+            data, data_root=data_root, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
+        )
+    else:
+        rows = load_benchmark(
+            benchmark, data, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
+        )
 
     loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
