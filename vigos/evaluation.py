@@ -21,281 +21,27 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vigos.data import BadRow, Row, RowDataset, RowStream, load_rows
+from vigos.evaluation_results import FORMAT, Comparison, EvaluationResult, Metric, append_lines, compare, resume_records
 from vigos.grading import extract_boxed, grade
+from vigos.intervals import bootstrap_interval, mean_interval, pass_at_k, sign_test, wilson_interval
 from vigos.judge import Judge, JudgeError
 from vigos.prompts import Prompts
 from vigos.sequences import EncodedPrompt, encode_prompt
 from vigos.spans import Validity, parse_rollout, token_bytes
 
-FORMAT = 1  # of the records file
-Metric = Literal["accuracy", "score", "prior", "valid_rate", "unparseable"]
-
-# Two runs are compared in every metric at once; so that a false alarm in any of them is rarer than 5 %.
-LEVEL = 0.05 / len(get_args(Metric))
-
-ROLE, CONFLICT, PRIOR, TRIPLET, VARIANT = "role", "conflict", "prior", "triplet", "variant"
-
-
-# --- Statistics -------------------------------------------------------------------------------------------------------
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that at least one of `k` samples drawn from `n` without replacement is among the `correct` ones.
-
-    Unbiased for n > k, and simply "any of them" for n = k. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1.
-    """
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and the {n} samples, got {k}")
-    if not 0 <= correct <= n:
-        raise ValueError(f"correct must be between 0 and the {n} samples, got {correct}")
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927); z = 1.96: 95 %. (0, 1) without observations."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, z * z
-    center = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def sign_test(better: int, worse: int) -> float:
-    """Exact two-sided p of `better` against `worse` under a fair coin; on discordant pairs this is McNemar's test."""
-    n, least = better + worse, min(better, worse)
-    if n == 0:
-        return 1.0
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(least + 1)
-    ]
-    return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
-
-
-def bootstrap_interval(
-    values: Sequence[float], clusters: Sequence[Any] | None = None, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (R,) under resampling of rows, or of whole `clusters`."""
-    if len(values) == 0:
-        return 0.0, 1.0
-    places: dict[Any, int] = {}
-    owner = torch.tensor([places.setdefault(c, len(places)) for c in (clusters or range(len(values)))])
-    C = len(places)
-    sums = torch.zeros(C, dtype=torch.float64).index_add_(0, owner, torch.tensor(values, dtype=torch.float64))
-    sizes = torch.zeros(C, dtype=torch.float64).index_add_(0, owner, torch.ones(len(values), dtype=torch.float64))
-    generator = torch.Generator().manual_seed(seed)
-    means: list[Tensor] = []
-    chunk = max(1, 2**21 // C)  # (chunk, C) indices at a time
-    for start in range(0, resamples, chunk):
-        drawn = torch.randint(C, (min(chunk, resamples - start), C), generator=generator)
-        rows = sizes[drawn].sum(1) if len(values) > C else float(C)
-        means.append(sums[drawn].sum(1) / rows)
-    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval if every value is 0 or 1, otherwise (means over samples of a row) the bootstrap's over rows."""
-    if all(v in (0.0, 1.0) for v in values):
-        return wilson_interval(sum(values), len(values))
-    return bootstrap_interval(values)
-
-
-# --- Results ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What an evaluation found, row by row.
-
-    Attributes:
-        settings: what the samples depend on: seed, sampling, prompts, model.
-        records: one for each row, in order: key, problem_id, answer, extra and `samples`, a list of {text, prediction,
-            correct, valid, reason, finished, tokens}; for a row that could not be used `skipped` {reason, detail}.
-    """
-
-    settings: dict[str, Any]
-    records: list[dict[str, Any]]
-
-    @classmethod
-    def load(cls, path: str | Path) -> EvaluationResult:
-        """Reads a records file; a line cut off by a kill is left out."""
-        settings, records, _ = _read_records(Path(path))
-        if settings is None:
-            raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
-        return cls(settings, records)
-
-    @property
-    def answered(self) -> list[dict[str, Any]]:
-        """The records of rows that could be used."""
-        return [r for r in self.records if "samples" in r]
-
-    def check_same_prompt(self, other: EvaluationResult) -> None:
-        """Raises ValueError unless both were asked with the same prompts, sampling and judge."""
-        for name in ("prompts", "sampling", "judge"):
-            mine, theirs = self.settings.get(name), other.settings.get(name)
-            if mine != theirs:
-                raise ValueError(f"baseline must be asked the same way: {name} {mine!r} there, {theirs!r} here")
-
-    def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
-        """The records that a metric is taken over."""
-        role = {"score": CONFLICT, "prior": PRIOR}.get(metric)
-        return [r for r in self.answered if role is None or r["extra"].get(ROLE) == role]
-
-    def values(self, metric: Metric) -> dict[str, float]:
-        """Mean over the samples of each row the metric is taken over, by the row's key."""
-        if metric not in get_args(Metric):
-            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
-        return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.rows_of(metric)}
-
-    def summary(self, by: str | None = None) -> dict[str, Any]:
-        """Shares in [0, 1]; beside each, under `<name>_interval`, its 95 % interval over rows.
-
-        Args:
-            by: a field of the rows; adds `groups`, the accuracy and its interval for each of the field's values.
-        """
-        n, k = self.settings["n"], self.settings["k"]
-        answered = self.answered
-        samples = [s for r in answered for s in r["samples"]]
-        found: dict[str, Any] = {"rows": len(answered), "samples": n, "skipped": len(self.records) - len(answered)}
-
-        def report(name: str, values: list[float]) -> None:
-            found[name] = _mean(values)
-            found[f"{name}_interval"] = list(mean_interval(values))
-
-        report("accuracy", list(self.values("accuracy").values()))
-        if n > 1:
-            report(f"pass@{k}", [pass_at_k(n, sum(s["correct"] for s in r["samples"]), k) for r in answered])
-            found[f"avg@{n}"] = found["accuracy"]
-        for metric in ("score", "prior"):
-            values = self.values(metric)
-            if values:
-                report(metric, list(values.values()))
-                found[f"{metric}_rows"] = len(values)
-        report("valid_rate", list(self.values("valid_rate").values()))
-        report("unparseable", list(self.values("unparseable").values()))
-        found["unfinished"] = _mean([float(not s["finished"]) for s in samples])
-        found["tokens_mean"] = _mean([s["tokens"] for s in samples])
-        found["invalid_reasons"] = dict(Counter(s["reason"] for s in samples if s["reason"]).most_common())
-        found["skipped_reasons"] = dict(
-            Counter(r["skipped"]["reason"] for r in self.records if "skipped" in r).most_common()
-        )
-        if "score" in found and (variants := self._levels(VARIANT)):
-            found["variants"] = {
-                str(level): {
-                    metric: _mean([v for key, v in self.values(metric).items() if key in keys])  # type: ignore[arg-type]
-                    for metric in ("score", "prior")
-                }
-                for level, keys in variants.items()
-            }
-        if by is not None:
-            values = self.values("accuracy")
-            groups = {str(level): [values[key] for key in keys] for level, keys in self._levels(by).items()}
-            if not groups:
-                raise ValueError(f"by must be a field of the rows, got {by!r}")
-            found["groups"] = {
-                level: {"accuracy": _mean(v), "accuracy_interval": list(mean_interval(v)), "rows": len(v)}
-                for level, v in groups.items()
-            }
-        return found
-
-    def _levels(self, field: str) -> dict[Any, set[str]]:
-        """Keys of the answered rows by their value of `field`, in order of appearance."""
-        levels: dict[Any, set[str]] = {}
-        for record in self.answered:
-            if field in record["extra"]:
-                value = record["extra"][field]
-                levels.setdefault(value if isinstance(value, str | int | float | bool) else str(value), set()).add(
-                    record["key"]
-                )
-        return levels
-
-
-def _counts(sample: Mapping[str, Any], metric: Metric) -> float:
-    if metric == "valid_rate":
-        return float(sample["valid"])
-    if metric == "unparseable":
-        return float(sample["prediction"] is None)
-    return float(sample["correct"])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs on the same rows. `difference` is b − a.
-
-    Attributes:
-        interval: 95 % bootstrap interval of the difference, over rows, or over triplets where the rows have them.
-        p_value: exact two-sided sign test on the rows where they differ; with one sample a row, McNemar's test.
-        better, worse: rows where b is above a, and below.
-        differs: p_value below `LEVEL`.
-    """
-
-    metric: str
-    rows: int
-    a: float
-    b: float
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
-    better: int
-    worse: int
-
-    @property
-    def differs(self) -> bool:
-        return self.p_value < LEVEL
-
-
-def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accuracy", seed: int = 0) -> Comparison:
-    """Paired comparison on the rows that both runs answered.
-
-    Raises:
-        ValueError: they share no row that the metric is taken over, or disagree on a row's reference answer.
-    """
-    in_a, in_b = a.values(metric), b.values(metric)
-    keys = [key for key in in_a if key in in_b]
-    if not keys:
-        raise ValueError(f"the two runs have no row in common that {metric} is taken over")
-    records_a, records_b = ({r["key"]: r for r in result.answered} for result in (a, b))
-    for key in keys:
-        if records_a[key]["answer"] != records_b[key]["answer"]:
-            raise ValueError(
-                f"the two runs are not of one dataset: the answer of row {key} is {records_a[key]['answer']!r} in a "
-                f"and {records_b[key]['answer']!r} in b"
-            )
-    differences = [in_b[key] - in_a[key] for key in keys]
-    clusters = [records_a[key]["extra"].get(TRIPLET, key) for key in keys]
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return Comparison(
-        metric=metric,
-        rows=len(keys),
-        a=_mean([in_a[key] for key in keys]),
-        b=_mean([in_b[key] for key in keys]),
-        difference=_mean(differences),
-        interval=bootstrap_interval(differences, clusters, seed=seed),
-        p_value=sign_test(better, worse),
-        better=better,
-        worse=worse,
-    )
-
-
-# --- Evaluating -------------------------------------------------------------------------------------------------------
+__all__ = [
+    "Comparison", "EvaluationResult", "Metric", "bootstrap_interval", "compare", "evaluate", "mean_interval",
+    "model_fingerprint", "pass_at_k", "sign_test", "wilson_interval",
+]  # fmt: skip
 
 
 def evaluate(
@@ -374,7 +120,7 @@ def evaluate(
         settings["judge"] = judge.model
     source, total = _quiet(rows)
     rows_a_batch = max(1, batch_size // n)
-    done = _resume(Path(records), settings, resume, rows_a_batch, total) if records is not None else []
+    done = resume_records(Path(records), settings, resume, rows_a_batch, total) if records is not None else []
     finished = list(done)
     keys = _KeyMaker()
     for offset, past in enumerate(done):  # the rows that were done before must be the rows that come now
@@ -428,7 +174,7 @@ def evaluate(
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             finished.append(json.loads(lines[-1]))  # as a file gives it back
         if records is not None:
-            _append(Path(records), "".join(lines))
+            append_lines(Path(records), "".join(lines))
         if progress is not None:
             progress(len(finished), total)
     result = EvaluationResult(json.loads(json.dumps(settings)), finished)
@@ -501,64 +247,3 @@ def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
         if len(text) <= 256:
             kept[name] = value
     return kept
-
-
-# --- The records file -------------------------------------------------------------------------------------------------
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[int]]:
-    """(settings or None, records, byte offset after the settings and after each record); a cut line is left out."""
-    settings: dict[str, Any] | None = None
-    records: list[dict[str, Any]] = []
-    offsets: list[int] = []
-    position = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            if not line.endswith(b"\n"):
-                break
-            try:
-                content = json.loads(line)
-            except ValueError:
-                break
-            if settings is None:
-                settings = content.get("settings") if isinstance(content, dict) else None
-                if settings is None:
-                    break
-            else:
-                records.append(content)
-            offsets.append(position)
-    return settings, records, offsets
-
-
-def _resume(
-    path: Path, settings: dict[str, Any], resume: bool, rows_a_batch: int, total: int | None
-) -> list[dict[str, Any]]:
-    """The records that stand in `path` already; the file is left with those alone, ready to be appended to.
-
-    Only whole batches are kept, so that the batches to come are those of an uninterrupted run.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if resume and path.exists() and path.stat().st_size:
-        found, records, offsets = _read_records(path)
-        if found is not None:
-            wanted = json.loads(json.dumps(settings))
-            different = [name for name in {**wanted, "judge": None} if found.get(name) != wanted.get(name)]
-            if different:
-                values = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
-                raise ValueError(f"records {path} come from another evaluation ({values}); resume=False starts anew")
-            kept = len(records) if len(records) == total else len(records) // rows_a_batch * rows_a_batch
-            with path.open("r+b") as file:
-                file.truncate(offsets[kept])
-            return records[:kept]
-        if b"\n" in path.read_bytes():
-            raise ValueError(f"records {path} is not a records file of an evaluation; resume=False overwrites it")
-    path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-    return []
