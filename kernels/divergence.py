@@ -8,12 +8,12 @@ Kernels, in the order a caller launches them (R rows, S slices of the vocabulary
 
     _stats_kernel          a row's slice -> 10 partial sums                       reads both logits
     _finish_kernel         slices merged -> statistics, state
-    _second_stats_kernel   JSD and clipped entries: two more sums                reads both logits, for those rows
+    _second_stats_kernel   JSD, clipped entries, DIFFERENCE: two more sums       reads both logits, for those rows
     _second_finish_kernel  merged -> divergence, the last column of the state
     _grad_kernel           state -> gradient, in place if asked                  reads both logits, writes one
 
 Shapes:  student (N, V), teacher (M, V) in fp32, bf16 or fp16, any strides; statistics and state fp32, nats.
-Traffic: forward and backward read 2 R V elements each and write R V; JSD and clipped entries read 2 R V more.
+Traffic: forward and backward read 2 R V elements each and write R V; JSD, clipped entries and DIFFERENCE 2 R V more.
 Error:   L_t - L_s and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: bits repeat. A row's
          numbers depend on V alone, never on R or on its neighbours: the slices are fixed by V.
 Source:  Milakov & Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
@@ -49,7 +49,7 @@ from vigos.kernels.entries import (
     probabilities,
     second_terms,
     slope_of,
-    transform,
+    transform_pair,
 )
 
 # Launch configurations. Fixed rather than tuned at run time: a first step must not stall, and a row must not change
@@ -78,6 +78,7 @@ class Options:
     softcap: tuple[float, float] | None  # (logit_scale / cap, cap / temperature)
     beta: float
     entry_clip: float | None
+    difference: bool = False  # a student row's logits are given less its teacher row's
 
     @property
     def n_rows(self) -> int:
@@ -98,9 +99,9 @@ class Options:
 @triton.jit
 def _load_pair(
     s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """(z_s, z_t, dz_s/draw) of a block of columns."""
+    """(z_s, z_t, z_s - z_t, dz_s/draw) of a block of columns."""
     mask = offs < V
     wide = offs.to(tl.int64)
     s = tl.load(s_row + wide * stride_sv, mask=mask, other=0.0).to(tl.float32)
@@ -111,10 +112,9 @@ def _load_pair(
         b_s = tl.load(s_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if t_bias_ptr is not None:
         b_t = tl.load(t_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    z_s, slope = transform(s, b_s, alpha, cap_in, cap_out, SOFTCAP)
-    z_t, _ = transform(t, b_t, alpha, cap_in, cap_out, SOFTCAP)
+    z_s, z_t, gap, slope = transform_pair(s, t, b_s, b_t, alpha, cap_in, cap_out, SOFTCAP, DIFFERENCE)
     real = offs < vocab  # beside the mask: V is a multiple of 16 and keeps the loads wide, the logical size need not be
-    return tl.where(real, z_s, -float("inf")), tl.where(real, z_t, -float("inf")), slope
+    return tl.where(real, z_s, -float("inf")), tl.where(real, z_t, -float("inf")), tl.where(real, gap, 0.0), slope
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, label_ptr, partial_ptr,
     V, vocab, vocab_start, span, alpha, cap_in, cap_out,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     r, split = tl.program_id(0), tl.program_id(1)
     s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm  # row * stride passes 2**31 on long batches
@@ -140,11 +140,12 @@ def _stats_kernel(
     last = tl.minimum(first + span, V)
     for start in range(first, last, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
-        z_s, z_t, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out, SOFTCAP
-        )
+        z_s, z_t, apart, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
+            SOFTCAP, DIFFERENCE,
+        )  # fmt: skip
         top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot = observe_pair(
-            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, reverse
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, apart, reverse
         )
     row_gap, row_pivot = merge_gap(
         gap, pivot, tl.where(reverse, top_s, top_t), tl.where(reverse, total_s, total_t), 0
@@ -164,9 +165,10 @@ def _stats_kernel(
         at = tl.load(label_ptr + r) - vocab_start
         mine = (at >= first) & (at < last) & (at < vocab)
         at = tl.where(mine, at, 0).to(tl.int32) + tl.arange(0, 1)
-        z_s, z_t, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out, SOFTCAP
-        )
+        z_s, z_t, _, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
+            SOFTCAP, DIFFERENCE,
+        )  # fmt: skip
         here = out + tl.arange(0, 1)
         tl.store(here + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
         tl.store(here + LABEL_T * stride_pc, tl.where(mine, z_t, -float("inf")))
@@ -228,12 +230,12 @@ def _second_stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, partial_ptr,
     V, vocab, span, alpha, cap_in, cap_out, beta, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc, stride_state,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     r, split = tl.program_id(0), tl.program_id(1)
     kind = tl.load(kind_ptr + r).to(tl.int32)
     out = partial_ptr + r.to(tl.int64) * tl.num_programs(1) + split
-    if CLIP_ENTRIES | (kind == JSD):
+    if CLIP_ENTRIES | DIFFERENCE | (kind == JSD):
         s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm
         t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
         state = state_ptr + r.to(tl.int64) * stride_state
@@ -244,12 +246,12 @@ def _second_stats_kernel(
         first = split * span
         for start in range(first, tl.minimum(first + span, V), BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
-            z_s, z_t, _ = _load_pair(
+            z_s, z_t, gap, _ = _load_pair(
                 s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-                SOFTCAP,
+                SOFTCAP, DIFFERENCE,
             )  # fmt: skip
-            p_s, p_t, delta = probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap)
-            more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip)
+            p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, scale_s, scale_t, lse_gap)
+            more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES)
             value += more
             mean += slope
         tl.store(out, tl.sum(value, 0))
@@ -260,10 +262,10 @@ def _second_stats_kernel(
 def _second_finish_kernel(
     partial_ptr, kind_ptr, state_ptr, stats_ptr,
     S, stride_pc, stride_state,
-    CLIP_ENTRIES: tl.constexpr, BLOCK_S: tl.constexpr,
+    CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    if CLIP_ENTRIES | (tl.load(kind_ptr + r).to(tl.int32) == JSD):
+    if CLIP_ENTRIES | DIFFERENCE | (tl.load(kind_ptr + r).to(tl.int32) == JSD):
         offs = tl.arange(0, BLOCK_S)
         parts = partial_ptr + r * S + offs
         value = tl.sum(tl.load(parts, mask=offs < S, other=0.0), 0)
@@ -279,7 +281,7 @@ def _grad_kernel(
     order_ptr, offsets_ptr, out_ptr,
     V, vocab, alpha, cap_in, cap_out, beta, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_state, stride_om, stride_ov,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     """Output row i is the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
 
@@ -296,15 +298,16 @@ def _grad_kernel(
             t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
             kind = tl.load(kind_ptr + r).to(tl.int32)
             state = state_ptr + r * stride_state
-            z_s, z_t, slope = _load_pair(
+            z_s, z_t, gap, slope = _load_pair(
                 s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-                SOFTCAP,
+                SOFTCAP, DIFFERENCE,
             )  # fmt: skip
             p_s, p_t, delta = probabilities(
-                z_s, z_t, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-            )
+                z_s, z_t, gap, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
+                tl.load(state + 4),
+            )  # fmt: skip
             g = slope_of(
-                z_s, z_t, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), tl.load(state + 7), kind, beta,
+                gap, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), tl.load(state + 7), kind, beta,
                 entry_clip, CLIP_ENTRIES,
             )  # fmt: skip
             acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
@@ -330,7 +333,8 @@ def row_partials(
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
             options.labels, partial, v, options.vocab, options.vocab_start, SPAN, *options.scalars,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            BLOCK_V=block, SOFTCAP=options.softcap is not None, num_warps=STATS_WARPS, **FUSION,
+            BLOCK_V=block, SOFTCAP=options.softcap is not None, DIFFERENCE=options.difference,
+            num_warps=STATS_WARPS, **FUSION,
         )  # fmt: skip
     return partial
 
@@ -361,7 +365,7 @@ def second_partials(
             state, partial, v, options.vocab, SPAN, *options.scalars, options.beta, options.clip_of_entries,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
             state.stride(0), BLOCK_V=min(SECOND_BLOCK, triton.next_power_of_2(v)), SOFTCAP=options.softcap is not None,
-            CLIP_ENTRIES=options.entry_clip is not None, num_warps=STATS_WARPS, **FUSION,
+            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=STATS_WARPS, **FUSION,
         )  # fmt: skip
     return partial
 
@@ -372,7 +376,8 @@ def finish_second(partial: Tensor, options: Options, state: Tensor, stats: Tenso
     if n > 0:
         _second_finish_kernel[(n,)](
             partial, options.kind, state, stats, splits, partial.stride(0), state.stride(0),
-            CLIP_ENTRIES=options.entry_clip is not None, BLOCK_S=triton.next_power_of_2(splits), num_warps=1, **FUSION,
+            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference,
+            BLOCK_S=triton.next_power_of_2(splits), num_warps=1, **FUSION,
         )  # fmt: skip
 
 
@@ -394,7 +399,7 @@ def row_grad(
             state, row_grad, order, offsets, out, v, options.vocab, *options.scalars, options.beta,
             options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
             state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, SOFTCAP=options.softcap is not None,
-            CLIP_ENTRIES=options.entry_clip is not None, num_warps=GRAD_WARPS, **FUSION,
+            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=GRAD_WARPS, **FUSION,
         )  # fmt: skip
 
 

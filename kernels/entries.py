@@ -12,9 +12,11 @@ Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum 
 the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to the likeliest
 entry's so far, the pivot: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane
 keeps a running maximum of its own (Milakov & Gimelshein 2018): lanes meet once a row instead of once a block. JSD and
-the clip of each entry's term need both L first: a second sweep. `p_s - p_t` is p_t expm1(-delta) where the models
-agree, so that a teacher close to its student costs no digits, and L_t - L_s is formed from differences: nothing of size
-|L| is subtracted.
+the clip of each entry's term need both L first: a second sweep. So does DIFFERENCE, where z_s - z_t is known better
+than either: the rounding of L would show, so the divergence is summed in a form that has it in second order only, and
+the gradient's sum over the row, which is 0 but for that rounding, is taken off again. `p_s - p_t` is p_t expm1(-delta)
+where the models agree, so that a teacher close to its student costs no digits, and L_t - L_s is formed from
+differences: nothing of size |L| is subtracted.
 
 Triton has no expm1, log1p and tanh outside libdevice, which its interpreter lacks; those here are good to 2 eps.
 """
@@ -77,6 +79,26 @@ def transform(raw, bias, alpha, cap_in, cap_out, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def transform_pair(
+    raw_s, raw_t, bias_s, bias_t, alpha, cap_in, cap_out, SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr
+):  # fmt: skip
+    """(z_s, z_t, z_s - z_t, dz_s/draw). DIFFERENCE: raw_s is given as raw_s - raw_t, and the gap keeps its digits."""
+    if DIFFERENCE:
+        apart = raw_s + (bias_s - bias_t)
+        raw_s = raw_t + raw_s
+    z_s, slope = transform(raw_s, bias_s, alpha, cap_in, cap_out, SOFTCAP)
+    z_t, _ = transform(raw_t, bias_t, alpha, cap_in, cap_out, SOFTCAP)
+    gap = z_s - z_t
+    if DIFFERENCE:
+        if SOFTCAP:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
+            near, _ = tanh_and_slope(apart * cap_in)
+            gap = tl.where(tl.abs(apart) < INF, near * (1.0 - (z_s / cap_out) * (z_t / cap_out)) * cap_out, gap)
+        else:
+            gap = apart * alpha
+    return z_s, z_t, gap, slope
+
+
+@triton.jit
 def observe(top, total, moment, z):
     """A side after one more entry in each lane, and the factors (of what a lane held, of the new entry) it used."""
     a = z - top
@@ -90,15 +112,18 @@ def observe(top, total, moment, z):
 
 
 @triton.jit
-def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, reverse):
-    """Both sides, the gap and its pivot after one more entry in each lane. `reverse`: the student weights the gap."""
+def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, apart, reverse):
+    """Both sides, the gap and its pivot after one more entry in each lane, whose z_s - z_t is `apart`.
+
+    `reverse`: the student weights the gap.
+    """
     total = tl.where(reverse, total_s, total_t)
     top = tl.where(reverse, top_s, top_t)
     top_s, total_s, moment_s, held_s, new_s = observe(top_s, total_s, moment_s, z_s)
     top_t, total_t, moment_t, held_t, new_t = observe(top_t, total_t, moment_t, z_t)
     held = tl.where(reverse, held_s, held_t)
     new = tl.where(reverse, new_s, new_t)
-    x = tl.where(reverse, z_s - z_t, z_t - z_s)
+    x = tl.where(reverse, apart, -apart)
     moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(x) < INF), x, pivot)
     # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
     gap = tl.where(held == 0.0, 0.0, held * (gap + total * (pivot - moved)))
@@ -134,15 +159,25 @@ def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
 
 
 @triton.jit
-def probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap):
-    """(p_s, p_t, delta); delta is infinite or NaN where a probability is 0."""
-    return tl.exp(z_s - origin_s) * scale_s, tl.exp(z_t - origin_t) * scale_t, (z_t - z_s) - lse_gap
+def probabilities(z_s, z_t, gap, origin_s, origin_t, scale_s, scale_t, lse_gap):
+    """(p_s, p_t, delta) from z and gap = z_s - z_t; delta is infinite or NaN where a probability is 0."""
+    return tl.exp(z_s - origin_s) * scale_s, tl.exp(z_t - origin_t) * scale_t, -gap - lse_gap
 
 
 @triton.jit
 def difference(p_s, p_t, delta):
     """p_s - p_t without cancellation where the two are close."""
     return tl.where(tl.abs(delta) < 0.7, p_t * expm1(-delta), p_s - p_t)
+
+
+@triton.jit
+def bregman(p, other, log_ratio):
+    """p (r + exp(-r) - 1), r = log(p / other): an entry's term of KL(p || other), plus other - p, whose sum is 0.
+
+    An error of L_t - L_s, which is one of rounding in L, is of second order in the sum.
+    """
+    near = tl.where(tl.abs(log_ratio) < 0.7, p * (log_ratio + expm1(-log_ratio)), p * log_ratio + (other - p))
+    return tl.where(p == 0.0, other, near)
 
 
 @triton.jit
@@ -156,7 +191,10 @@ def mixture_logs(delta, beta):
 
 @triton.jit
 def term(p_s, p_t, delta, kind, beta):
-    """(the entry's term of the divergence, p_s times its derivative to p_s). Forward KL has no use for the second."""
+    """(the entry's term of the divergence, p_s times its derivative to p_s, for reverse KL less p_s).
+
+    What is taken off sums to 1 and drops out of the gradient. Forward KL has no use for the second.
+    """
     if kind == JSD:
         log_s, log_t = mixture_logs(delta, beta)
         slope = tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * log_s)
@@ -164,38 +202,46 @@ def term(p_s, p_t, delta, kind, beta):
     else:
         if kind == REVERSE:
             value = tl.where(p_s == 0.0, 0.0, -p_s * delta)
-            slope = value + p_s
         else:
             value = tl.where(p_t == 0.0, 0.0, p_t * delta)
-            slope = value
+        slope = value
     return value, slope
 
 
 @triton.jit
-def second_terms(p_s, p_t, delta, kind, beta, entry_clip):
+def clipped_slope(slope, p_s, p_t, delta, clipped, kind):
+    """What an entry gives to its logit's gradient before p_s times the row's sum of it is taken off."""
+    if kind == 0:
+        g = tl.where(clipped, p_s, difference(p_s, p_t, delta))
+    elif kind == REVERSE:
+        g = tl.where(clipped, -p_s, slope)
+    else:
+        g = tl.where(clipped, 0.0, slope)
+    return g
+
+
+@triton.jit
+def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr):
     """What an entry adds to (divergence, mean slope) in the second sweep."""
     value, slope = term(p_s, p_t, delta, kind, beta)
     clipped = value > entry_clip
     divergence = tl.where(clipped, entry_clip, value)
-    if kind == 0:
-        mean = tl.where(clipped, p_t, 0.0)  # 1 - the kept mass: p_s * kept - p_t would cancel
-    else:
-        mean = tl.where(clipped, 0.0, slope)
-    return divergence, mean
+    if not CLIP_ENTRIES:
+        if kind == 0:
+            divergence = bregman(p_t, p_s, delta)
+        elif kind == REVERSE:
+            divergence = bregman(p_s, p_t, -delta)
+    return divergence, clipped_slope(slope, p_s, p_t, delta, clipped, kind)
 
 
 @triton.jit
 def slope_of(
-    z_s, z_t, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr
+    gap, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr
 ):  # fmt: skip
     """d divergence / d z_s."""
     if CLIP_ENTRIES:
         value, slope = term(p_s, p_t, delta, kind, beta)
-        clipped = value > entry_clip
-        if kind == 0:
-            g = tl.where(clipped, p_s, difference(p_s, p_t, delta)) - p_s * mean_slope
-        else:
-            g = tl.where(clipped, 0.0, slope) - p_s * mean_slope
+        g = clipped_slope(slope, p_s, p_t, delta, value > entry_clip, kind) - p_s * mean_slope
     else:
         if kind == JSD:
             value, slope = term(p_s, p_t, delta, kind, beta)
@@ -203,9 +249,9 @@ def slope_of(
         else:
             if kind == REVERSE:
                 # The normalisers drop out of log p_s - log p_t - KL.
-                g = tl.where(p_s == 0.0, 0.0, p_s * (((z_s - z_t) - pivot) - mean_gap))
+                g = tl.where(p_s == 0.0, 0.0, p_s * ((gap - pivot) - mean_gap))
             else:
-                g = difference(p_s, p_t, delta)
+                g = difference(p_s, p_t, delta) - p_s * mean_slope  # 0 without a second sweep
     return g
 
 

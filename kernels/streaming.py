@@ -46,13 +46,14 @@ from vigos.kernels.entries import (
     REVERSE,
     SUM_S,
     SUM_T,
+    bregman,
     difference,
     lift,
     merge_gap,
     merge_side,
     mixture_logs,
     probabilities,
-    transform,
+    transform_pair,
 )
 
 
@@ -105,18 +106,22 @@ def _join_gap(gap, pivot, top, total, more_gap, more_pivot, more_top, more_total
 
 @triton.jit
 def _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta):
-    """(term, p_s times its derivative to p_s) of a tile whose rows differ in kind; forward KL needs no second."""
-    value = tl.where(p_t == 0.0, 0.0, p_t * delta)
-    slope = value
+    """`term` and the unclipped `clipped_slope` of entries.py for a tile whose rows differ in kind."""
     of_reverse = tl.where(p_s == 0.0, 0.0, -p_s * delta)
-    value = tl.where(reverse, of_reverse, value)
-    slope = tl.where(reverse, of_reverse + p_s, slope)
+    value = tl.where(reverse, of_reverse, tl.where(p_t == 0.0, 0.0, p_t * delta))
+    slope = tl.where(reverse, of_reverse, difference(p_s, p_t, delta))
     if some_jsd:
         log_s, log_t = mixture_logs(delta, beta)
         of_jsd = tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * log_s)
         slope = tl.where(jsd, of_jsd, slope)
         value = tl.where(jsd, of_jsd + tl.where(p_t == 0.0, 0.0, beta * p_t * log_t), value)
     return value, slope
+
+
+@triton.jit
+def _slope_outside(p_s, reverse, jsd):
+    """What takes a slope's place where the entry is clipped."""
+    return tl.where(jsd, 0.0, tl.where(reverse, -p_s, p_s))
 
 
 @triton.jit
@@ -140,9 +145,9 @@ def _project(
 @triton.jit
 def _project_both(
     s_ptr, rows_s, stride_s, t_ptr, rows_t, stride_t, weight_ptr, offs_v, stride_w, D, V, live,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Both sides' logits from one reading of the head they share."""
+    """Both sides' logits from one reading of the head they share; DIFFERENCE: the student's less the teacher's."""
     offs_d = tl.arange(0, BLOCK_D)
     s = s_ptr + rows_s[:, None] * stride_s + offs_d[None, :]
     t = t_ptr + rows_t[:, None] * stride_t + offs_d[None, :]
@@ -154,6 +159,8 @@ def _project_both(
         a = tl.load(s + d, mask=live[:, None] & inside, other=0.0)
         c = tl.load(t + d, mask=live[:, None] & inside, other=0.0)
         b = tl.trans(tl.load(w + d, mask=(offs_v < V)[:, None] & inside, other=0.0))
+        if DIFFERENCE:
+            a = a - c
         acc_s = tl.dot(a, b, acc_s, input_precision="ieee")
         acc_t = tl.dot(c, b, acc_t, input_precision="ieee")
     return acc_s, acc_t
@@ -166,7 +173,7 @@ def _stream_kernel(
     R, D, D_t, V, vocab, vocab_start, first_v, alpha, cap_in, cap_out, beta, entry_clip,
     stride_s, stride_t, stride_ws, stride_wt, stride_state, stride_oc, stride_om,
     MODE: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), slice program_id(1): programs of one slice run together and share its part of the head.
 
@@ -206,14 +213,14 @@ def _stream_kernel(
     begin = first_v + split * (TILES * BLOCK_V)
     needed = True
     if MODE == SECOND:
-        needed = CLIP_ENTRIES | some_jsd
+        needed = CLIP_ENTRIES | DIFFERENCE | some_jsd
     if needed:
         for start in range(begin, tl.minimum(begin + TILES * BLOCK_V, V), BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             if head_t_ptr is None:
                 raw_s, raw_t = _project_both(
                     s_ptr, rows_s, stride_s, t_ptr, rows_t, stride_t, head_s_ptr, offs_v, stride_ws, D, V, live,
-                    BLOCK_M, BLOCK_V, BLOCK_D,
+                    BLOCK_M, BLOCK_V, BLOCK_D, DIFFERENCE,
                 )  # fmt: skip
             else:
                 raw_s = _project(
@@ -229,14 +236,14 @@ def _stream_kernel(
             if t_bias_ptr is not None:
                 b_t = tl.load(t_bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
             real = (offs_v < vocab)[None, :]
-            z_s, chain = transform(raw_s, b_s, alpha, cap_in, cap_out, SOFTCAP)
-            z_t, _ = transform(raw_t, b_t, alpha, cap_in, cap_out, SOFTCAP)
+            z_s, z_t, apart, chain = transform_pair(raw_s, raw_t, b_s, b_t, alpha, cap_in, cap_out, SOFTCAP, DIFFERENCE)
+            apart = tl.where(real, apart, 0.0)
             z_s = tl.where(real, z_s, -float("inf"))
             z_t = tl.where(real, z_t, -float("inf"))
             if MODE == STATS:
                 one = tl.full((BLOCK_M, BLOCK_V), 1.0, tl.float32)
                 nothing = tl.full((BLOCK_M, BLOCK_V), 0.0, tl.float32)
-                x = tl.where(reverse, z_s - z_t, z_t - z_s)
+                x = tl.where(reverse, apart, -apart)
                 finite = tl.abs(x) < INF
                 more_gap, more_pivot = merge_gap(
                     tl.where(finite, 0.0, x), tl.where(finite, x, 0.0), tl.where(reverse, z_s, z_t), one, 1
@@ -257,25 +264,27 @@ def _stream_kernel(
                     label_s = tl.maximum(label_s, tl.max(tl.where(here, z_s, -float("inf")), 1))
                     label_t = tl.maximum(label_t, tl.max(tl.where(here, z_t, -float("inf")), 1))
             else:
-                p_s, p_t, delta = probabilities(z_s, z_t, origin_s, origin_t, scale_s, scale_t, lse_gap)
+                p_s, p_t, delta = probabilities(z_s, z_t, apart, origin_s, origin_t, scale_s, scale_t, lse_gap)
                 if MODE == SECOND:
                     value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
-                    clipped = value > entry_clip
-                    divergence += tl.sum(tl.where(clipped, entry_clip, value), 1)
-                    forward = tl.where(clipped, p_t, 0.0)  # 1 - the kept mass: p_s * kept - p_t would cancel
-                    mean += tl.sum(tl.where(reverse | jsd, tl.where(clipped, 0.0, slope), forward), 1)
+                    if CLIP_ENTRIES:
+                        slope = tl.where(value > entry_clip, _slope_outside(p_s, reverse, jsd), slope)
+                        value = tl.where(value > entry_clip, entry_clip, value)
+                    else:
+                        p, other = tl.where(reverse, p_s, p_t), tl.where(reverse, p_t, p_s)
+                        value = tl.where(jsd, value, bregman(p, other, tl.where(reverse, -delta, delta)))
+                    divergence += tl.sum(value, 1)
+                    mean += tl.sum(slope, 1)
                 else:
                     mean_slope = tl.load(state + 7, mask=live, other=0.0)[:, None]
                     if CLIP_ENTRIES:
                         value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
-                        clipped = value > entry_clip
-                        forward = tl.where(clipped, p_s, difference(p_s, p_t, delta))
-                        g = tl.where(reverse | jsd, tl.where(clipped, 0.0, slope), forward) - p_s * mean_slope
+                        g = tl.where(value > entry_clip, _slope_outside(p_s, reverse, jsd), slope) - p_s * mean_slope
                     else:
                         moved = tl.load(state + 5, mask=live, other=0.0)[:, None]
                         mean_gap = tl.load(state + 6, mask=live, other=0.0)[:, None]
-                        of_reverse = tl.where(p_s == 0.0, 0.0, p_s * (((z_s - z_t) - moved) - mean_gap))
-                        g = tl.where(reverse, of_reverse, difference(p_s, p_t, delta))
+                        of_reverse = tl.where(p_s == 0.0, 0.0, p_s * ((apart - moved) - mean_gap))
+                        g = tl.where(reverse, of_reverse, difference(p_s, p_t, delta) - p_s * mean_slope)
                         if some_jsd:
                             _value, slope = _terms(p_s, p_t, delta, reverse, jsd, some_jsd, beta)
                             g = tl.where(jsd, slope - p_s * mean_slope, g)
@@ -355,6 +364,7 @@ def _run(
         0 if other is None else other.stride(0), 0 if state is None else state.stride(0), stride_oc, stride_om,
         MODE=mode, TILES=tiles, BLOCK_M=launch.block_m, BLOCK_V=launch.block_v, BLOCK_D=launch.block_d,
         SOFTCAP=options.softcap is not None, CLIP_ENTRIES=options.entry_clip is not None,
+        DIFFERENCE=options.difference,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **FUSION,
     )  # fmt: skip
 

@@ -156,6 +156,28 @@ def test_teacher_close_to_student(small, impl, kind, near):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", [FORWARD_KL, REVERSE_KL, JSD])
+@pytest.mark.parametrize("near", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 8.0, "temperature": 1.3}, {"entry_clip": 1e-3}], ids=str)
+def test_digits_next_to_the_teacher(small, impl, kind, near, options):
+    """float32, one head: (student - teacher) @ head is what is computed, and keeps the digits that logits lose."""
+    *tensors, rows = problem(6, 6, 6, 24, 389, near=near)
+    aligned = torch.arange(6, device=DEVICE)
+    rows = replace(rows, student_row=aligned, teacher_row=aligned, kind=torch.full_like(rows.kind, kind))
+    g = torch.Generator().manual_seed(1)
+    biases = [torch.randn(389, generator=g).to(DEVICE) for _ in range(2)] if options else []
+    if biases:
+        biases[1] = biases[0] + near * biases[1]
+    out, (dhidden, *_) = ours(impl, (*tensors, *biases), rows, **options)
+    _, divergence, (want, *_) = exact((*tensors, *biases), rows, **options)
+    error = ((dhidden.double() - want).norm(dim=1) / want.norm(dim=1)).max().item()
+    assert error < 1e-5, error
+    # Clipped sums have terms of both signs; theirs are far larger than what is left.
+    atol = 2e-6 if "entry_clip" in options else 2e-9
+    torch.testing.assert_close(out.divergence.double(), divergence, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_operands(small, impl, dtype):
     """The error of dhidden is that of rounding the gradient once: at most 0.5 %, in the norm of each row."""

@@ -43,18 +43,21 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         stats.append(
             common | {"label_ptr": "*i64:16" if everything else None, "partial_ptr": "*fp32:16", "V": I32}
             | {"vocab": COUNT, "vocab_start": COUNT, "span": I32} | z | strides | {"stride_pc": COUNT}
-            | {"BLOCK_V": STATS_BLOCK[4 if dtype == "fp32" else 2], "SOFTCAP": everything, "num_warps": STATS_WARPS}
+            | {"BLOCK_V": STATS_BLOCK[4 if dtype == "fp32" else 2], "SOFTCAP": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": STATS_WARPS}
         )  # fmt: skip
         second.append(
             common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
             | {"beta": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
-            | {"BLOCK_V": SECOND_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": STATS_WARPS}
+            | {"BLOCK_V": SECOND_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": STATS_WARPS}
         )  # fmt: skip
         grad.append(
             common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
             | {"offsets_ptr": "*i64:16", "out_ptr": "*bf16:16", "V": I32, "vocab": COUNT} | z
             | {"beta": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
-            | {"BLOCK_V": GRAD_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything, "num_warps": GRAD_WARPS}
+            | {"BLOCK_V": GRAD_BLOCK, "SOFTCAP": everything, "CLIP_ENTRIES": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": GRAD_WARPS}
         )  # fmt: skip
     merged = {"partial_ptr": "*fp32:16", "kind_ptr": "*i8:16", "state_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
     tail = {"S": COUNT, "stride_pc": COUNT, "stride_state": COUNT, "BLOCK_S": 8, "num_warps": 1}
@@ -63,7 +66,7 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         "_second_stats_kernel": second,
         "_grad_kernel": grad,
         "_finish_kernel": [merged | {"R": COUNT, "LABELS": True} | tail],
-        "_second_finish_kernel": [merged | {"CLIP_ENTRIES": False} | tail],
+        "_second_finish_kernel": [merged | {"CLIP_ENTRIES": False, "DIFFERENCE": False} | tail],
     }
 
 
@@ -117,6 +120,7 @@ def streaming_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
                 | {"stride_wt": I32, "stride_state": COUNT, "stride_oc": COUNT, "stride_om": I32, "MODE": mode}
                 | {"TILES": 1 if mode == 2 else launch.tiles, "BLOCK_M": launch.block_m, "BLOCK_V": launch.block_v}
                 | {"BLOCK_D": launch.block_d, "SOFTCAP": everything, "CLIP_ENTRIES": everything}
+                | {"DIFFERENCE": dtype == "fp32"}
                 | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
             )  # fmt: skip
     return {"_stream_kernel": found}

@@ -1,6 +1,7 @@
 """impl="triton": per chunk of rows one GEMM with fp32 result, Triton row kernels, one GEMM for the hidden gradient.
 
-    z = [student rows; teacher rows] @ head.T     (2 C, V) fp32; one product for both when they share the head
+    z = [student rows; teacher rows] @ head.T     (2 C, V) fp32; one product for both when they share the head;
+                                                   of fp32 operands, student - teacher in the student's place
     statistics                                     kernels/divergence.py
     dlogits                                        (C, V) in the operands' dtype: the gradient is rounded once
     drow = dlogits @ head                          (C, D) fp32
@@ -71,7 +72,17 @@ def logits_why_not(problem: LogitsProblem) -> str | None:
     return device_why_not(problem)
 
 
-def options_of(rows: Rows, v: int) -> Options:
+def takes_difference(problem: LinearProblem) -> bool:
+    """Whether the student's logits are (student - teacher) @ head: fp32 products of one head.
+
+    Rounding then is relative to the difference, which the gradient is made of. In 16 bits that of the operands is the
+    larger error, and the difference would have to be rounded to 16 bits again.
+    """
+    fp32 = problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
+    return fp32 and problem.teacher_weight is None
+
+
+def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
     """The row kernels' view of `rows` whose `v` columns are held here."""
     from vigos.kernels.divergence import Options
 
@@ -82,7 +93,7 @@ def options_of(rows: Rows, v: int) -> Options:
         student_row=rows.student_row.contiguous(), teacher_row=rows.teacher_row.contiguous(),
         kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
         vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, alpha=rows.alpha, softcap=softcap, beta=rows.beta,
-        entry_clip=rows.entry_clip,
+        entry_clip=rows.entry_clip, difference=difference,
     )  # fmt: skip
 
 
@@ -285,10 +296,12 @@ def padded(index: Tensor, width: int) -> Tensor:
 
 
 def _project(problem: LinearProblem, at: slice, width: int, z: Tensor) -> None:
-    """Student logits into z[:width], teacher logits into z[width:]."""
+    """Student logits, or theirs less the teacher's, into z[:width], teacher logits into z[width:]."""
     student = problem.student_hidden[padded(problem.student_row[at], width)]
     teacher = problem.teacher_hidden[padded(problem.teacher_row[at], width)]
-    if problem.teacher_weight is None:
+    if takes_difference(problem):
+        product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z)
+    elif problem.teacher_weight is None:
         product(torch.cat([student, teacher]), problem.student_weight.T, z)
     else:
         product(student, problem.student_weight.T, z[:width])
@@ -304,7 +317,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     width = _width(problem)
     gradients = Gradients(problem, width) if need else None
     if r > 0:
-        whole = options_of(problem, v)
+        whole = options_of(problem, v, difference=takes_difference(problem))
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
         index = torch.arange(2 * width, device=device)
         for at in chunks(r, width):

@@ -21,6 +21,7 @@ from vigos.engines.triton import (
     options_of,
     product,
     statistics_of,
+    takes_difference,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     from vigos.kernels import streaming
 
     (v, d), r, device = problem.student_weight.shape, problem.n_rows, problem.device
-    options = options_of(problem, v)
+    options = options_of(problem, v, difference=takes_difference(problem))
     x = streaming.operands(
         problem.student_hidden, problem.teacher_hidden, problem.student_weight, problem.teacher_weight,
         problem.student_bias, problem.teacher_bias, options,
