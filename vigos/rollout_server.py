@@ -30,7 +30,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
+from vigos.background import each
 from vigos.faults import TrainingStopped
 from vigos.rollout import Sampling, adapter_name, stream_seed
 from vigos.sequences import Chat, EncodedPrompt
@@ -114,16 +114,10 @@ class ServerEngine:
         if len(seeds) != len(prompts):
             raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
         bodies = [self._body(prompt, sampling, s) for prompt, s in zip(prompts, seeds, strict=True)]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [
-                pool.submit(self._completions, prompt, body, sampling)
-                for prompt, body in zip(prompts, bodies, strict=True)
-            ]
-            try:
-                return [completion for future in futures for completion in future.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        found = each(
+            lambda job: self._completions(*job, sampling), list(zip(prompts, bodies, strict=True)), self.concurrency
+        )
+        return [completion for completions in found for completion in completions]
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
