@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import socket
 import ssl
@@ -289,6 +290,7 @@ def test_rows_with_addresses(server: Server, tmp_path: Path) -> None:
     assert server.seen == []
 
     limits = ImageLimits(decode_seconds=0.2)
+    assert pickle.loads(pickle.dumps(on.reader)) == on.reader  # for workers of the data loader that are not forked
     images = replace(on.reader.images, fetch=partial(fetch_image, allowed=loopback), limits=limits)
     reader = replace(on.reader, images=images)
     found = [type(on)(on.records, reader, "return")[i] for i in range(4)]

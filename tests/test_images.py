@@ -4,6 +4,7 @@ than its limit. What else an image column may hold: test_data.py; addresses: tes
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -149,10 +150,17 @@ def test_a_process_that_died_is_replaced() -> None:
     assert process is not None
     killer = threading.Timer(0.3, os.kill, [process.pid, signal.SIGKILL])
     killer.start()
-    with pytest.raises(BadImage, match=r"unreadable_image: .*the process that decoded it died: it ended with code -9"):
+    with pytest.raises(BadImage, match=r"unreadable_image: .*the process that decodes it died: it ended with code -9"):
         decode(tiff_of_scans(4000, 99, 4), ImageLimits(decode_seconds=60))
     assert decode(good, ImageLimits()).getpixel((3, 3)) == (255, 0, 0)
     assert decoding._worker().process is not process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_another_thread_decodes() -> None:
+    good = encoded(Image.new("RGB", (32, 32), "red"), "TIFF")
+    with decoding._worker().lock, multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(decode, (good, ImageLimits())).get(timeout=60).getpixel((3, 3)) == (255, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce RLIMIT_AS")

@@ -1,5 +1,5 @@
-"""What an untrusted checkpoint or model folder must not do, and what must not be written. Data: test_data.py; the page:
-test_report.py.
+"""What an untrusted checkpoint or model folder must not do, and what must not be written. Data: test_data.py,
+test_images.py, test_download.py; the page: test_report.py.
 
 Every attack here is real: a pickle that writes a file when it is loaded, a model folder that brings code.
 """

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 IN_PIECES = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 AT_ONCE = ("TIFF", "AVIF", "WEBP")
 
-# Pixels. Decoding WebP takes time in proportion to its pixels and bytes alone, about 15 ns a pixel.
-WEBP_HERE = 2**23
+# Pixels. WebP takes time and memory in proportion to pixels and bytes alone: some 15 ns and at most 600 bytes a pixel.
+WEBP_HERE = 2**21
 # Pixels x bytes that a JPEG decoder gets between two looks at the clock. Twelve bytes ask it to go over all pixels
 # again, at about 0.3 ns a pixel: 2 s in the worst case. Other decoders do at most some work for every byte and pixel.
 JPEG_PIECE = 2**36
@@ -237,8 +237,8 @@ def _decode_apart(source: Path | bytes, limits: ImageLimits, name: str) -> Image
         answer, pixels = _worker().ask(question, b"" if path else source, timeout_s=limits.decode_seconds)  # type: ignore[arg-type]
     except TimeoutError as error:
         raise _too_slow(name, limits) from error
-    except ChildProcessError as error:
-        raise BadImage("unreadable_image", f"{name}: the process that decoded it died: {error}") from error
+    except (ChildProcessError, ImportError) as error:
+        raise BadImage("unreadable_image", f"{name}: the process that decodes it died: {error}") from error
     if "reason" in answer:
         raise BadImage(answer["reason"], answer["detail"])
     return PILImage.frombytes("RGB", tuple(answer["size"]), pixels)

@@ -53,7 +53,8 @@ def is_public(address: str) -> bool:
 def fetch_image(url: str, limits: ImageLimits, *, allowed: Callable[[str], bool] = is_public) -> bytes:
     """The bytes at `url`; what they are is for the decoder to say.
 
-    Directly, not through a proxy, which would resolve the name a second time.
+    Directly, not through a proxy, which would resolve the name a second time. Resolving a name takes as long as the
+    system's resolver allows, and counts.
 
     Args:
         url: http or https, without a user name.

@@ -32,6 +32,8 @@ class Worker:
         self.owner = 0
         self.lock = threading.Lock()
         atexit.register(self.stop)
+        if hasattr(os, "register_at_fork"):  # the lock may be another thread's, which the child does not have
+            os.register_at_fork(after_in_child=self._unlock)
 
     def ask(self, question: Any, payload: bytes = b"", *, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         """The answer and the bytes that came with it.
@@ -75,6 +77,9 @@ class Worker:
             raise ImportError(ready["error"])
         self.process, self.owner = process, os.getpid()
         return process
+
+    def _unlock(self) -> None:
+        self.lock = threading.Lock()
 
     def stop(self) -> None:
         """Ends the process, if this process started one."""
