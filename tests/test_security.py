@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_images import jpeg_of_scans, tiff_of_scans
 from training import VALID_A, VALID_B, config, rows, tiny_student, trainer
 
+from vigos.data import load_rows
 from vigos.recipe import load_model
 from vigos.world import checkpoint_path
 
@@ -82,6 +84,29 @@ def test_code_in_a_model_folder_runs_only_if_asked(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_model(str(folder))
     assert not mark.exists()
+
+
+def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
+    """In the training process and in workers of the data loader: the run goes on, and says what it left out."""
+    images = [jpeg_of_scans((8000, 8000), 2000), tiff_of_scans(4000, 99, 4), "../secret.png", "http://127.0.0.1/a.png"]
+    hostile = [rows(1)[0] | {"images": [image], "problem_id": f"bad-{i}"} for i, image in enumerate(images)]
+    mixed = [row for pair in zip(rows(4), hostile, strict=True) for row in pair]
+    data = load_rows(mixed, data_root=tmp_path, allow_remote_images=True, decode_seconds=0.2)
+    for workers in (0, 1):
+        folder = tmp_path / f"run-{workers}"
+        options = config(folder, max_steps=4, dataloader_num_workers=workers)
+        made = trainer(tiny_student(), options, data, texts=[VALID_A, VALID_B])  # type: ignore[arg-type]
+        made.train()
+        assert made.state.global_step == 4
+        skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+        assert [(row["row"], row["reason"]) for row in skipped] == [
+            ("bad-0", "decode_too_slow"),
+            ("bad-1", "decode_too_slow"),
+            ("bad-2", "outside_root"),
+            ("bad-3", "private_address"),
+        ]
+        assert made.skipped.total() == 4
+        assert made.rows_used == 4
 
 
 def test_tokens_do_not_reach_the_run_folder(tmp_path: Path) -> None:
