@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vigos
-from vigos import divergence
+from vigos import operators
 
 IMPLS = ["reference", "cpu"]
 N, D, V = 8, 6, 41
@@ -39,26 +39,26 @@ def linear_arguments(impl, dtype=torch.float32, need=(True, True, True), labels=
 def test_opcheck_linear(impl, need):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        divergence._linear_op, linear_arguments(impl, need=need, labels=torch.arange(N)), test_utils=tests
+        operators.linear_op, linear_arguments(impl, need=need, labels=torch.arange(N)), test_utils=tests
     )
 
 
 @pytest.mark.slow
 def test_opcheck_traced():
-    torch.library.opcheck(divergence._linear_op, linear_arguments("cpu"), test_utils=("test_aot_dispatch_dynamic",))
+    torch.library.opcheck(operators.linear_op, linear_arguments("cpu"), test_utils=("test_aot_dispatch_dynamic",))
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     rows = inputs()[4]
     arguments = (
         student, teacher, rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip, None, 1.0, 1.0, None,
         0.5, None, -1, "", "cpu", False,
     )  # fmt: skip
-    torch.library.opcheck(divergence._logits_op, arguments)
+    torch.library.opcheck(operators.logits_op, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_backward(impl):
     arguments = linear_arguments(impl)
-    out = divergence._linear_op(*arguments)
+    out = operators.linear_op(*arguments)
     saved = [x.detach() for x in (out[1], *out[8:12])]
     rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*arguments[:11], *arguments[12:])]
     for grad_loss, grad_divergence in (
@@ -67,7 +67,7 @@ def test_opcheck_backward(impl):
         (torch.tensor(2.0), torch.rand(N)),
     ):
         torch.library.opcheck(
-            divergence._linear_backward_op, (grad_loss, grad_divergence, *saved, *rest),
+            operators._linear_backward_op, (grad_loss, grad_divergence, *saved, *rest),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
