@@ -156,6 +156,19 @@ def test_a_process_that_died_is_replaced() -> None:
     assert decoding._worker().process is not process
 
 
+def test_waiting_is_not_decoding() -> None:
+    """A process that gets no processor for longer than its limit: a busy machine must not change which rows are used."""
+    good = encoded(Image.new("RGB", (32, 32), "red"), "TIFF")
+    decode(good, ImageLimits())
+    process = decoding._worker().process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, [process.pid, signal.SIGCONT]).start()
+    start = time.monotonic()
+    assert decode(good, ImageLimits(decode_seconds=0.5)).getpixel((3, 3)) == (255, 0, 0)
+    assert time.monotonic() - start > 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_forked_while_another_thread_decodes() -> None:
     good = encoded(Image.new("RGB", (32, 32), "red"), "TIFF")

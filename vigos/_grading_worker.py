@@ -39,7 +39,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    if os.name == "posix":
+    if sys.platform == "linux":  # other systems do not enforce such a bound, or refuse it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

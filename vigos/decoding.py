@@ -5,7 +5,7 @@
 Size and number of pixels are read from the header before anything is decoded. Time: most decoders take their input in
 pieces, which are handed to them by a file that looks at the clock; a file of few pixels can still ask for hours, as a
 JPEG of ten thousand scans does. TIFF and AVIF, and WebP above `WEBP_HERE`, take all in one call that nothing can
-interrupt: they are decoded in another process, which can be killed. That process is this file run as a script, so it
+interrupt: they are decoded in another process, which ends itself. That process is this file run as a script, so it
 imports nothing of ours.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
 import struct
 import sys
 import time
@@ -82,7 +83,7 @@ class ImageLimits:
         min_side: in pixels.
         max_aspect: longer side over shorter; Qwen's processors refuse 200 and more.
         max_bytes: of the file, or of what is downloaded.
-        decode_seconds: processor time of decoding; of the clock where another process decodes.
+        decode_seconds: of processor time.
         download_seconds: of the whole download, from the first connection to the last byte.
     """
 
@@ -231,22 +232,23 @@ def _worker() -> Worker:
 def _decode_apart(source: Path | bytes, limits: ImageLimits, name: str) -> Image:
     from PIL import Image as PILImage
 
-    path = isinstance(source, Path)
-    question = {"limits": asdict(limits), "name": name} | ({"path": str(source)} if path else {"bytes": len(source)})  # type: ignore[arg-type]
+    from vigos.worker import WorkerDied
+
+    question: dict[str, Any] = {"limits": asdict(limits), "name": name}
+    question |= {"path": str(source)} if isinstance(source, Path) else {"bytes": len(source)}
+    payload = b"" if isinstance(source, Path) else source
     try:
-        answer, pixels = _worker().ask(question, b"" if path else source, timeout_s=limits.decode_seconds)  # type: ignore[arg-type]
+        # The process ends itself in time; the clock is for one that got no processor, or no file from its disk.
+        answer, pixels = _worker().ask(question, payload, timeout_s=60 + 10 * limits.decode_seconds)
     except TimeoutError as error:
         raise _too_slow(name, limits) from error
-    except (ChildProcessError, ImportError) as error:
+    except (WorkerDied, ImportError) as error:
+        if isinstance(error, WorkerDied) and error.code == -signal.SIGPROF:
+            raise _too_slow(name, limits) from error
         raise BadImage("unreadable_image", f"{name}: the process that decodes it died: {error}") from error
     if "reason" in answer:
         raise BadImage(answer["reason"], answer["detail"])
     return PILImage.frombytes("RGB", tuple(answer["size"]), pixels)
-
-
-def memory_bytes(limits: ImageLimits) -> int:
-    """What the other process may address: 4 bytes a pixel for every one of ten copies, beside the interpreter."""
-    return 2**30 + 40 * limits.max_pixels
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -254,37 +256,46 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     from PIL import AvifImagePlugin
     from PIL import Image as PILImage
 
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as many as there are workers of the data loader already
-
-    def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
-        replies.write(json.dumps(answer).encode() + b"\n" + payload)
-        replies.flush()
-
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there may be many of this process already
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is doing
     PILImage.init()
-    reply({"ready": True})
+    replies.write(b'{"ready": true}\n')
+    replies.flush()
     while line := requests.readline():
         question = json.loads(line)
         limits = ImageLimits(**question["limits"])
-        bound_memory(memory_bytes(limits))
         source = question["path"] if "path" in question else io.BytesIO(requests.read(question["bytes"]))
-        try:
-            image = decode_here(source, (*IN_PIECES, *AT_ONCE), limits, question["name"], webp=math.inf)
-            pixels = image.tobytes()
-        except BadImage as error:
-            reply({"reason": error.reason, "detail": error.detail})
-        except MemoryError:
-            detail = f"{question['name']} takes more than {memory_bytes(limits)} bytes to decode"
-            reply({"reason": "unreadable_image", "detail": detail})
-        else:
-            reply({"size": image.size, "bytes": len(pixels)}, pixels)
+        bound_memory(memory_bytes(limits))
+        signal.setitimer(signal.ITIMER_PROF, limits.decode_seconds)
+        answer, pixels = _attempt(source, limits, question["name"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(json.dumps(answer).encode() + b"\n" + pixels)
+        replies.flush()
+
+
+def _attempt(source: str | BinaryIO, limits: ImageLimits, name: str) -> tuple[dict[str, Any], bytes]:
+    try:
+        image = decode_here(source, (*IN_PIECES, *AT_ONCE), limits, name, webp=math.inf)
+        pixels = image.tobytes()
+    except BadImage as error:
+        return {"reason": error.reason, "detail": error.detail}, b""
+    except MemoryError:
+        detail = f"{name} takes more than {memory_bytes(limits)} bytes to decode"
+        return {"reason": "unreadable_image", "detail": detail}, b""
+    return {"size": image.size, "bytes": len(pixels)}, pixels
+
+
+def memory_bytes(limits: ImageLimits) -> int:
+    """What the other process may address: 4 bytes a pixel for every one of ten copies, beside the interpreter."""
+    return 2**30 + 40 * limits.max_pixels
 
 
 def bound_memory(count: int) -> None:
-    """Bounds what this process may address, where the system knows such a bound."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    """Bounds what this process may address. On Linux: other systems do not enforce such a bound, or refuse it."""
+    if sys.platform != "linux":
         return
+    import resource
+
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
 

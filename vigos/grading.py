@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vigos.prompts import BOX_OPEN
 from vigos.spans import balanced_end
-from vigos.worker import Worker
+from vigos.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class _Verifier(Worker):
             reply, _ = self.ask([prediction, answer, timeout_s], timeout_s=timeout_s + 1)
         except ImportError as error:
             raise ImportError(f"grading mathematics needs math-verify: pip install 'vigos[train]' ({error})") from error
-        except (TimeoutError, ChildProcessError):
+        except (TimeoutError, WorkerDied):
             logger.warning("comparing %r with %r took more than %s s: counted as wrong", prediction, answer, timeout_s)
             return False
         return bool(reply["equal"])

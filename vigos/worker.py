@@ -20,6 +20,14 @@ from typing import Any
 START_S = 120.0  # imports on a busy machine
 
 
+class WorkerDied(ChildProcessError):
+    """Before it answered; `code` is its exit status, below 0 for a signal."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"it ended with code {code}")
+        self.code = code
+
+
 class Worker:
     """Starts with the first question, and anew after one that it did not survive.
 
@@ -40,7 +48,7 @@ class Worker:
 
         Raises:
             TimeoutError: it took longer than `timeout_s`, and was killed.
-            ChildProcessError: it died, by its own limits perhaps.
+            WorkerDied: by its own limits perhaps.
             ImportError: it could not start; the text is what it said.
         """
         with self.lock:
@@ -51,9 +59,10 @@ class Worker:
                 process.stdin.flush()
                 return _answer(process, timeout_s)
             except BrokenPipeError as error:
+                code = process.wait()
                 self.stop()
-                raise ChildProcessError(f"{self.script.stem} died before it was asked") from error
-            except (TimeoutError, ChildProcessError):
+                raise WorkerDied(code) from error
+            except (TimeoutError, WorkerDied):
                 self.stop()
                 raise
 
@@ -69,7 +78,7 @@ class Worker:
         )
         try:
             ready, _ = _answer(process, START_S)
-        except (TimeoutError, ChildProcessError) as error:
+        except (TimeoutError, WorkerDied) as error:
             process.kill()
             raise ImportError(f"it did not start: {error}") from error
         if "error" in ready:
@@ -104,5 +113,5 @@ def _answer(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[dict[st
     count = answer.get("bytes", 0) if answer is not None else 0
     payload = process.stdout.read(count)
     if answer is None or len(payload) < count:
-        raise ChildProcessError(f"it ended with code {process.wait()}")
+        raise WorkerDied(process.wait())
     return answer, payload
