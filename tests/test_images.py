@@ -157,7 +157,7 @@ def test_a_process_that_died_is_replaced() -> None:
 
 
 def test_waiting_is_not_decoding() -> None:
-    """A process that gets no processor for longer than its limit: a busy machine must not change which rows are used."""
+    """A process without a processor for longer than its limit: a busy machine must not change which rows are used."""
     good = encoded(Image.new("RGB", (32, 32), "red"), "TIFF")
     decode(good, ImageLimits())
     process = decoding._worker().process
