@@ -17,6 +17,7 @@ import torch
 from vigos.config import ViGOSConfig
 from vigos.data import load_rows
 from vigos.rollout import Sampling, TransformersEngine
+from vigos.rollout_checks import RolloutError
 from vigos.rollout_server import KEY_VARIABLE, RolloutServerError, ServerEngine
 from vigos.sequences import EncodedPrompt, encode_prompt
 from vigos.trainer import ViGOSTrainer
@@ -101,7 +102,7 @@ def test_the_same_completions_as_with_the_model_at_hand(
         ("truncated", r"failed 2 times, last with \d+ token ids, but usage says \d+"),
         ("placeholder", r"failed 2 times, last with a completion holds the banned ids"),
         ("text-only", r"returned no token ids"),
-        ("other-prompt", r"rendered another prompt for base: it differs from token 4 on"),
+        ("other-prompt", r"v1 \(base\) rendered another prompt: it differs from token 4 on"),
         ("hangs", r"failed 2 times, last with ReadTimeout"),
         ("keyed", r"refused: status 401"),
         ("short", r"answered a completion cut after 5 of 40 tokens, finish_reason 'length': its context"),
@@ -111,7 +112,7 @@ def test_what_lasts_is_an_error_that_says_what(
     behaviour: str, message: str, base: tuple[Any, Any], prompts: list[EncodedPrompt], port: int
 ) -> None:
     timeout = 1.0 if behaviour == "hangs" else 60.0
-    with pytest.raises(RolloutServerError, match=message):
+    with pytest.raises(RolloutError, match=message):
         engine(base, port, behaviour, retries=1, timeout=timeout).generate(prompts[:1], SAMPLING, 0)
 
 

@@ -30,16 +30,16 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import requests
-import torch
 from torch import Tensor, nn
 
 from vigos.background import each
-from vigos.faults import TrainingStopped
 from vigos.rollout import Sampling, adapter_name, stream_seed
+from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion
 from vigos.sequences import Chat, EncodedPrompt
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,8 @@ _ADVICE = {
 }
 
 
-class RolloutServerError(TrainingStopped):
+class RolloutServerError(RolloutError):
     """The server is gone, refuses, or answers what cannot be used."""
-
-
-class _Again(Exception):
-    """Worth another try."""
 
 
 class ServerEngine:
@@ -93,10 +89,9 @@ class ServerEngine:
                 "concurrency must be at least 1, timeout above 0 and retries at least 0, got "
                 f"{concurrency}, {timeout}, {retries}"
             )
-        self.url, self.base, self.model, self.tokenizer = url.rstrip("/"), model, model, tokenizer
-        self.eos_token_ids, self.banned_token_ids = tuple(eos_token_ids), tuple(banned_token_ids)
-        self.vocab_size, self.concurrency, self.timeout = vocab_size, concurrency, timeout
-        self.retries, self.pause = retries, pause
+        self.url, self.base, self.model = url.rstrip("/"), model, model
+        self.checks = RolloutChecks(tokenizer, tuple(eos_token_ids), tuple(banned_token_ids), vocab_size)
+        self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
         self.adapters = None if adapters is None else Path(adapters)
         self.retried = 0  # tries beyond the first, over the run
         self._salt = secrets.token_hex(16)
@@ -113,11 +108,12 @@ class ServerEngine:
         seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        bodies = [self._body(prompt, sampling, s) for prompt, s in zip(prompts, seeds, strict=True)]
+        asked = replace(sampling, n=1) if sampling.temperature == 0 else sampling  # vLLM refuses n > 1 greedy ones
+        bodies = [self._body(prompt, asked, s) for prompt, s in zip(prompts, seeds, strict=True)]
         found = each(
-            lambda job: self._completions(*job, sampling), list(zip(prompts, bodies, strict=True)), self.concurrency
+            lambda job: self._completions(*job, asked), list(zip(prompts, bodies, strict=True)), self.concurrency
         )
-        return [completion for completions in found for completion in completions]
+        return [completion for completions in found for completion in completions * (sampling.n // asked.n)]
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +165,7 @@ class ServerEngine:
             try:
                 return [model["id"] for model in answer["data"]]
             except (KeyError, TypeError) as error:
-                raise _Again(f"an answer without {error}") from error
+                raise UnusableCompletion(f"an answer without {error}") from error
 
         return self._request("models", read=read)
 
@@ -183,7 +179,7 @@ class ServerEngine:
             "model": self.served_name, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.banned_token_ids},
+            "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.checks.banned_token_ids},
             "add_generation_prompt": not prefilled, "continue_final_message": prefilled,
             "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt,
         }  # fmt: skip
@@ -196,55 +192,23 @@ class ServerEngine:
                 found = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
                 theirs = answer.get("prompt_token_ids")
             except (KeyError, TypeError, AttributeError) as error:
-                raise _Again(f"an answer without {error}") from error
+                raise UnusableCompletion(f"an answer without {error}") from error
             if theirs is None or any(ids is None for ids, _ in found):
                 raise RolloutServerError(
                     f"{self.url} returned no token ids; vLLM does with return_token_ids (0.10.2 and later). Text that "
                     "is tokenised again is not what was sampled"
                 )
-            self._same_prompt(prompt, theirs)
+            if not all(isinstance(ids, list) for ids in (theirs, *(ids for ids, _ in found))):
+                raise UnusableCompletion("token ids that are no list")
+            who = f"{self.url} ({self.model})"
+            self.checks.same_prompt(prompt, theirs, who)
             if len(found) != sampling.n:
-                raise _Again(f"{len(found)} completions, {sampling.n} were asked for")
+                raise UnusableCompletion(f"{len(found)} completions, {sampling.n} were asked for")
             if sum(len(ids) for ids, _ in found) != usage:
-                raise _Again(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
-            return [self._completion(ids, reason, sampling) for ids, reason in found]
+                raise UnusableCompletion(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
+            return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in found]
 
         return self._request("chat/completions", body, read)
-
-    def _completion(self, ids: list[Any], reason: str, sampling: Sampling) -> Tensor:
-        limit = self.vocab_size if self.vocab_size is not None else 2**31
-        if not all(isinstance(i, int) and 0 <= i < limit for i in ids):
-            raise _Again(f"token ids outside the vocabulary of {limit}")
-        if banned := sorted(set(ids) & set(self.banned_token_ids)):
-            raise _Again(f"a completion holds the banned ids {banned}: it would take another image's features")
-        ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]
-        if ends:
-            ids = ids[: ends[0] + 1]
-        elif reason == "stop":  # some servers leave out the token that ended it
-            ids = [*ids, self.eos_token_ids[0]]
-        elif len(ids) < sampling.max_new_tokens:
-            cut = f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens, finish_reason {reason!r}"
-            if reason != "length":
-                raise _Again(cut)
-            raise RolloutServerError(
-                f"{self.url} answered {cut}: its context (vLLM: --max-model-len) is too short for prompt and "
-                "max_completion_length, or it has a limit of its own"
-            )
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def _same_prompt(self, prompt: EncodedPrompt, theirs: list[int]) -> None:
-        """The same ids, or, from a server that does not expand them, with one placeholder in place of each image's."""
-        ours = prompt.ids.tolist()
-        if theirs in (ours, _collapsed(ours, self.banned_token_ids)):
-            return
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-        )
-        shown = [self.tokenizer.decode(ids[max(0, at - 4) : at + 8]) for ids in (ours, theirs)]
-        raise RolloutServerError(
-            f"{self.url} rendered another prompt for {self.model}: it differs from token {at} on, ours {shown[0]!r}, "
-            f"the server's {shown[1]!r}; give the server the student's chat template (--chat-template)"
-        )
 
     def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
         """Posts (without a body: gets), reads, and tries again what failed in passing."""
@@ -258,15 +222,20 @@ class ServerEngine:
                 method = "GET" if body is None else "POST"
                 answer = requests.request(method, where, json=body, headers=self._headers, timeout=self.timeout)
                 if answer.status_code in _PASSING:
-                    raise _Again(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
+                    raise UnusableCompletion(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
                 if not answer.ok:
                     raise RolloutServerError(
                         f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}"
                         f"{_ADVICE.get((path, answer.status_code), '')}"
                     )
                 return answer if read is None else read(answer.json())
-            except (requests.RequestException, _Again) as error:  # RequestException: also an answer that is no JSON
-                failure = f"{type(error).__name__}: {error}" if not isinstance(error, _Again) else str(error)
+            except (
+                requests.RequestException,
+                UnusableCompletion,
+            ) as error:  # RequestException: also an answer that is no JSON
+                failure = (
+                    f"{type(error).__name__}: {error}" if not isinstance(error, UnusableCompletion) else str(error)
+                )
         raise RolloutServerError(f"{where} failed {self.retries + 1} times, last with {failure}")
 
 
@@ -284,8 +253,3 @@ def wire_messages(chat: Chat) -> list[dict[str, Any]]:
 
     wired = [{"role": m["role"], "content": [part(content) for content in m["content"]]} for m in chat.messages]
     return [*wired, {"role": "assistant", "content": chat.prefill}] if chat.prefill else wired
-
-
-def _collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
-    """`ids` with runs of one placeholder as one."""
-    return [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders]
