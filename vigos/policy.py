@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vigos.scoring import base_model, check_adapter, lm_head, unwrap
-from vigos.sharding import full, local, piece_of, reshard, sharding_of
+from vigos.sharding import full, head_like, local, piece_of, reshard, sharding_of
+from vigos.tensor_parallel import whole_widths
 
 if TYPE_CHECKING:
     from vigos.config import ViGOSConfig
@@ -93,7 +95,8 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
         target_modules=rf"{re.escape(inside)}(?:.*\.)?(?:{names})",  # peft matches the whole path
         bias="none",
     )
-    return get_peft_model(base, lora)  # type: ignore[arg-type]
+    with whole_widths():
+        return get_peft_model(base, lora)  # type: ignore[arg-type]
 
 
 def _check_mergeable(model: Any) -> None:
@@ -221,10 +224,10 @@ class TeacherPolicy:
                     local(self.parameters[name]).copy_(values)
 
     def head_weight(self, head: Any) -> Tensor | None:
-        """The head (V, D) the teacher's hidden states belong to; None: the student's."""
+        """The head (V, D) the teacher's hidden states belong to, laid out as the student's; None: the student's."""
         if self._head is None:
             return None
-        return full(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
+        return head_like(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head], head.weight)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -327,8 +330,11 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
 def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
     """A transformers model of the same class and configuration, never wrapped, that holds the tensors of `state`."""
     kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # FSDP2 changes a module's class
+    config = deepcopy(model.config)
+    if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
+        del config.distributed_config
     with torch.device("meta"):
-        copy = kind(model.config)
+        copy = kind(config)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.tie_weights()
     copy.generation_config = model.generation_config

@@ -23,6 +23,7 @@ from vigos.restart import SAVING, StopSignal, publish, read_state, rotate, savin
 from vigos.routing import RoutedBatch
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer
+from vigos.tensor_parallel import Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class RobustTrainer(Trainer):
     runlog: RunLog
     phases: Phases
     policy: TeacherPolicy
+    replicas: Replicas
     scorer: TeacherScorer
     skipped: Counter[str]
     rows_used: int
@@ -112,14 +114,14 @@ class RobustTrainer(Trainer):
         if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
             return  # DeepSpeed, and the loss scaler of float16, check and skip by themselves
         bad_loss, bad_gradient = ~self._losses_finite.cpu(), ~gradients_finite(self.model).cpu()
-        ranks_bad = self._reduce(torch.stack([bad_loss, bad_gradient]).double()).cpu()
+        ranks_bad = self._over_world(torch.stack([bad_loss, bad_gradient]).double()).cpu()
         if not bool(ranks_bad.any()):
             self.dropped_in_a_row = 0
             return
         for parameter in self.model.parameters():
             parameter.grad = None  # which optimizers pass over: no decay, no momentum
         self.dropped_in_a_row += 1
-        self.metrics.add("steps/dropped", 1.0 / self.accelerator.num_processes, 0.0)
+        self.metrics.add("steps/dropped", 1.0 / self.replicas.count, 0.0)
         step, what = self.state.global_step + 1, "loss" if ranks_bad[0] else "gradient"
         rollouts = [rollout for batch in self._step_batches for rollout in batch.rollouts]
         path = self.runlog.write_fault(step, f"{what} not finite", rollouts)
@@ -201,9 +203,13 @@ class RobustTrainer(Trainer):
         self._resumed_from = resume_from_checkpoint
 
     def _reduce(self, values: Tensor) -> Tensor:
+        """The sum over the copies of the model, which differ in their rows."""
+        return self._over_world(self.replicas.once(values))
+
+    def _over_world(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), "sum")
 
     def _over_ranks(self, count: int) -> int:
-        return int(self._reduce(torch.tensor(count)))
+        return int(self._over_world(torch.tensor(count)))

@@ -59,8 +59,9 @@ from vigos.routing import (
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
-from vigos.sharding import head_tensors, sharding_of, whole_trained, with_whole_weights
+from vigos.sharding import head_tensors, sharding_of, whole_state, whole_trained, with_whole_weights
 from vigos.spans import parse_rollout
+from vigos.tensor_parallel import Replicas, check_dropout
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
 
@@ -110,7 +111,9 @@ class ViGOSTrainer(RobustTrainer):
         if processing_class is None:
             raise ValueError("processing_class must be the model's processor or tokenizer, got None")
         set_seed(args.seed)  # before the adapter is drawn
+        self.replicas = Replicas.of(model, args.process_index, args.world_size)
         model = prepare_model(model, args)
+        check_dropout(model, args.lora_dropout)
         super().__init__(
             model=model,
             args=args,
@@ -136,7 +139,7 @@ class ViGOSTrainer(RobustTrainer):
             adapter=self.policy.adapter,
         )
         self.metrics = Metrics()
-        self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
+        self.runlog = RunLog(str(args.output_dir), rank=args.process_index, writes=self.replicas.speaks)
         self.add_callback(self.runlog)
         self.add_callback(_StepCallback(self))
         self.phases = Phases()
@@ -173,9 +176,9 @@ class ViGOSTrainer(RobustTrainer):
         local = [count_terms(group, self.args) for group in rollouts]
         # (micro-batches, tokens or rows, terms), summed over ranks
         table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
-        counts = [TermCounts(*row) for row in self.accelerator.reduce(table.to(device), "sum").cpu()]
+        counts = [TermCounts(*row) for row in self._reduce(table.to(device)).cpu()]
         step = sum(counts[1:], counts[0])
-        ranks = self.accelerator.num_processes  # gradients are averaged over ranks, and the loss is a sum over them
+        ranks = self.replicas.count  # gradients are averaged over them, and the loss is a sum over them
         routed = [
             route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
@@ -191,7 +194,7 @@ class ViGOSTrainer(RobustTrainer):
 
     def _rollouts(self, micro_batches: Sequence[list[Row | BadRow]]) -> list[list[Rollout]]:
         """Samples and parses the completions of a step; bad rows are counted, logged and left out."""
-        args, ranks, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        args, ranks, rank = self.args, self.replicas.count, self.replicas.index
         chosen: list[tuple[int, Row, EncodedPrompt]] = []
         seeds: list[int] = []
         for k, rows in enumerate(micro_batches):
@@ -250,9 +253,13 @@ class ViGOSTrainer(RobustTrainer):
         self._pushed_step = step
 
     def _generate(self, prompts: list[EncodedPrompt], seeds: list[int]) -> list[Tensor]:
-        def run() -> list[Tensor]:
+        def sample() -> list[Tensor]:
             with self.accelerator.autocast():
                 return self.engine.generate(prompts, self.args.sampling, seeds)
+
+        def run() -> list[Tensor]:
+            together = isinstance(self.engine, TransformersEngine)
+            return self.replicas.rollouts(sample, self.args.device, together=together)
 
         def run_in_memory() -> list[Tensor]:
             engine = self.engine
@@ -261,7 +268,7 @@ class ViGOSTrainer(RobustTrainer):
                     return run()
                 except torch.OutOfMemoryError:
                     size = engine.batch_size or len(prompts) * self.args.num_generations
-                    if size == 1:
+                    if size == 1 or self.replicas.group is not None:  # whose ranks all sample the same batch
                         raise
                     engine.batch_size = size // 2  # changes no sample
                 logger.warning(
@@ -272,7 +279,7 @@ class ViGOSTrainer(RobustTrainer):
 
         with self.phases("rollouts"):
             self._push_adapter()
-            if self.is_fsdp_enabled and isinstance(self.engine, TransformersEngine):
+            if sharding_of(self.model) == "fsdp2" and isinstance(self.engine, TransformersEngine):
                 return with_whole_weights(self.model, run_in_memory)
             return run_in_memory()
 
@@ -441,7 +448,7 @@ class ViGOSTrainer(RobustTrainer):
     @torch.no_grad()
     def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> list[bool | None]:
         """Adds to the metrics; returns whether each rollout's answer is right (None: not graded)."""
-        args, ranks = self.args, self.accelerator.num_processes
+        args, ranks = self.args, self.replicas.count
         correct = _grade(batch.rollouts, args.grade_rollouts)
         self.metrics.add_rollouts(batch.rollouts, correct)
         self.metrics.add_terms(batch, out, args.lambdas, scale=float(ranks))
@@ -475,7 +482,11 @@ class ViGOSTrainer(RobustTrainer):
                 "no rollout of this run was valid: the model did not take up the format, and only the reference "
                 "teacher had work. Look at completions/ for what it wrote"
             )
-        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # on rank 0
+        weights = None  # or those of rank 0, where the model's own are in pieces
+        if self.is_fsdp_enabled:
+            weights = self.accelerator.get_state_dict(self.model)
+        elif sharding_of(self.model) in ("tensor", "fsdp2"):  # loaded in pieces by transformers
+            weights = whole_state(self.model, keep=self.is_world_process_zero())
         self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged, weights=weights)
         self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
         return result
@@ -537,7 +548,7 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ranks = self.trainer.accelerator.num_processes
-        seconds = (time.perf_counter() - self.trainer._step_started) / ranks
+        seconds = (time.perf_counter() - self.trainer._step_started) / self.trainer.replicas.count
         self.trainer.metrics.add("perf/step_s", seconds, 0.0)
         self.trainer.metrics.add("perf/tokens_per_s", 0.0, seconds)
         for name in ("perf/tflops", "perf/mfu") if self.trainer._peak_tflops else ("perf/tflops",):

@@ -1,0 +1,178 @@
+"""Training runs that a tensor-parallel group and one process make alike. As a program: one rank, over the cases it is
+given.
+
+Run by `test_tensor_parallel.py` with the variables that torchrun sets; results go to `<folder>/<case>/rank<r>.pt`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_cases import ByRow, data, whole
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training import config, tiny_student, trainer
+from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
+
+from vigos.scoring import lm_head
+from vigos.sharding import sharding_of
+from vigos.tensor_parallel import load_distributed
+from vigos.trainer import ViGOSTrainer
+
+RANKS = 2
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"max_grad_norm": 0.05, "completion_steps": 1, "completion_top_k": 3, "grade_rollouts": True},
+    "full": {"lora": False, "max_grad_norm": 0.05},
+    "everything": {"lora": False, "train_vision": True, "train_head": True, "normalize": "sequence"},
+    "ema": {"lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5, "gradient_accumulation_steps": 2},
+    "sampled": {"sampled": True, "save_merged": True},
+    "tied": {"tied": True, "lora": False, "train_head": True},
+    "saved": {"save_strategy": "steps", "save_steps": 3, "save_only_model": True},
+}
+
+
+def save_student(folder: Path, tied: bool) -> Path:
+    """The untrained model, as a folder that every process loads."""
+    path = folder / ("tied" if tied else "untied")
+    tiny_student(torch.float64, tied=tied).save_pretrained(path)
+    return path
+
+
+def build(case: str, models: Path, folder: Path, tensor_parallel: int, ranks: int) -> ViGOSTrainer:
+    """The trainer of a case: on a process alone, or on one of `ranks` in groups of `tensor_parallel`."""
+    options = {"max_steps": 5, "clip_mode": "none", "learning_rate": 1e-2, "max_completion_length": 8} | CASES[case]
+    sampled, tied = options.pop("sampled", False), options.pop("tied", False)
+    copies = ranks // tensor_parallel
+    options["per_device_train_batch_size"] = 4 // copies // options.get("gradient_accumulation_steps", 1)
+    loading: dict[str, Any] = {}
+    if ranks > 1:
+        options["ddp_backend"] = "gloo"
+        loading["distributed_config"] = load_distributed(tensor_parallel, ranks)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        models / ("tied" if tied else "untied"), dtype=torch.float64, **loading
+    )
+    engine = trainer(model, config(folder, **options), data())
+    if not sampled:  # an adapter goes to the engine at every step, as to a server
+        engine.engine = ByRow() if engine.args.lora else SimpleNamespace(generate=ByRow().generate)
+    return engine
+
+
+def run(case: str, models: Path, folder: Path, tensor_parallel: int = 1, ranks: int = 1) -> dict[str, Any]:
+    """Trains; returns what was logged and what came out."""
+    engine = build(case, models, folder, tensor_parallel, ranks)
+    start = whole(engine)
+    engine.add_callback(when := WhileTraining())
+    with widest_traffic(when) as traffic:
+        engine.train()
+    head: Any = lm_head(engine.model).weight
+    if ranks > 1:
+        assert sharding_of(engine.model_wrapped) == ("tensor" if ranks == tensor_parallel else "fsdp2")
+        assert isinstance(head, DTensor)
+    with engine.policy.weights():
+        teacher = whole(engine)
+    return {
+        "logs": [log for log in engine.state.log_history if "loss" in log],
+        "start": start,
+        "parameters": whole(engine),
+        "teacher": teacher,
+        "traffic": traffic,
+        "head": head.shape.numel(),
+        "local_head": (head.to_local() if isinstance(head, DTensor) else head).numel(),
+    }
+
+
+class WhileTraining(TrainerCallback):
+    """Rollouts and steps; not what gathers weights to be saved."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on = not control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on = False
+
+
+@contextmanager
+def widest_traffic(when: WhileTraining) -> Iterator[list[int]]:
+    """Elements of every tensor that this rank hands to a collective inside, or gets from it, largest first."""
+    found: list[int] = []
+
+    class Traffic(TorchDispatchMode):
+        """DTensor's collectives, and those of whoever calls `torch.distributed` outside of an operator of his own."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if DTensor in types:
+                return NotImplemented  # it comes back with the pieces
+            out = func(*args, **kwargs or {})
+            if "c10d" in func.namespace and when.on:
+                found.extend(elements((args, kwargs, out)))
+            return out
+
+    def recorded(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if when.on:
+                found.extend(elements((args, kwargs)))
+            return original(*args, **kwargs)
+
+        return call
+
+    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
+    own = {name: getattr(dist, name) for name in names}  # inside an operator no mode sees them
+    for name, original in own.items():
+        setattr(dist, name, recorded(original))
+    try:
+        with Traffic():
+            yield found
+    finally:
+        for name, original in own.items():
+            setattr(dist, name, original)
+        found.sort(reverse=True)
+
+
+def elements(tree: Any) -> list[int]:
+    """Of each tensor in a tree of arguments."""
+    return [leaf.numel() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def shard_on_cpus() -> None:
+    """accelerate wants an accelerator before it takes a layout of ranks; what is behind that runs on CPUs as well."""
+    from accelerate import ParallelismConfig
+
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # type: ignore[method-assign]
+
+
+def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str]) -> None:
+    """One rank."""
+    from accelerate.state import AcceleratorState
+
+    torch.set_num_threads(1)
+    shard_on_cpus()
+    rank, ranks = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    for case in cases:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        found = run(case, models, folder / case, tensor_parallel, ranks)
+        with widest_traffic(
+            WhileTraining()
+        ) as gathered:  # what the test of `traffic` would see if somebody did gather a head
+            distribute_tensor(torch.zeros(found["head"]), init_device_mesh("cpu", (ranks,)), [Shard(0)]).full_tensor()
+        torch.save(found | {"gathered": gathered}, folder / case / f"rank{rank}.pt")
+        print("done", case, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

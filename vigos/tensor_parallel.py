@@ -1,0 +1,156 @@
+"""Students that transformers has loaded with tensor parallelism: a group of ranks holds one copy of the model.
+
+    torchrun --nproc-per-node 8 -m vigos.cli train --tensor-parallel 8 …
+
+Every layer's weights lie in slices on the ranks of a group (`from_pretrained(distributed_config=…)`), the head's over
+the vocabulary; activations outside of attention and MLP are the same on all of them. So a group needs what one process
+needs: the same rows, the same rollouts, one record of what happened. transformers deals the same rows to a group; the
+rest is here. The head is used where it lies: `linear_divergence` projects onto a rank's slice of the vocabulary, and
+the ranks exchange maxima, sums and the gradient of the hidden rows, never the head (V, D) nor logits (N, V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vigos.faults import TrainingStopped
+from vigos.scoring import base_model
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The copies of the model that train on different rows: each on a rank, or on a tensor-parallel group of ranks."""
+
+    count: int = 1
+    index: int = 0  # of the copy that this rank belongs to
+    group: dist.ProcessGroup | None = None  # the ranks that hold this copy in slices; None: this rank alone
+
+    @classmethod
+    def of(cls, model: nn.Module, rank: int, ranks: int) -> Replicas:
+        """Of a loaded model, on rank `rank` of `ranks`. A model whose slices the trainer cannot follow is refused."""
+        base = base_model(model)
+        config = getattr(base.config, "distributed_config", None)
+        sliced = [name for name, p in base.named_parameters() if isinstance(p, DTensor)]
+        if config is None:
+            if sliced:
+                raise ValueError(
+                    f"model must be sharded by transformers, from_pretrained(distributed_config=DistributedConfig("
+                    f"tp_size=…)), or left whole; got DTensor parameters such as {sliced[0]} of another origin"
+                )
+            return cls(ranks, rank)
+        for name in ("pp_size", "ep_size"):
+            if getattr(config, name, 1) > 1:
+                raise ValueError(f"model's distributed_config must have {name}=1, got {getattr(config, name)}")
+        size = int(config.tp_size)
+        if size == 1:
+            return cls(ranks, rank)
+        mesh = base._device_mesh
+        return cls(ranks // size, rank // size, (mesh["tp"] if mesh.ndim > 1 else mesh).get_group())
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one that speaks for its copy: writes its records, is counted, asks a server."""
+        return self.group is None or self.group.rank() == 0
+
+    def once(self, values: Tensor) -> Tensor:
+        """`values` on the rank that speaks, zeros on the others: what sums over all ranks then count once a copy."""
+        return values if self.speaks else torch.zeros_like(values)
+
+    def rollouts(self, sample: Callable[[], list[Tensor]], device: torch.device, *, together: bool) -> list[Tensor]:
+        """What `sample()` returns on the rank that speaks, on every rank of its group.
+
+        Args:
+            sample: returns ids, (C,) int64 each.
+            device: where the group's collectives want their tensors.
+            together: the model samples, whose forwards are collectives, so that all have to call it; otherwise the
+                rank that speaks calls it for all of them.
+        """
+        if self.group is None:
+            return sample()
+        found: list[Tensor] | None = None
+        failed = False
+        if together or self.speaks:
+            try:
+                found = sample()
+            except Exception:
+                failed = not together  # else nobody waits for this rank here
+                raise
+            finally:
+                if failed:
+                    self._broadcast(None, device)
+        ids = self._broadcast(found, device)
+        if ids is None:
+            raise TrainingStopped(
+                f"sampling failed on rank {dist.get_global_rank(self.group, 0)}, whose output says why"
+            )
+        return ids
+
+    def _broadcast(self, ids: list[Tensor] | None, device: torch.device) -> list[Tensor] | None:
+        """From the group's first rank: one tensor with their number (-1: none) and lengths, one with the ids."""
+        assert self.group is not None
+        source, first = dist.get_global_rank(self.group, 0), self.speaks
+        head = torch.tensor([-1 if ids is None else len(ids)], device=device)
+        dist.broadcast(head, source, group=self.group)
+        count = int(head)
+        if count < 1:
+            return None if count < 0 else []
+        lengths = torch.tensor([len(x) for x in ids or []] if first else [0] * count, dtype=torch.int64, device=device)
+        dist.broadcast(lengths, source, group=self.group)
+        total = int(lengths.sum())
+        flat = torch.cat(ids or []).to(device) if first else torch.empty(total, dtype=torch.int64, device=device)
+        if total:
+            dist.broadcast(flat, source, group=self.group)
+        return list(flat.cpu().split(lengths.tolist()))
+
+
+@contextmanager
+def whole_widths() -> Iterator[None]:
+    """Adapters made inside are drawn whole, like those of a process alone, and sliced after.
+
+    peft 0.21 makes them as wide as this rank's slice, which transformers 5.23 then takes for the whole layer's width:
+    the forward of a layer with sliced inputs fails, and every rank would draw the same numbers for its slice.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    original = LoraLayer._get_in_out_features
+
+    def widths(self: Any, module: nn.Module) -> Any:
+        if isinstance(module, nn.Linear) and isinstance(module.weight, DTensor):
+            return module.in_features, module.out_features
+        return original(self, module)
+
+    LoraLayer._get_in_out_features = widths  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LoraLayer._get_in_out_features = original  # type: ignore[method-assign]
+
+
+def check_dropout(model: nn.Module, dropout: float) -> None:
+    """Refuses a dropout that the ranks of a group would draw differently: where slices of a layer differ in width."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if dropout and isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
+            ranks = weight.device_mesh.size()
+            if weight.shape[1] % ranks:
+                raise ValueError(
+                    f"lora_dropout must be 0 where {ranks} tensor-parallel ranks do not divide the {weight.shape[1]} "
+                    f"inputs of {name}, got {dropout}: their random numbers would part"
+                )
+
+
+def load_distributed(tensor_parallel: int, ranks: int) -> Any:
+    """transformers' `DistributedConfig` for groups of `tensor_parallel` of the run's `ranks`."""
+    from transformers.distributed import DistributedConfig
+
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise ValueError(f"tensor_parallel must divide the number of processes, {ranks}, got {tensor_parallel}")
+    return DistributedConfig(tp_size=tensor_parallel, fsdp_size=ranks // tensor_parallel)
