@@ -129,7 +129,7 @@ def _happened(logs: Sequence[Log], curves: list[tuple[str, str, str]]) -> list[t
 def _phases(line: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step: the phases that are timed, and what is left of the whole."""
     known = {
-        "rollouts": line.get("perf/rollout_s") or 0.0,
+        "rollouts": line.get("perf/rollout_wait_s", line.get("perf/rollout_s")) or 0.0,  # less what lay beside
         "teachers": line.get("perf/teacher_s") or 0.0,
         "student": line.get("perf/student_s") or 0.0,
     }

@@ -133,6 +133,9 @@ class ViGOSConfig(TrainingArguments):
     rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
     rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
     rollout_retries: int = _option(4, "Further tries of a request that failed in passing.")
+    async_rollout: int = _option(
+        0, "1: while a step trains, a server samples the next step's rollouts, from weights one step old; 0: never."
+    )
 
     # --- Data and prompts ---
     max_prompt_length: int | None = _option(8192, "Rows with a longer student prompt are skipped; 0: no limit.")
@@ -246,6 +249,8 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}; its limits are divergence='kl'")
         if self.max_prompt_length is not None and self.max_prompt_length < 0:
             raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
+        if self.async_rollout not in (0, 1):
+            raise ValueError(f"async_rollout must be 0 or 1 (steps ahead), got {self.async_rollout!r}")
         _ = self.sampling  # checks its own fields
 
     def _check_combinations(self) -> None:

@@ -29,6 +29,7 @@ PER_ROLLOUT = (
     "rows/skipped", "steps/dropped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
     "perf/tflops", "perf/mfu",
+    "perf/rollout_wait_s",  # with async_rollout: of perf/rollout_s, what the step stood still for
 )  # fmt: skip
 # In the steps in which it is measured (see vigos.palr).
 PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))

@@ -32,6 +32,12 @@ class Phases:
     def __init__(self) -> None:
         self.on = False
         self.seconds = dict.fromkeys(NAMES, 0.0)
+        self.at_the_same_time: dict[str, float] = {}
+
+    def beside(self, name: str, seconds: float) -> None:
+        """Work of phase `name` that was done on another thread, while other phases went on: counted apart."""
+        if self.on:
+            self.at_the_same_time[name] = self.at_the_same_time.get(name, 0.0) + seconds
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -96,7 +102,8 @@ class ProfileCallback(TrainerCallback):
             self.phases.on, self.started = True, time.perf_counter()
         elif self.step == WAIT + WARM_UP + ACTIVE:
             self.phases.on = False
-            self.table = table(self.phases.seconds, time.perf_counter() - self.started, ACTIVE)
+            whole = time.perf_counter() - self.started
+            self.table = table(self.phases.seconds, whole, ACTIVE, self.phases.at_the_same_time)
         self.profiler.step()
         if self.table:
             self.profiler.stop()
@@ -109,9 +116,11 @@ class ProfileCallback(TrainerCallback):
         print(f"\n{self.table}\ntrace: {self.folder / 'trace.json'}")
 
 
-def table(seconds: dict[str, float], whole: float, steps: int) -> str:
-    """Where `whole` seconds of `steps` steps went, a line a phase; what no phase has is "the rest"."""
+def table(seconds: dict[str, float], whole: float, steps: int, beside: dict[str, float] | None = None) -> str:
+    """Where `whole` seconds of `steps` steps went, a line a phase; what no phase has is "the rest". What was done
+    `beside` it, on other threads, stands below."""
     rows = [*seconds.items(), ("the rest", max(whole - sum(seconds.values()), 0.0)), ("a step", whole)]
+    rows += [(f"{name}, beside", s) for name, s in (beside or {}).items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {s / steps:9.4f} s  {100 * s / whole:5.1f} %" for name, s in rows]
     return "\n".join([f"Mean of {steps} steps", *lines, ""])

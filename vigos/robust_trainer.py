@@ -40,8 +40,6 @@ class RobustTrainer(Trainer):
     replicas: Replicas
     scorer: TeacherScorer
     skipped: Counter[str]
-    rows_used: int
-    valid_rollouts: int
     token_budget: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -155,14 +153,14 @@ class RobustTrainer(Trainer):
                 self._saving = False
             written = f"{folder}/{SAVING}/{name}"
             self.policy.save(written, writes=self.args.should_save)
-            write_state(written, self.accelerator.process_index, self._own_state())
+            write_state(written, self.accelerator.process_index, self.own_state())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(folder, name)
                 rotate(folder, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
 
-    def _own_state(self) -> dict[str, Any]:
+    def own_state(self) -> dict[str, Any]:
         """This rank's, in a checkpoint: what would differ after a restart."""
         loss = None
         if hasattr(self, "_tr_loss"):  # older transformers keep these to themselves
@@ -171,8 +169,6 @@ class RobustTrainer(Trainer):
             "metrics": self.metrics.state(),
             "loss": loss,
             "skipped": dict(self.skipped),
-            "rows_used": self.rows_used,
-            "valid_rollouts": self.valid_rollouts,
             "token_budget": self.token_budget,
             "configured_token_budget": self.args.token_budget,
             "dropped_in_a_row": self.dropped_in_a_row,
@@ -180,10 +176,11 @@ class RobustTrainer(Trainer):
 
     def restore_own_state(self) -> None:
         """Once the loop has set up its counters: puts those of the checkpoint in their place."""
-        if self._resumed_from is None:
-            return
-        state = read_state(self._resumed_from, self.accelerator.process_index)
-        self._resumed_from = None
+        folder, self._resumed_from = self._resumed_from, None
+        self.take_own_state(None if folder is None else read_state(folder, self.accelerator.process_index))
+
+    def take_own_state(self, state: dict[str, Any] | None) -> None:
+        """Goes on from what `own_state` gave; None: a run that begins, or a checkpoint without this rank's."""
         if state is None:
             return
         self.metrics.restore(state["metrics"])
@@ -191,7 +188,6 @@ class RobustTrainer(Trainer):
             loss, self._total_loss_scalar, self._globalstep_last_logged = state["loss"]
             self._tr_loss = torch.full_like(self._tr_loss, loss)
         self.skipped = Counter(state["skipped"])
-        self.rows_used, self.valid_rollouts = state["rows_used"], state["valid_rollouts"]
         self.dropped_in_a_row = state["dropped_in_a_row"]
         if state["configured_token_budget"] == self.args.token_budget:  # else it was set anew
             self.token_budget = self.scorer.token_budget = state["token_budget"]

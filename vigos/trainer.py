@@ -21,13 +21,11 @@ What it leaves out: evaluation (see `vigos.evaluation`) and the rollout servers,
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,40 +35,35 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vigos.config import ViGOSConfig
 from vigos.data import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
 from vigos.divergence import linear_divergence
-from vigos.faults import free_memory, watching_ranks
+from vigos.faults import watching_ranks
 from vigos.metrics import Metrics, peak_gib, peak_tflops
 from vigos.palr import PALR, measure_palr
 from vigos.policy import TeacherPolicy, prepare_model
 from vigos.profiling import Phases, ProfileCallback
-from vigos.prompts import Prompts, Role
+from vigos.prompts import Prompts
 from vigos.restart import last_checkpoint
-from vigos.robust_trainer import RobustTrainer
-from vigos.rollout import RolloutEngine, TransformersEngine, adapter_name, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout import RolloutEngine, TransformersEngine
+from vigos.rollout_trainer import UNUSABLE_ROWS, RolloutTrainer
 from vigos.routing import (
     Rollout,
     RoutedBatch,
     TermCounts,
-    assignments,
     count_terms,
     divisors,
     route,
-    teacher_prefill,
 )
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
-from vigos.sharding import head_tensors, sharding_of, whole_state, whole_trained, with_whole_weights
-from vigos.spans import parse_rollout
+from vigos.sharding import head_tensors, sharding_of, whole_state
 from vigos.tensor_parallel import Replicas, check_dropout
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
 
 logger = logging.getLogger(__name__)
 
-UNUSABLE_ROWS = 64  # so many rows refused at the start, and none usable: the run stops with the reasons
 
-
-class ViGOSTrainer(RobustTrainer):
+class ViGOSTrainer(RolloutTrainer):
     """Trains a student against its own frozen (averaged, live) weights in three contexts.
 
     Args:
@@ -122,15 +115,12 @@ class ViGOSTrainer(RobustTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            prompts=prompts,
+            rollout_engine=rollout_engine,
         )
         self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
         base = base_model(model)
         self.policy = TeacherPolicy(model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled)
-        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self.has_vision = hasattr(processing_class, "image_processor") and placeholder_ids(base.config) != ()
-        self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
-        self.engine: RolloutEngine = rollout_engine or self._engine(model, processing_class)
-        self._pushed_step = 0  # the adapter that the rollout server has; a fresh one changes nothing
         self.scorer = TeacherScorer(
             self.model,
             scoring=args.teacher_scoring,
@@ -148,10 +138,6 @@ class ViGOSTrainer(RobustTrainer):
         self.token_budget = args.token_budget  # halved when memory runs out
         self._peak_tflops = peak_tflops(args.device)
         self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
-        self.rows_used = 0
-        self.valid_rollouts = 0
-        self._eos = eos_ids(base, self.tokenizer)
-        self._placeholders = placeholder_ids(base.config)
         self._step_started = 0.0
         self._idle_sequence: ScoredSequence | None = None
         self._parameters = base.num_parameters(exclude_embeddings=True)
@@ -161,18 +147,17 @@ class ViGOSTrainer(RobustTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row | BadRow]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, RoutedBatch]], Tensor | None]:
-        """Fetches the rows of all micro-batches of an optimizer step and makes them ready to be computed.
+        """The rollouts of all micro-batches of an optimizer step, made ready to be computed.
 
         Returns:
             one input of `compute_loss` for each micro-batch, and the number of supervised tokens of the step over all
             ranks, by which transformers knows that the loss is normalised already.
         """
         self._step_started = time.perf_counter()
-        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not micro_batches:
-            return [], None
         with self.phases("prompts and spans"):
-            rollouts = self._rollouts(micro_batches)
+            rollouts = self.step_rollouts(epoch_iterator, num_batches)
+        if not rollouts:
+            return [], None
         local = [count_terms(group, self.args) for group in rollouts]
         # (micro-batches, tokens or rows, terms), summed over ranks
         table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
@@ -185,170 +170,16 @@ class ViGOSTrainer(RobustTrainer):
         ]
         self.begin_step(routed)
         self.metrics.add_step(1.0 / ranks)
-        self.metrics.add("perf/rollout_s", (time.perf_counter() - self._step_started) / ranks, 0.0)
+        seconds = time.perf_counter() - self._step_started
+        if self.args.async_rollout:  # waited for, apart from the sampling, most of which was beside the last step
+            self.metrics.add("perf/rollout_wait_s", seconds / ranks, 1.0 / ranks)
+            seconds = self.sampling_s
+        self.metrics.add("perf/rollout_s", seconds / ranks, 0.0)
         if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
             found = self.measure_palr([rollout for group in rollouts for rollout in group])
             for name, (answer, image) in found.sums().items():
                 self.metrics.add(f"palr/{name}", answer, answer + image)
         return [{"batch": batch} for batch in routed], step.tokens.sum().to(device)
-
-    def _rollouts(self, micro_batches: Sequence[list[Row | BadRow]]) -> list[list[Rollout]]:
-        """Samples and parses the completions of a step; bad rows are counted, logged and left out."""
-        args, ranks, rank = self.args, self.replicas.count, self.replicas.index
-        chosen: list[tuple[int, Row, EncodedPrompt]] = []
-        seeds: list[int] = []
-        for k, rows in enumerate(micro_batches):
-            for j, row in enumerate(rows):
-                try:
-                    prompt = self._student_prompt(row)
-                except BadRow as bad:
-                    self._skip(bad)
-                    continue
-                chosen.append((k, row, prompt))  # type: ignore[arg-type]
-                # Its place in the global step: the same however the step is cut into micro-batches and ranks.
-                place = (k * ranks + rank) * args.per_device_train_batch_size + j
-                seeds.append(stream_seed(args.seed, self.state.global_step, place))
-        completions = self._generate([prompt for _, _, prompt in chosen], seeds)
-        groups: list[list[Rollout]] = [[] for _ in micro_batches]
-        n = args.num_generations
-        for i, (k, row, prompt) in enumerate(chosen):
-            try:
-                rollouts = self._parse(row, prompt, completions[i * n : (i + 1) * n])
-            except BadRow as bad:
-                self._skip(bad)
-                continue
-            groups[k] += rollouts
-            self.rows_used += 1
-            self.valid_rollouts += sum(r.spans.valid for r in rollouts)
-        if not self.rows_used and self.skipped.total() >= UNUSABLE_ROWS:
-            raise ValueError(self._nothing_usable())
-        return groups
-
-    def _engine(self, model: nn.Module, processing_class: Any) -> RolloutEngine:
-        """What `args.rollout_engine` names."""
-        args = self.args
-        if args.rollout_engine == "transformers":
-            return TransformersEngine.for_model(model, processing_class, batch_size=args.rollout_batch_size)
-        from vigos.rollout_server import ServerEngine
-
-        base = base_model(model)
-        return ServerEngine(
-            str(args.rollout_url), str(args.rollout_model), self.tokenizer, eos_token_ids=eos_ids(base, self.tokenizer),
-            banned_token_ids=placeholder_ids(base.config), vocab_size=base.config.get_text_config().vocab_size,
-            concurrency=args.rollout_concurrency, timeout=args.rollout_timeout, retries=args.rollout_retries,
-            adapters=Path(str(args.output_dir)) / "rollout_adapters",
-        )  # fmt: skip
-
-    def _push_adapter(self) -> None:
-        """The rollout server samples from the student as it stands: its adapter goes there once a step."""
-        step = self.state.global_step
-        if step == self._pushed_step or not hasattr(self.engine, "push"):
-            return
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        weights = whole_trained(student)
-        if self.is_world_process_zero():
-            self.engine.push(student, step, weights)
-        self.accelerator.wait_for_everyone()
-        self.engine.model = adapter_name(step)  # type: ignore[attr-defined]
-        self._pushed_step = step
-
-    def _generate(self, prompts: list[EncodedPrompt], seeds: list[int]) -> list[Tensor]:
-        def sample() -> list[Tensor]:
-            with self.accelerator.autocast():
-                return self.engine.generate(prompts, self.args.sampling, seeds)
-
-        def run() -> list[Tensor]:
-            together = isinstance(self.engine, TransformersEngine)
-            return self.replicas.rollouts(sample, self.args.device, together=together)
-
-        def run_in_memory() -> list[Tensor]:
-            engine = self.engine
-            while isinstance(engine, TransformersEngine):
-                try:
-                    return run()
-                except torch.OutOfMemoryError:
-                    size = engine.batch_size or len(prompts) * self.args.num_generations
-                    if size == 1 or self.replicas.group is not None:  # whose ranks all sample the same batch
-                        raise
-                    engine.batch_size = size // 2  # changes no sample
-                logger.warning(
-                    "out of memory while sampling: going on with rollout_batch_size=%d instead of %d", size // 2, size
-                )
-                free_memory()
-            return run()
-
-        with self.phases("rollouts"):
-            self._push_adapter()
-            if sharding_of(self.model) == "fsdp2" and isinstance(self.engine, TransformersEngine):
-                return with_whole_weights(self.model, run_in_memory)
-            return run_in_memory()
-
-    def _student_prompt(self, row: Row | BadRow) -> EncodedPrompt:
-        if isinstance(row, BadRow):
-            raise row
-        row_id, limit = row["problem_id"], self.args.max_prompt_length
-        if row["images"] and not self.has_vision:
-            raise ValueError(
-                f"row {row_id} has {len(row['images'])} image(s), but {type(base_model(self.model)).__name__} with a "
-                f"{type(self.processing_class).__name__} has no vision tower; train on rows without images "
-                "(images_column=None), or take an image-text model and its processor"
-            )
-        prompt = self._encode("student", row)
-        if limit and len(prompt.ids) > limit:
-            detail = f"the student's prompt has {len(prompt.ids)} tokens, max_prompt_length is {limit}"
-            raise BadRow(row_id, "prompt_too_long", detail)
-        return prompt
-
-    def _encode(self, role: Role, row: Row, prefill: str | None = None) -> EncodedPrompt:
-        try:
-            return encode_prompt(
-                self.processing_class, self.prompts, role, row["problem"], self._reference(row), row["images"], prefill
-            )
-        except ValueError as error:  # the image processor's own limits
-            raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
-
-    def _reference(self, row: Row) -> str:
-        """What the privileged teachers read."""
-        if self.args.reference_kind == "solution":
-            return str(row["extra"].get(self.args.solution_column) or row["answer"])
-        return row["answer"]
-
-    def _parse(self, row: Row, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
-        """The rollouts of a row, with the prompts of the teachers that they meet: encoded once, and only if needed."""
-        args = self.args
-        prompts: dict[Role, EncodedPrompt] = {"student": prompt}
-        rollouts = []
-        for ids in completions:
-            spans = parse_rollout(
-                ids,
-                self.tokenizer,
-                style=args.span_style or "paper",
-                validity=args.validity,
-                eos_token_ids=self._eos,
-                image_token_ids=self._placeholders,
-            )
-            for a in assignments(spans, args, has_images=bool(row["images"])):
-                if a.term not in prompts:
-                    prompts[a.term] = self._encode(a.term, row, teacher_prefill(a.term, args, self.prompts))
-            rollouts.append(
-                Rollout(
-                    problem_id=row["problem_id"],
-                    problem=row["problem"],
-                    answer=row["answer"],
-                    images=tuple(row["images"]),
-                    prompts=prompts,
-                    completion_ids=ids,
-                    spans=spans,
-                    reference=self._reference(row),
-                )
-            )
-        return rollouts
-
-    def _skip(self, bad: BadRow) -> None:
-        self.skipped[bad.reason] += 1
-        self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
-        logger.warning("skipped %s", bad)
-        self.runlog.write_skipped(self.state.global_step, bad)
 
     def measure_palr(self, rollouts: Sequence[Rollout]) -> PALR:
         """PALR of rollouts under this trainer's teachers; wrong answers and other images come from each other."""
@@ -357,10 +188,6 @@ class ViGOSTrainer(RobustTrainer):
             processor=self.processing_class, wrong_answers=self.args.palr_wrong_answers, seed=self.state.global_step,
             idle=self._idle() if self.accelerator.num_processes > 1 else None,
         )  # fmt: skip
-
-    def sample_rollouts(self, rows: Sequence[Row | BadRow]) -> list[Rollout]:
-        """The student's rollouts of some rows, as a step of training would draw them."""
-        return self._rollouts([list(rows)])[0]
 
     # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
 
@@ -509,10 +336,6 @@ class ViGOSTrainer(RobustTrainer):
         if self._peak_tflops:
             self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)
         return operations
-
-    def _nothing_usable(self) -> str:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
-        return f"none of the {self.skipped.total()} rows of train_dataset read is usable ({reasons}); see skipped.jsonl"
 
 
 class _StepCallback(TrainerCallback):
