@@ -190,6 +190,8 @@ def evaluate_command(
     benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
+    server_url: Annotated[str | None, typer.Option(help="Answers from a server with vLLM's API, up to /v1.")] = None,
+    server_model: Annotated[str | None, typer.Option(help="The model's name there; --model: its processor.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="records.jsonl of the untrained model, shown beside.")] = None,
 ) -> None:
     """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
@@ -205,7 +207,7 @@ def evaluate_command(
             batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
             allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            judge_url=judge_url, judge_model=judge_model,
+            judge_url=judge_url, judge_model=judge_model, server_url=server_url, server_model=server_model,
         )  # fmt: skip
     beside = {}
     if untrained is not None:

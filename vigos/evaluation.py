@@ -114,7 +114,7 @@ def evaluate(
     settings = {
         "format": FORMAT, "k": k, "n": n, "seed": seed, "validity": validity, "batch_size": batch_size,
         "sampling": dataclasses.asdict(sampling), "prompts": _digest(json.dumps(dataclasses.asdict(prompts))),
-        "model": "" if model is None else model_fingerprint(model),
+        "model": getattr(engine, "served_name", "") if model is None else model_fingerprint(model),
     }  # fmt: skip
     if judge is not None:
         settings["judge"] = judge.model

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vigos.cli import Source
     from vigos.config import ViGOSConfig
     from vigos.prompts import Prompts
+    from vigos.rollout_server import ServerEngine
     from vigos.trainer import ViGOSTrainer
 
 logger = logging.getLogger(__name__)
@@ -159,14 +161,51 @@ def load_student(
     return loaded, processor, Prompts()
 
 
+def load_served(
+    model: str, url: str, served: str, *, concurrency: int, prompts_file: Path | None = None
+) -> tuple[ServerEngine, Any, Prompts]:
+    """An engine on a server that holds the model, its processor, and its prompts: weights are not loaded here.
+
+    Args:
+        model: folder or hub name that configuration and processor come from.
+        url: up to and including /v1. served: the model's name there, or an adapter's.
+    """
+    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+    from vigos.prompts import Prompts
+    from vigos.rollout import eos_ids, placeholder_ids
+    from vigos.rollout_server import ServerEngine
+
+    prompts = Prompts.from_file(prompts_file) if prompts_file else Prompts()
+    if model == "builtin":
+        from vigos.world import checkpoint_path, world_prompts
+
+        model, prompts = str(checkpoint_path()), prompts if prompts_file else world_prompts()
+    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        generation: Any = GenerationConfig.from_pretrained(model)
+    except OSError:  # not every model has one
+        generation = None
+    engine = ServerEngine(
+        url, served, tokenizer, eos_token_ids=eos_ids(SimpleNamespace(generation_config=generation), tokenizer),
+        banned_token_ids=placeholder_ids(config), vocab_size=config.get_text_config().vocab_size,
+        concurrency=concurrency,
+    )  # fmt: skip
+    return engine, processor, prompts
+
+
 def evaluate_from_source(
     model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
     sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
     benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
     judge_url: str | None = None, judge_model: str | None = None, allow_outside_root: bool = False,
-    allow_remote_images: bool = False,
+    allow_remote_images: bool = False, server_url: str | None = None, server_model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated."""
+    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated.
+
+    With `server_url` the answers come from `server_model` there; `model` then names configuration and processor alone.
+    """
     from vigos.benchmarks import load_benchmark
     from vigos.data import load_rows
     from vigos.evaluation import evaluate
@@ -174,6 +213,10 @@ def evaluate_from_source(
 
     if (judge_url is None) != (judge_model is None):
         raise ValueError(f"judge_url and judge_model go together, got {judge_url!r} and {judge_model!r}")
+    if (server_url is None) != (server_model is None):
+        raise ValueError(f"server_url and server_model go together, got {server_url!r} and {server_model!r}")
+    if server_url is not None and adapter is not None:
+        raise ValueError(f"adapter must be loaded by the server, and server_model its name there; got {adapter!r}")
     judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
     # Before the model: what is wrong with the data is said at once.
     if benchmark is None:
@@ -185,11 +228,18 @@ def evaluate_from_source(
             benchmark, data, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
         )
 
-    loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
+    loaded = engine = None
+    if server_url is not None and server_model is not None:
+        engine, processor, prompts = load_served(
+            model, server_url, server_model, concurrency=batch_size, prompts_file=prompts_file
+        )
+    else:
+        loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         loaded, processor, rows, prompts=prompts, k=k, batch_size=batch_size, seed=seed,
-        records=output / "records.jsonl", progress=progress, judge=judge, **sampling,
+        records=output / "records.jsonl", progress=progress, judge=judge, engine=engine,
+        eos_token_ids=None if engine is None else engine.checks.eos_token_ids, **sampling,
     )  # fmt: skip
     summary = result.summary()
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
