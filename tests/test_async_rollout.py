@@ -30,6 +30,7 @@ from vigos.restart import EXIT_CODE, checkpoints
 from vigos.rollout_server import RolloutServerError
 
 CLOCKS = ("perf/", "train_")
+COUNTS = ("epoch", "total_flos")  # which transformers takes from micro-batches
 EPOCH = 5  # steps
 
 
@@ -168,18 +169,16 @@ def test_the_same_run_twice_is_the_same_run(ran: tuple[Watched, Ends, Path], ser
 
 @pytest.mark.slow
 def test_micro_batches_change_no_rollout(server: Server, tmp_path: Path) -> None:
-    """Two rows at once, or one and one more; the epoch's last step has one micro-batch."""
-    whole = build(tmp_path / "whole", server.url("whole"), **ROUNDED)
-    cut = build(
-        tmp_path / "cut", server.url("cut"), per_device_train_batch_size=1, gradient_accumulation_steps=2, **ROUNDED
-    )
+    """Four rows at once, or two and two more; an epoch's last step has two."""
+    whole = build(tmp_path / "whole", server.url("whole"), per_device_train_batch_size=4, **ROUNDED)
+    cut = build(tmp_path / "cut", server.url("cut"), gradient_accumulation_steps=2, **ROUNDED)
     for engine in (whole, cut):
         engine.train()
     assert cut.rollouts == whole.rollouts
-    assert [request.micro_batches for request in cut.requests.values()] == [2, 2, 2, 2, 1, 2, 2]
+    assert [request.micro_batches for request in cut.requests.values()] == [2, 2, 1, 2, 2, 1]
     for log, expected in zip(logs_of(cut), logs_of(whole), strict=True):
-        kept = {k: v for k, v in expected.items() if k != "total_flos"}
-        assert {k: v for k, v in log.items() if k != "total_flos"} == pytest.approx(kept, rel=1e-3, abs=1e-6)
+        kept = {k: v for k, v in expected.items() if k not in COUNTS}
+        assert {k: v for k, v in log.items() if k not in COUNTS} == pytest.approx(kept, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -195,7 +194,7 @@ def test_two_ranks_have_the_rollouts_of_one_process(server: Server, tmp_path: Pa
     found = [json.loads((folder / f"rollouts-{rank}.json").read_text()) for rank in range(2)]
     for step, rollouts in alone.rollouts.items():
         together = [ids for each in found for ids in each[str(step)]]
-        assert together[: len(rollouts)] == rollouts, "an uneven epoch ends with a row twice"
+        assert together == rollouts, step
     weights = trained(alone)
     for rank in range(2):
         theirs = load_file(folder / f"weights-{rank}.safetensors")
@@ -210,19 +209,19 @@ def test_a_step_takes_the_longer_of_the_two_not_their_sum(server: Server, tmp_pa
     took, found = {}, {}
     for ahead in (0, 1):
         engine = build(
-            tmp_path / str(ahead), server.url(f"delay-0.7,worth-{ahead}"), Slow(0.7), max_steps=4, async_rollout=ahead
+            tmp_path / str(ahead), server.url(f"delay-0.6,worth-{ahead}"), Slow(0.6), max_steps=4, async_rollout=ahead
         )
         engine.train()
         found[ahead] = [log for log in engine.state.log_history if "loss" in log]
         took[ahead] = median(log["perf/step_s"] for log in found[ahead][1:])
-    assert took[0] > 1.4
-    assert took[1] < took[0] - 0.5
+    assert took[0] > 1.2
+    assert took[1] < took[0] - 0.4
     assert not any("perf/rollout_wait_s" in log for log in found[0]), "nothing new in a run without it"
     for log in found[1][1:]:
-        assert log["perf/rollout_s"] > 0.7
-        assert log["perf/rollout_wait_s"] < log["perf/rollout_s"] - 0.4
+        assert log["perf/rollout_s"] > 0.6
+        assert log["perf/rollout_wait_s"] < log["perf/rollout_s"] - 0.3
         assert log["perf/rollout_wait_s"] < log["perf/step_s"]
-    assert found[1][0]["perf/rollout_wait_s"] > 0.7, "the first step has to wait for its own"
+    assert found[1][0]["perf/rollout_wait_s"] > 0.6, "the first step has to wait for its own"
 
 
 @pytest.mark.slow
@@ -320,7 +319,7 @@ def test_a_server_that_fails_ends_the_run_as_it_does_without(server: Server, tmp
     """The same message from the same step, with the same checkpoints, however far ahead the rollouts were."""
     found = {}
     for ahead in (0, 1):
-        behaviour = f"refuses-at-7,fails-{ahead}"  # of the fourth step's first request: three rows of bad luck or not
+        behaviour = f"refuses-at-7,fails-{ahead}"  # in the fourth step, whether a bad row came before or not
         run = tmp_path / str(ahead)
         engine = build(
             run, server.url(behaviour), async_rollout=ahead, save_strategy="steps", save_steps=1, max_steps=5
@@ -353,19 +352,6 @@ def test_stopped_while_the_server_fails_it_still_has_its_checkpoint(
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
     assert "the checkpoint is without the next step's rollouts, whose sampling failed" in caplog.text
     assert "status 400" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_server_process_that_is_killed(tmp_path: Path) -> None:
-    own = Server()
-    try:
-        dies = After(2, lambda control: own.process.kill())
-        engine = build(tmp_path, own.url("delay-0.5"), dies, save_strategy="steps", save_steps=1)
-        with pytest.raises(TrainingStopped, match=r"chat/completions failed 1 times, last with ConnectionError"):
-            engine.train()
-        assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-    finally:
-        own.stop()
 
 
 @pytest.mark.slow
@@ -407,3 +393,15 @@ def test_nor_put_in_its_place_later(tmp_path: Path) -> None:
     engine.engine = ScriptedEngine([VALID_A])
     with pytest.raises(ValueError, match=r"async_rollout must be 0 with .* got 1 with ScriptedEngine"):
         engine.train()
+
+
+# --- Last, for it takes the server with it ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_process_that_is_killed(server: Server, tmp_path: Path) -> None:
+    dies = After(2, lambda control: server.stop())
+    engine = build(tmp_path, server.url("delay-0.5,killed"), dies, save_strategy="steps", save_steps=1)
+    with pytest.raises(TrainingStopped, match=r"chat/completions failed 1 times, last with ConnectionError"):
+        engine.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
