@@ -31,6 +31,7 @@ from vigos.rollout_checks import RolloutError
 from vigos.rollout_server import RolloutServerError, ServerEngine
 from vigos.rollout_vllm import VLLMEngine
 from vigos.sequences import EncodedPrompt, encode_prompt
+from vigos.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
 CHECKPOINT = Path(__file__).parents[1] / "vigos" / "world" / "checkpoint"
@@ -161,10 +162,11 @@ def make(
                 pause=0.1, **ends,
             )  # fmt: skip
         return
-    engine = VLLMEngine(
-        servable, base[1].tokenizer, adapters=folder / "adapters", lora_r=4, dtype="float32", max_model_len=CONTEXT,
-        max_num_seqs=16, block_size=32, enforce_eager=True, limit_mm_per_prompt={"image": 1, "video": 0}, **ends,
-    )  # fmt: skip
+    config = ViGOSConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], lora_r=4, rollout_engine="vllm", rollout_model=servable
+    )
+    options = {"max_model_len": CONTEXT, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True}
+    engine = VLLMEngine.for_run(config, base[0], base[1].tokenizer, **options)
 
     def again(banned: tuple[int, ...] = (6, 7), adapters: str = "adapters") -> VLLMEngine:
         engine.checks = dataclasses.replace(engine.checks, banned_token_ids=banned)
@@ -172,7 +174,7 @@ def make(
         return engine
 
     yield again
-    engine.llm.llm_engine.engine_core.shutdown()
+    engine.close()
 
 
 def adapter(model: Any, folder: Path, scale: float) -> Any:
@@ -285,3 +287,51 @@ def test_vllm_that_was_given_another_prompt_ends_the_run(make: Any, prompts: lis
         other = dataclasses.replace(prompts[0], ids=prompts[0].ids[prompts[0].ids.eq(6).cumsum(0) != 1])
     with pytest.raises(RolloutError, match=r"rendered another prompt: it differs from token"):
         engine.generate([other], GREEDY, 0)
+
+
+def train(folder: Path, rows: Path, **options: Any) -> tuple[list[dict[str, Any]], ViGOSTrainer]:
+    """Three steps at temperature 0, the learning rate high enough that each step writes something else."""
+    model, processor = load_base()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = ViGOSConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2, clip_mode="none",
+        temperature=0.0, max_prompt_length=64, max_completion_length=40, lora_r=4, lora_alpha=8, lora_dropout=0.0,
+        save_merged=False, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    trainer = ViGOSTrainer(
+        model=model, args=config, processing_class=processor, train_dataset=load_rows(rows), prompts=world_prompts()
+    )
+    trainer.train()
+    frozen = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in trainer.model.named_parameters()
+        if "lora_" not in name
+    }
+    assert all(torch.equal(frozen[name], parameter) for name, parameter in before.items())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("perf", "train_"))} for line in lines], trainer
+
+
+@vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1], ids=["", "one step ahead"])
+def test_training_on_vllm_is_training(make: Any, ahead: int, servable: str, tmp_path: Path) -> None:
+    """Losses, metrics and adapters of three steps are those of the model's own rollouts; the base stays as it was."""
+    rows = write_world(tmp_path / "world", "train", n=8, seed=3)
+    engine = make()
+    if isinstance(engine, VLLMEngine):
+        options = {"rollout_engine": "vllm"}
+    else:
+        options = {"rollout_engine": "server", "rollout_url": engine.url}
+    found, trainer = train(tmp_path / "vllm", rows, rollout_model=servable, async_rollout=ahead, **options)
+    try:
+        assert type(trainer.engine) is type(engine)
+        assert trainer.engine.model == ("vigos-1" if ahead else "vigos-2")
+    finally:
+        if isinstance(trainer.engine, VLLMEngine):
+            trainer.engine.close()
+    wanted, _ = train(tmp_path / "own", rows)
+    if ahead:  # rollouts of weights one step old: the first step's are the same, and so are the second's prompts
+        found, wanted = found[:1], wanted[:1]
+    assert found == wanted

@@ -144,6 +144,9 @@ def test_the_key_is_sent_and_never_shown(
             {"rollout_engine": "server", "rollout_url": "http://x/v1", "rollout_model": "m", "lora": False},
             r"lora must be true with rollout_engine='server'",
         ),
+        ({"rollout_engine": "vllm"}, r"rollout_model must be given with rollout_engine='vllm'"),
+        ({"rollout_engine": "vllm", "rollout_model": "m", "lora": False}, r"lora must be true with .*'vllm'"),
+        ({"rollout_memory": 1.5}, r"rollout_memory must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str, tmp_path: Path) -> None:

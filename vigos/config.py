@@ -125,11 +125,15 @@ class ViGOSConfig(TrainingArguments):
     max_completion_length: int = _option(4096, "Tokens a rollout may have; longer ones are cut and invalid.")
     num_generations: int = _option(1, "Rollouts of each row.")
     rollout_batch_size: int | None = _option(None, "Sequences generated at once; unset: those of the optimizer step.")
-    rollout_engine: Literal["transformers", "server"] = _option(
-        "transformers", "Who samples: the model's own generate, or a server with vLLM's OpenAI-compatible API."
+    rollout_engine: Literal["transformers", "server", "vllm"] = _option(
+        "transformers",
+        "Who samples: the model's own generate, a server with vLLM's OpenAI-compatible API, or vLLM in this process.",
     )
     rollout_url: str | None = _option(None, "Address of the rollout server, up to and including /v1.")
-    rollout_model: str | None = _option(None, "The base model's name on the rollout server.")
+    rollout_model: str | None = _option(
+        None, "The base model: its name on the rollout server, or folder or hub name for vLLM in this process."
+    )
+    rollout_memory: float = _option(0.3, "Share of the GPU's memory that vLLM in this process takes, in (0, 1].")
     rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
     rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
     rollout_retries: int = _option(4, "Further tries of a request that failed in passing.")
@@ -249,6 +253,8 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}; its limits are divergence='kl'")
         if self.max_prompt_length is not None and self.max_prompt_length < 0:
             raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
+        if not 0 < self.rollout_memory <= 1:
+            raise ValueError(f"rollout_memory must be in (0, 1], got {self.rollout_memory}")
         if self.async_rollout not in (0, 1):
             raise ValueError(f"async_rollout must be 0 or 1 (steps ahead), got {self.async_rollout!r}")
         _ = self.sampling  # checks its own fields
@@ -258,13 +264,15 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
-        if self.rollout_engine == "server":
-            for name in ("rollout_url", "rollout_model"):
+        if (engine := self.rollout_engine) != "transformers":
+            for name in ("rollout_url", "rollout_model") if engine == "server" else ("rollout_model",):
                 if not getattr(self, name):
-                    raise ValueError(f"{name} must be given with rollout_engine='server', got {getattr(self, name)!r}")
+                    raise ValueError(
+                        f"{name} must be given with rollout_engine={engine!r}, got {getattr(self, name)!r}"
+                    )
             if not self.lora:
                 raise ValueError(
-                    "lora must be true with rollout_engine='server', which gets the student as an adapter, got False"
+                    f"lora must be true with rollout_engine={engine!r}, which gets the student as an adapter, got False"
                 )
         if self.lora and self.train_head:
             raise ValueError(

@@ -70,6 +70,10 @@ class RolloutTrainer(RobustTrainer):
         args = self.args
         if args.rollout_engine == "transformers":
             return TransformersEngine.for_model(self.model, self.processing_class, batch_size=args.rollout_batch_size)
+        if args.rollout_engine == "vllm":
+            from vigos.rollout_vllm import VLLMEngine
+
+            return VLLMEngine.for_run(args, self.model, self.tokenizer)
         from vigos.rollout_server import ServerEngine
 
         base = base_model(self.model)

@@ -14,13 +14,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
-from vigos.rollout import Sampling, adapter_name, stream_seed
+from vigos.rollout import Sampling, adapter_name, eos_ids, placeholder_ids, stream_seed
 from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed
+from vigos.scoring import base_model
 from vigos.sequences import EncodedPrompt
+
+if TYPE_CHECKING:
+    from vigos.config import ViGOSConfig
 
 
 class VLLMEngine:
@@ -53,6 +57,29 @@ class VLLMEngine:
         lora = {} if adapters is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_rank(lora_r)}
         # Without the model's own generation config, whose repetition penalty and limits would join in.
         self.llm = LLM(model=model, generation_config="vllm", **(lora | options))
+
+    @classmethod
+    def for_run(cls, args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
+        """The engine of a training run: in the dtype of its model, as long as its prompts and completions may be."""
+        if args.world_size > 1:
+            raise ValueError(
+                f"rollout_engine must be 'server' with several processes, got 'vllm' with {args.world_size}: let vLLM "
+                "serve from GPUs of its own"
+            )
+        base = base_model(model)
+        text = base.config.get_text_config()
+        length = text.max_position_embeddings
+        if args.max_prompt_length:
+            length = min(length, args.max_prompt_length + args.max_completion_length)
+        defaults = {
+            "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
+            "gpu_memory_utilization": args.rollout_memory, "limit_mm_per_prompt": {"video": 0},
+        }  # fmt: skip
+        return cls(
+            str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
+            banned_token_ids=placeholder_ids(base.config), adapters=Path(str(args.output_dir)) / "rollout_adapters",
+            lora_r=args.lora_r, **(defaults | options),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"VLLMEngine({self.model!r})"
@@ -102,6 +129,10 @@ class VLLMEngine:
         if before is not None and before.lora_path != str(folder):
             shutil.rmtree(before.lora_path, ignore_errors=True)
         return name
+
+    def close(self) -> None:
+        """Ends vLLM's processes and gives its memory back; without it they end with this process."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def _input(self, prompt: EncodedPrompt) -> dict[str, Any]:
         """vLLM expands the placeholders itself: it gets one for each image."""
