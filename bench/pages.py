@@ -132,6 +132,14 @@ def train_step() -> str:
     return table(head, lines) + about(found[0])
 
 
+def async_rollout() -> str:
+    found = rows("async_rollout")
+    names = ("train_s", "rollout_s", "step_s", "ahead_step_s", "ahead_rollout_wait_s")
+    lines = [[f"{float(row['delay_s']):g} s", *(f"{float(row[name]):.2f}" for name in names)] for row in found]
+    head = ["the server answers after", "training, s", "rollouts", "step, in turn", "step, beside", "waited"]
+    return table(head, lines) + about(found[0])
+
+
 def dropins() -> str:
     found = rows("dropins")
     lines = []
@@ -162,6 +170,7 @@ def study_quick() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision, "prefix-tree": prefix_tree,
     "train-step": train_step, "study-quick": study_quick, "dropins": dropins,
+    "async-rollout": async_rollout,
 }  # fmt: skip
 
 
