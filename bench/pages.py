@@ -82,15 +82,28 @@ def growth() -> str:
 
 
 def precision() -> str:
-    found = rows("precision", dtype="bfloat16", kind="forward")
-    levels = sorted({row["mean_kl"] for row in found}, key=float)
+    return errors_by_level(rows("precision", dtype="bfloat16", kind="forward"))
+
+
+def precision_triton() -> str:
+    """The Triton engines in Triton's interpreter, both dtypes."""
+    found = rows("precision_interpreter", kind="forward")
+    return errors_by_level([{**row, "engine": f"{row['engine']}, {row['dtype']}"} for row in found])
+
+
+def errors_by_level(found: list[Row]) -> str:
+    """Errors by engine and mean KL, which operands rounded to another dtype move a little."""
+    levels = sorted({f"{float(row['mean_kl']):.0e}" for row in found}, key=float)
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in found):
-        errors = {row["mean_kl"]: float(row["error"]) for row in found if row["engine"] == engine}
-        lines.append(
-            [engine, *(f"{errors[level]:.2%}" if errors[level] < 0.01 else f"{errors[level]:.0%}" for level in levels)]
-        )
-    return table(["mean KL", *(f"{float(level):.2g}" for level in levels)], lines) + about(found[0])
+        errors = {f"{float(row['mean_kl']):.0e}": float(row["error"]) for row in found if row["engine"] == engine}
+        lines.append([engine, *(share(errors[level]) for level in levels)])
+    shown = {f"{float(row['mean_kl']):.0e}": f"{float(row['mean_kl']):.2g}" for row in reversed(found)}
+    return table(["mean KL", *(shown[level] for level in levels)], lines) + about(found[0])
+
+
+def share(x: float) -> str:
+    return f"{x:.0%}" if x >= 0.01 else f"{x:.2%}" if x >= 1e-4 else f"{x:.1e}"
 
 
 def prefix_tree() -> str:
@@ -168,7 +181,8 @@ def study_quick() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "divergence-target": divergence_target, "growth": growth, "precision": precision, "prefix-tree": prefix_tree,
+    "divergence-target": divergence_target, "growth": growth, "precision": precision,
+    "precision-triton": precision_triton, "prefix-tree": prefix_tree,
     "train-step": train_step, "study-quick": study_quick, "dropins": dropins,
     "async-rollout": async_rollout,
 }  # fmt: skip
