@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from vigos.async_rollout import Request
 from vigos.config import ViGOSConfig
 from vigos.data import load_rows
+from vigos.faults import TrainingStopped
 from vigos.restart import checkpoints, last_checkpoint
 from vigos.rollout import TransformersEngine
 from vigos.trainer import ViGOSTrainer
@@ -167,12 +168,18 @@ def restarts(folder: Path, url: str) -> None:
 
 
 def ranks(folder: Path, url: str) -> None:
-    """One rank of two, each with one row of a step."""
-    engine = build(folder / "run", url, per_device_train_batch_size=1, ddp_backend="gloo", **ROUNDED)
+    """One rank of two, each with one row of a step: a whole run, then one in which the second rank's server fails."""
+    rank, options = os.environ["RANK"], {"per_device_train_batch_size": 1, "ddp_backend": "gloo", **ROUNDED}
+    engine = build(folder / "run", url, **options)
     engine.train()
-    rank = os.environ["RANK"]
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(engine.rollouts))
     save_file(trained(engine), folder / f"weights-{rank}.safetensors")
+    if rank == "1":
+        url = f"{url.removesuffix('/v1')},refuses-at-3/v1"
+    try:
+        build(folder / "fails", url, **options).train()
+    except TrainingStopped as error:
+        (folder / f"error-{rank}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

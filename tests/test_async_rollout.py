@@ -181,24 +181,34 @@ def test_micro_batches_change_no_rollout(server: Server, tmp_path: Path) -> None
         assert {k: v for k, v in log.items() if k not in COUNTS} == pytest.approx(kept, rel=1e-3, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def ranks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = ["ranks", str(folder), server.url("delay-0.05,ranks")]
+    processes = start_ranks(TESTS / "async_cases.py", arguments, 2, folder)
+    assert wait_for(processes, folder, timeout=200) == [0, 0]
+    return folder
+
+
 @pytest.mark.slow
-def test_two_ranks_have_the_rollouts_of_one_process(server: Server, tmp_path: Path) -> None:
+def test_two_ranks_have_the_rollouts_of_one_process(server: Server, ranks: Path, tmp_path: Path) -> None:
     """Each samples its share ahead, and no adapter goes while the other still samples from it."""
     alone = build(tmp_path / "alone", server.url("alone"), **ROUNDED)
     alone.train()
-    folder = tmp_path / "ranks"
-    processes = start_ranks(
-        TESTS / "async_cases.py", ["ranks", str(folder), server.url("delay-0.05,ranks")], 2, tmp_path / "logs"
-    )
-    assert wait_for(processes, tmp_path / "logs", timeout=200) == [0, 0]
-    found = [json.loads((folder / f"rollouts-{rank}.json").read_text()) for rank in range(2)]
+    found = [json.loads((ranks / f"rollouts-{rank}.json").read_text()) for rank in range(2)]
     for step, rollouts in alone.rollouts.items():
-        together = [ids for each in found for ids in each[str(step)]]
-        assert together == rollouts, step
+        assert [ids for each in found for ids in each[str(step)]] == rollouts, step
     weights = trained(alone)
     for rank in range(2):
-        theirs = load_file(folder / f"weights-{rank}.safetensors")
+        theirs = load_file(ranks / f"weights-{rank}.safetensors")
         assert max(float((theirs[name] - weights[name]).abs().max()) for name in weights) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_rank_whose_server_fails_says_so_and_the_other_stops(ranks: Path) -> None:
+    assert "chat/completions refused: status 400" in (ranks / "error-1.txt").read_text()
+    assert "rank 0 of 2 stops: another rank has gone" in (ranks / "error-0.txt").read_text()
 
 
 # --- What it is worth -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ What this is, exactly. The loss of step k on its rollouts y is, either way,
 
     sum over supervised tokens t of  weight_t · D( teacher(· | x, y_<t), student_{w_(k-1)}(· | x, y_<t) )
 
-with both distributions over the whole vocabulary and from the weights of step k. It is a supervised loss of each token
+with both distributions over the whole vocabulary and by the weights of step k. It is a supervised loss of each token
 given the prefix before it: no gradient goes through the sampling, on-policy or not. Who sampled y decides which
 prefixes the sum visits (and with them which rollouts are valid, hence which teacher reads them), never what the student
 is to say after one: the minimum at each prefix is the teacher's distribution, whoever wrote it. Importance weights, the
