@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import TESTS
 from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, completion_ids, config, processor, rows, tiny_student, trainer
 from transformers import TrainerCallback
@@ -21,7 +22,7 @@ from transformers import TrainerCallback
 from vigos.restart import last_checkpoint
 from vigos.rollout import Sampling
 from vigos.sequences import EncodedPrompt
-from vigos.sharding import sharding_of
+from vigos.sharding import made_whole, sharding_of, whole_trained
 from vigos.trainer import ViGOSTrainer
 
 RANKS = 2
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_lora": {},
     "ddp_full": {"lora": False},
     "ddp_everything": {"lora": False, "train_vision": True, "train_head": True, "normalize": "sequence"},
+    "ddp_tied": {"lora": False, "train_head": True, "tied": True},
     "ddp_ema": {"teacher": "ema", "ema_decay": 0.5},
     "ddp_resumed": SAVED | {"teacher": "ema", "ema_decay": 0.5, "save_merged": True},
     "ddp_stopped": {"lr_scheduler_type": "linear"},
@@ -54,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_lora": FSDP2,
     "fsdp_full": FSDP2 | {"lora": False},
     "fsdp_everything": FSDP2 | {"lora": False, "train_vision": True, "train_head": True},
+    "fsdp_tied": FSDP2 | {"lora": False, "train_head": True, "tied": True},
     "fsdp_ema": FSDP2 | {"lora": False, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_resumed": FSDP2 | SAVED | {"save_merged": True},
     "fsdp_resumed_full": FSDP2 | SAVED | {"lora": False, "teacher": "ema", "ema_decay": 0.5},
@@ -63,6 +66,25 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_packs": FSDP2 | {"token_budget": 64, "student_scoring": "separate"},
     "fsdp_palr": FSDP2 | {"palr_steps": 1, "lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_accumulated": FSDP2 | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+}
+
+# The files we ship. ZeRO keeps its optimizer in float32 whatever the model is: both sides compute in float32, with an
+# epsilon that keeps Adam from making noise of it where a gradient is next to nothing.
+ZERO2: dict[str, Any] = {"deepspeed": str(TESTS.parent / "configs" / "zero2.json"), "adam_epsilon": 1e-3}
+ZERO3 = ZERO2 | {"deepspeed": str(TESTS.parent / "configs" / "zero3.json")}
+ZERO_CASES: dict[str, dict[str, Any]] = {
+    "zero2_lora": ZERO2,
+    "zero2_full": ZERO2 | {"lora": False},
+    "zero2_everything": ZERO2 | {"lora": False, "train_vision": True, "train_head": True, "max_grad_norm": 0.05},
+    "zero2_ema": ZERO2 | {"teacher": "ema", "ema_decay": 0.5},
+    "zero2_resumed": ZERO2 | SAVED | {"save_merged": True},
+    "zero2_accumulated": ZERO2 | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "zero2_packs": ZERO2 | {"token_budget": 64, "teacher_scoring": "separate"},
+    "zero2_sampled": ZERO2 | {"sampled": True},
+    "zero3_lora": ZERO3 | {"save_merged": True},
+    "zero3_resumed": ZERO3 | SAVED,
+    "zero3_accumulated": ZERO3 | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "zero3_packs": ZERO3 | {"token_budget": 64, "student_scoring": "separate"},
 }
 
 
@@ -105,15 +127,28 @@ def data() -> list[dict[str, Any]]:
 
 def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
     """The trainer of a case: on one of `RANKS` processes, or on one that takes all the rows of a step."""
-    options = {"max_steps": 5, "clip_mode": "none", "learning_rate": 1e-2, "max_completion_length": 8} | CASES[case]
-    sampled = options.pop("sampled", False)
+    options = {"max_steps": 5, "clip_mode": "none", "learning_rate": 1e-2, "max_completion_length": 8}
+    options |= (CASES | ZERO_CASES)[case]
+    sampled, tied = options.pop("sampled", False), options.pop("tied", False)
     if ranks == 1:
-        for name in ("fsdp", "fsdp_config"):
+        for name in ("fsdp", "fsdp_config", "deepspeed"):
             options.pop(name, None)
         options["per_device_train_batch_size"] = RANKS * options.get("per_device_train_batch_size", 2)
     else:
         options["ddp_backend"] = "gloo"
-    engine = trainer(tiny_student(torch.float64), config(folder, **options), data())
+    with made_whole():  # an earlier case may have left a configuration for ZeRO-3
+        model = tiny_student(torch.float32 if case in ZERO_CASES else torch.float64, tied=tied)
+    args = config(folder, **options)
+    if ranks > 1 and case.startswith("zero3"):  # as the command does it: options first, then the model, in pieces
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        if os.environ["RANK"] == "0":
+            with made_whole():
+                model.save_pretrained(folder / "untrained")
+        deepspeed.comm.barrier()
+        model = type(model).from_pretrained(folder / "untrained")
+    engine = trainer(model, args, data())
     if not sampled:
         engine.engine = ByRow()
     return engine
@@ -141,7 +176,10 @@ NORM = {False: "model.language_model.norm", True: "base_model.model.model.langua
 
 def whole(engine: ViGOSTrainer) -> dict[str, Tensor]:
     """Every trained parameter, whole."""
-    trained = {n: p for n, p in engine.accelerator.unwrap_model(engine.model).named_parameters() if p.requires_grad}
+    model = engine.accelerator.unwrap_model(engine.model)
+    if sharding_of(model) == "zero3":
+        return whole_trained(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in trained.items()}
 
 
@@ -162,7 +200,9 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
     else:
         engine.train()
     if ranks > 1:
-        assert sharding_of(engine.model_wrapped) == ("fsdp2" if case.startswith("fsdp") else "whole")
+        expected = {"fsdp": "fsdp2", "zero3": "zero3"}.get(case.split("_")[0], "whole")
+        assert sharding_of(engine.model_wrapped) == expected
+        assert (type(engine.model_wrapped).__name__ == "DeepSpeedEngine") == case.startswith("zero")
         if "resumed" in case:  # its end again, from the middle, by a trainer that has seen nothing
             engine = build(case, folder, ranks)
             engine.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
@@ -174,7 +214,7 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def shard_on_cpus() -> None:
-    """accelerate asks for an accelerator before it takes FSDP; everything behind that question runs on CPUs as well."""
+    """accelerate asks for an accelerator before it takes FSDP or DeepSpeed; what is behind that runs on CPUs too."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -185,6 +225,13 @@ def shard_on_cpus() -> None:
         plugin = kwargs.get("fsdp_plugin") or self.__dict__.get("fsdp_plugin")
         if plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        deepspeed = kwargs.get("deepspeed_plugin") or self.__dict__.get("deepspeed_plugins")
+        if deepspeed is not None:
+            self.distributed_type = DistributedType.DEEPSPEED
+            if self.__dict__.get("deepspeed_plugins") is None:
+                self.deepspeed_plugins = deepspeed
+                deepspeed.set_mixed_precision("no")
+                deepspeed.select(_from_accelerator_state=True)
 
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
 

@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
 from vigos.scoring import lm_head
 from vigos.sharding import sharding_of
-from vigos.tensor_parallel import load_distributed
+from vigos.tensor_parallel import check_dropout, layout_of
 from vigos.trainer import ViGOSTrainer
 
 RANKS = 2
@@ -57,7 +57,7 @@ def build(case: str, models: Path, folder: Path, tensor_parallel: int, ranks: in
     loading: dict[str, Any] = {}
     if ranks > 1:
         options["ddp_backend"] = "gloo"
-        loading["distributed_config"] = load_distributed(tensor_parallel, ranks)
+        loading["distributed_config"] = layout_of(tensor_parallel, ranks)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         models / ("tied" if tied else "untied"), dtype=torch.float64, **loading
     )
@@ -156,6 +156,20 @@ def shard_on_cpus() -> None:
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # type: ignore[method-assign]
 
 
+def refused_dropout(ranks: int) -> str:
+    """What is said of a layer whose slices are not of one width."""
+    layer = torch.nn.Linear(16 * ranks + 1, 4)
+    layer.weight = torch.nn.Parameter(
+        distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (ranks,)), [Shard(1)])
+    )
+    check_dropout(layer, 0.0)
+    try:
+        check_dropout(layer, 0.1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str]) -> None:
     """One rank."""
     from accelerate.state import AcceleratorState
@@ -170,7 +184,8 @@ def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str])
             WhileTraining()
         ) as gathered:  # what the test of `traffic` would see if somebody did gather a head
             distribute_tensor(torch.zeros(found["head"]), init_device_mesh("cpu", (ranks,)), [Shard(0)]).full_tensor()
-        torch.save(found | {"gathered": gathered}, folder / case / f"rank{rank}.pt")
+        found |= {"gathered": gathered, "refused": refused_dropout(ranks)}
+        torch.save(found, folder / case / f"rank{rank}.pt")
         print("done", case, flush=True)
 
 

@@ -1,4 +1,5 @@
-"""Two real processes (gloo, CPU) against one on the same global batch: DDP and FSDP2, adapters and full fine-tuning.
+"""Two real processes (gloo, CPU) against one on the same global batch: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3;
+adapters and full fine-tuning.
 
 Both processes run every case, so that their start is paid once. `distributed_cases.SCRIPT` has uneven valid and invalid
 rows over the ranks, steps in which a rank has no row, or none that is supervised, or no image.
@@ -6,12 +7,13 @@ rows over the ranks, steps in which a rank has no row, or none that is supervise
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, RANKS, run
+from distributed_cases import CASES, RANKS, ZERO_CASES, run
 from processes import TESTS, start_ranks, wait_for
 from safetensors.torch import load_file
 
@@ -27,6 +29,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def zero_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the cases under DeepSpeed."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed (pip install 'vigos[deepspeed]')")
+    folder = tmp_path_factory.mktemp("zero_ranks")
+    script, cpu = TESTS / "distributed_cases.py", {"DS_ACCELERATOR": "cpu"}
+    processes = start_ranks(script, [str(folder), *ZERO_CASES], RANKS, folder, env=cpu)
+    assert wait_for(processes, folder, timeout=420) == [0] * RANKS
+    return folder
+
+
 def largest_gap(a: dict[str, Any], b: dict[str, Any]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
@@ -36,6 +50,17 @@ def largest_gap(a: dict[str, Any], b: dict[str, Any]) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(case: str, ranks: Path, tmp_path: Path) -> None:
     """Losses, every other metric, and parameters after five steps, to 1e-5; the teacher's weights as well."""
+    check(case, CASES[case], ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ZERO_CASES)
+def test_two_ranks_under_deepspeed_equal_one_process(case: str, zero_ranks: Path, tmp_path: Path) -> None:
+    """The same with the configurations that we ship."""
+    check(case, ZERO_CASES[case], zero_ranks, tmp_path)
+
+
+def check(case: str, options: dict[str, Any], ranks: Path, tmp_path: Path) -> None:
     found = [torch.load(ranks / case / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
     alone = run(case, tmp_path, ranks=1)
     assert len(alone["logs"]) == 5
@@ -54,7 +79,7 @@ def test_two_ranks_equal_one_process(case: str, ranks: Path, tmp_path: Path) -> 
     assert bool(alone["pushed"]) == ("sampled" not in case)
     if alone["pushed"]:
         assert largest_gap(alone["pushed"], found[0]["pushed"]) < 1e-5
-    if CASES[case].get("lora", True) is False and CASES[case].get("teacher", "frozen") == "frozen":
+    if options.get("lora", True) is False and options.get("teacher", "frozen") == "frozen":
         assert largest_gap(alone["start"], found[0]["teacher"]) == 0, "the frozen teacher has moved"
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "model/model.safetensors"):
         if (tmp_path / name).is_file():  # what rank 0 wrote at the end is whole

@@ -12,10 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import TESTS, start_ranks, wait_for
 from safetensors.torch import load_file
 from tensor_parallel_cases import CASES, RANKS, run, save_student
 from test_distributed import CLOCKS, largest_gap
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from training import tiny_student
+
+from vigos.tensor_parallel import Replicas, check_dropout, check_head, layout_of
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +30,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for tied in (False, True):
         save_student(folder, tied)
+    return folder
+
+
+COPIES = ("sampled", "everything")  # of the cases, also with two copies of the model
+
+
+@pytest.fixture(scope="module")
+def copies(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two groups, whose copies of the model FSDP2 cuts into pieces."""
+    folder = tmp_path_factory.mktemp("copies")
+    arguments = [str(models), str(folder), str(RANKS), *COPIES]
+    processes = start_ranks(TESTS / "tensor_parallel_cases.py", arguments, 2 * RANKS, folder)
+    assert wait_for(processes, folder, timeout=420) == [0] * 2 * RANKS
     return folder
 
 
@@ -45,10 +64,21 @@ def found_in(folder: Path, ranks: int = RANKS) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_group_equals_one_process(case: str, models: Path, ranks: Path, tmp_path: Path) -> None:
     """Losses, every other metric, and parameters after five steps, to 1e-5; the teacher's weights as well."""
+    check(case, models, ranks, tmp_path, RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COPIES)
+def test_two_groups_equal_one_process(case: str, models: Path, copies: Path, tmp_path: Path) -> None:
+    """The same on four ranks, where groups have different rows."""
+    check(case, models, copies, tmp_path, 2 * RANKS)
+
+
+def check(case: str, models: Path, ranks: Path, tmp_path: Path, count: int) -> None:
     alone = run(case, models, tmp_path)
     assert len(alone["logs"]) == 5
     assert largest_gap(alone["start"], alone["parameters"]) > 1e-2, "nothing was trained"
-    for each in found_in(ranks / case):
+    for each in found_in(ranks / case, count):
         for expected, log in zip(alone["logs"], each["logs"], strict=True):
             kept = {k: v for k, v in expected.items() if not k.startswith(CLOCKS)}
             assert {k: v for k, v in log.items() if not k.startswith(CLOCKS)} == pytest.approx(kept, rel=1e-5, abs=1e-9)
@@ -73,6 +103,39 @@ def test_the_head_is_used_where_it_lies(case: str, ranks: Path) -> None:
         assert each["local_head"] <= (each["head"] + 1) // 2 + 32  # rows are dealt out whole
         assert 0 < each["traffic"][0] < each["head"] // 2
         assert each["gathered"][0] >= each["head"] // 2, "the measurement sees no gathered head"
+        assert "lora_dropout must be 0 where 2 tensor-parallel ranks do not divide the 33 inputs" in each["refused"]
+
+
+def test_what_is_refused() -> None:
+    """Layouts that the trainer cannot follow, by the name of what has to change."""
+    from transformers.distributed import DistributedConfig
+
+    with pytest.raises(ValueError, match="tensor_parallel must divide the number of processes, 8, got 3"):
+        layout_of(3, 8)
+    assert (layout_of(2, 8).tp_size, layout_of(2, 8).fsdp_size) == (2, 4)
+    model = tiny_student(tied=True)
+    assert Replicas.of(model, 3, 4) == Replicas(count=4, index=3)
+    check_head(model)
+    model.config.distributed_config = DistributedConfig(tp_size=2, pp_size=2)
+    with pytest.raises(ValueError, match="distributed_config must have pp_size=1, got 2"):
+        Replicas.of(model, 0, 4)
+    model.config.distributed_config = DistributedConfig(tp_size=2, fsdp_size=2)
+    with pytest.raises(ValueError, match=r"train_head must be false .* fsdp_size=2"):
+        check_head(model)
+
+
+def test_slices_of_another_origin_and_of_several_widths(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = tiny_student()
+        layer = model.model.language_model.layers[0].mlp.down_proj
+        mesh = init_device_mesh("cpu", (1,))
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+        with pytest.raises(ValueError, match=r"sharded by transformers.*got DTensor parameters such as .*down_proj"):
+            Replicas.of(model, 0, 1)
+        check_dropout(model, 0.5)  # one slice is as wide as itself
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -88,6 +88,9 @@ class Source:
     trust_remote_code: bool = dataclasses.field(
         default=False, metadata={"help": "Run code from the model's repository."}
     )
+    tensor_parallel: int = dataclasses.field(
+        default=1, metadata={"help": "Ranks that hold one copy of the model in slices; the rest hold further copies."}
+    )
     resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vigos.scoring import base_model, check_adapter, lm_head, unwrap
-from vigos.sharding import full, head_like, local, piece_of, reshard, sharding_of
+from vigos.sharding import full, head_like, local, made_whole, piece_of, reshard, sharding_of
 from vigos.tensor_parallel import whole_widths
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
     config = deepcopy(model.config)
     if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
         del config.distributed_config
-    with torch.device("meta"):
+    with made_whole(), torch.device("meta"):
         copy = kind(config)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.tie_weights()

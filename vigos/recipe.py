@@ -24,29 +24,41 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Any]:
+    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False,
+    tensor_parallel: int = 1, ranks: int = 1,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
     """A model and its processor (a tokenizer for text-only models), from a folder or hub name; "builtin" is our own.
 
     Weights come from safetensors alone: a pickle is never loaded.
+
+    Args:
+        tensor_parallel: of the run's `ranks`, how many hold a copy of the model in slices (`vigos.tensor_parallel`).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     if name == "builtin":
         from vigos.world import load_base
 
+        if tensor_parallel != 1:
+            raise ValueError(f"tensor_parallel must be 1 for the built-in model, got {tensor_parallel}")
         return load_base()
     if dtype not in ("float32", "float16", "bfloat16", "auto"):
         raise ValueError(f"dtype must be float32, float16, bfloat16 or auto, got {dtype!r}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     has_vision = getattr(config, "vision_config", None) is not None
     family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    layout: dict[str, Any] = {}
+    if tensor_parallel != 1:
+        from vigos.tensor_parallel import layout_of
+
+        layout["distributed_config"] = layout_of(tensor_parallel, ranks)
     model = family.from_pretrained(
         name,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        **layout,
     )
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -76,6 +88,8 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         dtype=source.dtype,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
+        tensor_parallel=source.tensor_parallel,
+        ranks=config.world_size,
     )
     if adapter is not None:
         from peft import PeftModel

@@ -23,7 +23,7 @@ from vigos.restart import SAVING, StopSignal, publish, read_state, rotate, savin
 from vigos.routing import RoutedBatch
 from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer
-from vigos.tensor_parallel import Replicas
+from vigos.tensor_parallel import Replicas, share_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class RobustTrainer(Trainer):
         self._saving = False  # a checkpoint is being written
         self._resumed_from: str | None = None
         self.begin_step([])
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Called by transformers for models that it loaded in pieces, before the first step."""
+        share_gradients(model, lambda: self.accelerator.sync_gradients)
 
     # --- Steps that go wrong --------------------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ def _level(
 
     Added forwards give no rows.
     """
-    replicated = isinstance(model, DistributedDataParallel) and torch.is_grad_enabled()  # else without the wrapper
+    replicated = _reduces_gradients(model) and torch.is_grad_enabled()  # else without the wrapper
     sharded = _sharded(model)
     if not _distributed() or not (replicated or sharded):
         return passes
@@ -215,7 +215,7 @@ def _level(
     trained = replicated and _trains_vision(base)
     if not passes or not (trained or (sharded and hasattr(_inner(base), "get_image_features"))):
         return passes
-    # Units of a sharded tower are gathered by its forward; DDP waits for the gradients of a trained one.
+    # Units of a sharded tower are gathered by its forward; wrappers wait for the gradients of a trained one.
     shows = torch.tensor([trained or bool(each.images) for each in passes], dtype=torch.int32, device=base.device)
     dist.all_reduce(shows, op=dist.ReduceOp.MAX)
     first_row = torch.tensor([0, *(len(s.scored) for s in sequences)]).cumsum(0).tolist()
@@ -238,6 +238,11 @@ def _idle_pass(base: Any) -> _Pass:
     """One token that gives no row."""
     nothing = torch.empty(0, dtype=torch.int64)
     return _Pass(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
+
+
+def _reduces_gradients(model: nn.Module) -> bool:
+    """DDP or DeepSpeed: every rank has to have the same gradients, in the same buckets."""
+    return isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
 
 
 def _trains_vision(base: Any) -> bool:

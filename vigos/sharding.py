@@ -91,25 +91,47 @@ def reshard(model: nn.Module) -> None:
 def whole_trained(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained parameters by name, whole on every rank."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if sharding_of(model) == "zero3":
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(trained.values())):
-            return {name: p.detach().clone() for name, p in trained.items()}
-    return {name: full(local(p.detach()), p).clone() for name, p in trained.items()}
+    with _gathered([p for p in trained.values() if hasattr(p, "ds_id")]):
+        return {name: full(local(p.detach()), p).clone() for name, p in trained.items()}
 
 
 def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict of a model in pieces (DTensors), whole and on the CPU; empty unless this rank keeps it.
+    """The state dict of a model in pieces, whole and on the CPU; empty unless this rank keeps it.
 
     One tensor is gathered at a time.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in unwrap(model).state_dict().items():
-        whole = full(local(tensor), tensor)
-        if keep:
-            state[name] = whole.detach().cpu()
+    for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
+        with _gathered([tensor] if hasattr(tensor, "ds_id") else []):
+            whole = full(local(tensor.detach()), tensor)
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
     return state
+
+
+@contextmanager
+def _gathered(parameters: list[Tensor]) -> Iterator[None]:
+    """ZeRO-3's parameters are whole inside, on every rank."""
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+@contextmanager
+def made_whole() -> Iterator[None]:
+    """A model made inside by one rank alone is whole: transformers would have ZeRO-3 deal parts of it out."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 @contextmanager
@@ -124,9 +146,7 @@ def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     if kind == "fsdp2":
         _owner(model, head).unshard()
     elif kind == "zero3":
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(head.parameters(recurse=False))):
+        with _gathered(list(head.parameters(recurse=False))):
             weight = head.weight.detach().clone()  # the engine may want it in the backward pass, when it is gone
             bias = None if head.bias is None else head.bias.detach().clone()
         yield weight, bias

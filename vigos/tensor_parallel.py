@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from vigos.faults import TrainingStopped
 from vigos.scoring import base_model
+from vigos.sharding import local
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Replicas:
                     f"tp_size=…)), or left whole; got DTensor parameters such as {sliced[0]} of another origin"
                 )
             return cls(ranks, rank)
-        for name in ("pp_size", "ep_size"):
+        for name in ("pp_size", "ep_size", "dp_replicate_size"):
             if getattr(config, name, 1) > 1:
                 raise ValueError(f"model's distributed_config must have {name}=1, got {getattr(config, name)}")
         size = int(config.tp_size)
@@ -134,6 +135,45 @@ def whole_widths() -> Iterator[None]:
         LoraLayer._get_in_out_features = original  # type: ignore[method-assign]
 
 
+def share_gradients(model: nn.Module, due: Callable[[], bool]) -> None:
+    """Averages gradients that nobody else does, of a model that transformers has loaded in pieces.
+
+    FSDP2 reduces the gradients of what it holds. An adapter came later: where it is whole, it is the same on all ranks;
+    where it is sliced like its layer, on the ranks with the same slice of other copies (which transformers 5.23, whose
+    method of the trainer this replaces, leaves out).
+
+    Args:
+        due: whether the gradient under way is the optimizer step's last.
+    """
+    mesh = getattr(base_model(model), "_device_mesh", None)
+    if mesh is None:
+        return
+    names = mesh.mesh_dim_names or ()
+    others = mesh["fsdp"].get_group() if "fsdp" in names else None  # the same slice in the other copies
+    for parameter in model.parameters():
+        if not parameter.requires_grad or hasattr(parameter, "_vigos_shared"):
+            continue
+        group = dist.group.WORLD
+        if isinstance(parameter, DTensor):
+            group = None if "fsdp" in (parameter.device_mesh.mesh_dim_names or ()) else others
+        if group is None or group.size() == 1:
+            continue
+        with torch.no_grad():  # equal already, by the same seed, unless somebody drew numbers on one rank alone
+            dist.broadcast(local(parameter), dist.get_global_rank(group, 0), group=group)
+        parameter.register_post_accumulate_grad_hook(_averaging(group, due))
+        setattr(parameter, "_vigos_shared", True)  # noqa: B010 (a second `train()` finds its hook)
+
+
+def _averaging(group: dist.ProcessGroup, due: Callable[[], bool]) -> Callable[[Tensor], None]:
+    def average(parameter: Tensor) -> None:
+        if due() and parameter.grad is not None:
+            gradient = local(parameter.grad)
+            dist.all_reduce(gradient, group=group)
+            gradient /= group.size()
+
+    return average
+
+
 def check_dropout(model: nn.Module, dropout: float) -> None:
     """Refuses a dropout that the ranks of a group would draw differently: where slices of a layer differ in width."""
     for name, module in model.named_modules():
@@ -147,10 +187,32 @@ def check_dropout(model: nn.Module, dropout: float) -> None:
                 )
 
 
-def load_distributed(tensor_parallel: int, ranks: int) -> Any:
+def check_head(model: nn.Module) -> None:
+    """Refuses to train a head that is also the embedding where FSDP2 cuts the copies of a sliced model into pieces.
+
+    As transformers 5.23 loads such a model, losses were not those of one process from the second step on.
+    """
+    base = base_model(model)
+    config, head = getattr(base.config, "distributed_config", None), base.get_output_embeddings()
+    if config is None or config.fsdp_size == 1 or head is None or not head.weight.requires_grad:
+        return
+    if base.config.get_text_config().tie_word_embeddings or getattr(base.config, "tie_word_embeddings", False):
+        raise ValueError(
+            "train_head must be false for a model whose head is its embedding, loaded with fsdp_size="
+            f"{config.fsdp_size}: take tensor_parallel over all ranks, or accelerate's FSDP2 (configs/fsdp2.yaml)"
+        )
+
+
+def layout_of(tensor_parallel: int, ranks: int) -> Any:
     """transformers' `DistributedConfig` for groups of `tensor_parallel` of the run's `ranks`."""
+    import transformers
     from transformers.distributed import DistributedConfig
 
     if tensor_parallel < 1 or ranks % tensor_parallel:
         raise ValueError(f"tensor_parallel must divide the number of processes, {ranks}, got {tensor_parallel}")
+    if not hasattr(transformers.Trainer, "_sync_replicated_trainable_parameters"):
+        raise ValueError(
+            f"tensor_parallel must be 1 with transformers {transformers.__version__}, got {tensor_parallel}: its "
+            "trainer does not take models that were loaded in slices (5.23 does)"
+        )
     return DistributedConfig(tp_size=tensor_parallel, fsdp_size=ranks // tensor_parallel)

@@ -56,7 +56,7 @@ from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.sharding import head_tensors, sharding_of, whole_state
-from vigos.tensor_parallel import Replicas, check_dropout
+from vigos.tensor_parallel import Replicas, check_dropout, check_head
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
 
@@ -107,6 +107,7 @@ class ViGOSTrainer(RolloutTrainer):
         self.replicas = Replicas.of(model, args.process_index, args.world_size)
         model = prepare_model(model, args)
         check_dropout(model, args.lora_dropout)
+        check_head(model)
         super().__init__(
             model=model,
             args=args,
@@ -312,7 +313,7 @@ class ViGOSTrainer(RolloutTrainer):
         weights = None  # or those of rank 0, where the model's own are in pieces
         if self.is_fsdp_enabled:
             weights = self.accelerator.get_state_dict(self.model)
-        elif sharding_of(self.model) in ("tensor", "fsdp2"):  # loaded in pieces by transformers
+        elif sharding_of(self.model) != "whole":  # ZeRO-3, or loaded in pieces by transformers
             weights = whole_state(self.model, keep=self.is_world_process_zero())
         self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged, weights=weights)
         self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
