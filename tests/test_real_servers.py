@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +287,46 @@ def test_vllm_that_was_given_another_prompt_ends_the_run(make: Any, prompts: lis
         other = dataclasses.replace(prompts[0], ids=prompts[0].ids[prompts[0].ids.eq(6).cumsum(0) != 1])
     with pytest.raises(RolloutError, match=r"rendered another prompt: it differs from token"):
         engine.generate([other], GREEDY, 0)
+
+
+@vllm
+@pytest.mark.slow
+def test_vllm_in_process_ends_with_a_run_that_is_killed(servable: str, tmp_path: Path) -> None:
+    """`kill -9` of the trainer must not leave an engine behind that holds the memory the next run needs."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from vigos.rollout_vllm import VLLMEngine\n"
+        "if __name__ == '__main__':\n"
+        "    engine = VLLMEngine(sys.argv[1], None, eos_token_ids=(2,), dtype='float32', max_model_len=128, \n"
+        "        enforce_eager=True)\n"
+        "    print(*engine.processes, file=open(sys.argv[2], 'w'), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    pids = tmp_path / "pids"
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, str(script), servable, str(pids)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    while not (pids.exists() and pids.read_text().strip()):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+        time.sleep(0.2)
+    children = [Path("/proc") / pid / "stat" for pid in pids.read_text().split()]
+
+    def alive(child: Path) -> bool:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            return child.read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    assert children
+    assert all(alive(child) for child in children)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not any(alive(child) for child in children):
+            break
+        time.sleep(0.1)
+    assert not any(alive(child) for child in children)
 
 
 def train(folder: Path, rows: Path, **options: Any) -> tuple[list[dict[str, Any]], ViGOSTrainer]:

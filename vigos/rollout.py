@@ -73,8 +73,8 @@ class RolloutEngine(Protocol):
         ...
 
 
-def adapter_name(step: int) -> str:
-    """What the student's adapter after `step` optimizer steps is called on a rollout server."""
+def adapter_name(step: int | str) -> str:
+    """What the student's adapter after `step` optimizer steps is called on a rollout server; "*": their pattern."""
     return f"vigos-{step}"
 
 

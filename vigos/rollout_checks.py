@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vigos.faults import TrainingStopped
+from vigos.rollout import adapter_name
 from vigos.sequences import EncodedPrompt
 
 
@@ -78,6 +81,13 @@ class RolloutChecks:
                 "max_completion_length, or it has a limit of its own"
             )
         return torch.tensor(ids, dtype=torch.int64)
+
+
+def drop_adapters(folder: Path, keep: str) -> None:
+    """Removes the adapters of other steps, those of a run that was cut among them."""
+    for old in folder.glob(adapter_name("*")):
+        if old.name != keep:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:

@@ -27,7 +27,6 @@ import io
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 
 from vigos.background import each
 from vigos.rollout import Sampling, adapter_name, stream_seed
-from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion
+from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion, drop_adapters
 from vigos.sequences import Chat, EncodedPrompt
 
 logger = logging.getLogger(__name__)
@@ -148,7 +147,7 @@ class ServerEngine:
         before, self.model = self.model, name
         if before not in (self.base, name):
             self._unload(self._served_name(before))
-            shutil.rmtree(self.adapters / before, ignore_errors=True)
+        drop_adapters(self.adapters, keep=name)
         return name
 
     def _unload(self, name: str) -> None:

@@ -10,7 +10,9 @@ or there. vLLM holds a copy of the base weights of its own. Needs the extra `vll
 
 from __future__ import annotations
 
-import shutil
+import multiprocessing
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import Tensor, nn
 
 from vigos.rollout import Sampling, adapter_name, eos_ids, placeholder_ids, stream_seed
-from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed
+from vigos.rollout_checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed, drop_adapters
 from vigos.scoring import base_model
 from vigos.sequences import EncodedPrompt
 
@@ -55,8 +57,11 @@ class VLLMEngine:
         self._adapter: Any = None  # LoRARequest of self.model
         self._pushed = 0
         lora = {} if adapters is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_rank(lora_r)}
+        before = {child.pid for child in multiprocessing.active_children()}
         # Without the model's own generation config, whose repetition penalty and limits would join in.
         self.llm = LLM(model=model, generation_config="vllm", **(lora | options))
+        self.processes = [c.pid for c in multiprocessing.active_children() if c.pid is not None and c.pid not in before]
+        self._watcher = _end_with_this_process(self.processes)
 
     @classmethod
     def for_run(cls, args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
@@ -119,20 +124,20 @@ class VLLMEngine:
 
         if self.adapters is None:
             raise ValueError("adapters must be a folder to save them in, got None")
-        name, before = adapter_name(step), self._adapter
+        name = adapter_name(step)
         folder = (self.adapters / name).resolve()
         model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
         # A number and a name that were never used: vLLM keeps adapters by the one and cached prefixes by the other.
         self._pushed += 1
         self._adapter = LoRARequest(f"{name}-{self._pushed}", self._pushed, str(folder))
         self.model = name
-        if before is not None and before.lora_path != str(folder):
-            shutil.rmtree(before.lora_path, ignore_errors=True)
+        drop_adapters(self.adapters, keep=name)
         return name
 
     def close(self) -> None:
         """Ends vLLM's processes and gives its memory back; without it they end with this process."""
         self.llm.llm_engine.engine_core.shutdown()
+        self._watcher.communicate()
 
     def _input(self, prompt: EncodedPrompt) -> dict[str, Any]:
         """vLLM expands the placeholders itself: it gets one for each image."""
@@ -148,6 +153,22 @@ class VLLMEngine:
             return self.checks.completion(output.token_ids, output.finish_reason, sampling.max_new_tokens, str(self))
         except UnusableCompletion as error:
             raise RolloutError(f"{self} sampled {error}") from error
+
+
+_WATCH = """
+import contextlib, os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+"""
+
+
+def _end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:
+    """vLLM's engine does not notice when its parent is killed, and would keep its memory from the run that resumes."""
+    command = [sys.executable, "-S", "-c", _WATCH, *map(str, pids)]
+    # Its standard input ends when this process does, however that ends.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _max_rank(lora_r: int) -> int:
