@@ -26,7 +26,8 @@ import torch
 from measure import RESULTS, Table, machine, peak_bytes, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from vigos.scoring import _padded_batch, hidden_states
+from vigos.passes import padded_batch
+from vigos.scoring import hidden_states
 from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
 
 IMAGE, VISION_START, VISION_END = 3, 4, 5
@@ -123,7 +124,7 @@ def step(image_tokens: int, rollouts: int, invalid: int, rows: int = 4) -> tuple
 def run_released(model: torch.nn.Module, batches: list[list[ScoredSequence]]) -> None:
     for batch in batches:
         members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
-        model(**_padded_batch(model, members, None), use_cache=False).logits  # noqa: B018
+        model(**padded_batch(model, members, None), use_cache=False).logits  # noqa: B018
 
 
 def cpu_flash(query, key, *_, **__):
@@ -214,13 +215,13 @@ def counts(
     model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]]
 ) -> dict[str, int]:
     """Tokens the language model reads, padding included."""
-    from vigos.scoring import _plan
+    from vigos.passes import plan_passes
 
     longest = [max(len(s.prompt.ids) + len(s.completion_ids) for s in batch) for batch in released]
     return {
         "released": sum(len(batch) * n for batch, n in zip(released, longest, strict=True)),
         **{
-            scheme: sum(each.tokens for each in _plan(model, routed, scheme, 16_384, "auto", None))
+            scheme: sum(each.tokens for each in plan_passes(model, routed, scheme, 16_384, "auto", None))
             for scheme in ("separate", "tree")
         },
     }

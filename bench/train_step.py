@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vigos
-from vigos.scoring import _padded_batch, hidden_states, lm_head, teacher_mode
+from vigos.passes import padded_batch
+from vigos.scoring import hidden_states, lm_head, teacher_mode
 from vigos.sequences import ScoredSequence
 
 PHASES = ("teachers", "student", "divergence", "backward")
@@ -62,7 +63,7 @@ def theirs(
 ) -> Tensor:
     def logits(batch: list[ScoredSequence]) -> Tensor:
         members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
-        out = model(**_padded_batch(model.get_base_model(), members, None), use_cache=False).logits
+        out = model(**padded_batch(model.get_base_model(), members, None), use_cache=False).logits
         starts = [len(s.prompt.ids) - 1 for s in batch]
         return torch.stack([row[start : start + COMPLETION] for row, start in zip(out, starts, strict=True)])
 

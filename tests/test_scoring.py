@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, HIDDEN, IMAGE, LAYERS, SIZES, VOCAB, images, m
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import vigos.scoring as scoring_module
+import vigos.passes as passes_module
 import vigos.tree_attention as tree_attention
 from vigos.prefix_tree import PrefixTree, fed_ids
 from vigos.scoring import TeacherScorer, hidden_states, text_flops
@@ -186,12 +186,12 @@ def test_bf16_is_as_close_as_padding():
 def test_wrong_positions_are_wrong(family, monkeypatch):
     """Positions of the pack instead of the path: the comparison above would notice."""
     model, rows = tiny_model(family), MIXED[family]
-    right = scoring_module.pack_positions
+    right = passes_module.pack_positions
     for wrong in (
         lambda base, pack, members: torch.arange(pack.tokens).expand(right(base, pack, members).shape),
         lambda base, pack, members: right(base, pack, members) + (pack.depth > 20),
     ):
-        monkeypatch.setattr(scoring_module, "pack_positions", wrong)
+        monkeypatch.setattr(passes_module, "pack_positions", wrong)
         with torch.no_grad():
             deviation = hidden_states(model, rows, scoring="tree") - hidden_states(model, rows, scoring="separate")
         assert deviation.abs().max() > 1e-2
@@ -201,7 +201,7 @@ def test_one_axis_positions_are_wrong_with_three():
     model, rows = tiny_model("qwen2_5_vl"), MIXED["qwen2_5_vl"]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         exact = hidden_states(model, rows, scoring="tree")
-        patch.setattr(scoring_module, "pack_positions", lambda base, pack, members: pack.depth.expand(3, 1, -1))
+        patch.setattr(passes_module, "pack_positions", lambda base, pack, members: pack.depth.expand(3, 1, -1))
         assert (hidden_states(model, rows, scoring="tree") - exact).abs().max() > 1e-2
 
 
@@ -240,7 +240,7 @@ def test_same_ids_with_different_images(family):
 def test_images_blocks_without_their_limit_are_wrong(monkeypatch):
     """Gemma 3 with a causal mask over its images: the comparison would notice."""
     model, rows = tiny_model("gemma3"), MIXED["gemma3"]
-    monkeypatch.setattr(scoring_module, "_block_limits", lambda pack, members, image: pack.depth)
+    monkeypatch.setattr(passes_module, "_block_limits", lambda pack, members, image: pack.depth)
     with torch.no_grad():
         assert (hidden_states(model, rows) - hidden_states(model, rows, scoring="separate")).abs().max() > 1e-2
 
@@ -311,7 +311,7 @@ def test_nothing_to_score():
 def test_images_of_different_shape_are_refused():
     one, two = (ImageInputs.of({"pixel_values": torch.zeros(1, 2, 3, n, n)}) for n in (8, 16))
     with pytest.raises(ValueError, match="pixel_values of one batch must agree beyond the second axis"):
-        scoring_module.concat_images([one, two])
+        passes_module.concat_images([one, two])
 
 
 # ---- the teacher ---------------------------------------------------------------------------------------------------
@@ -393,8 +393,8 @@ def test_verify_first_notices_a_mismatch_and_stops_sharing(monkeypatch):
         always.score(batch(rows))
     assert len(compared) == 3
 
-    right = scoring_module.pack_positions
-    monkeypatch.setattr(scoring_module, "pack_positions", lambda *a: right(*a) + (a[1].depth > 8))
+    right = passes_module.pack_positions
+    monkeypatch.setattr(passes_module, "pack_positions", lambda *a: right(*a) + (a[1].depth > 8))
     bad = TeacherScorer(model)
     with pytest.warns(UserWarning, match="does not reproduce Qwen2_5_VL.* going on with scoring='separate'"):
         hidden, _ = bad.score(batch(rows))

@@ -17,11 +17,12 @@ from processes import TESTS, start_ranks, wait_for
 from safetensors.torch import load_file
 from tensor_parallel_cases import CASES, RANKS, run, save_student
 from test_distributed import CLOCKS, largest_gap
+from tiny_models import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from training import tiny_student
 
-from vigos.tensor_parallel import Replicas, check_dropout, check_head, layout_of
+from vigos.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head, layout_of
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,24 @@ def test_what_is_refused() -> None:
     model.config.distributed_config = DistributedConfig(tp_size=2, fsdp_size=2)
     with pytest.raises(ValueError, match=r"train_head must be false .* fsdp_size=2"):
         check_head(model)
+
+
+def test_accumulation_is_refused_for_norms_inside_attention() -> None:
+    """transformers would sum their accumulated gradients over and over."""
+    from transformers.distributed import DistributedConfig
+
+    model = tiny_model("qwen3")
+    check_accumulation(model, 2)
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    check_accumulation(model, 1)
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps must be 1 where .*layers\.0.*q_norm.*, got 2"):
+        check_accumulation(model, 2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("_norm" not in name)
+    check_accumulation(model, 2)
+    qwen2_5 = tiny_student()
+    qwen2_5.config.distributed_config = DistributedConfig(tp_size=2)
+    check_accumulation(qwen2_5, 2)
 
 
 def test_slices_of_another_origin_and_of_several_widths(tmp_path: Path) -> None:

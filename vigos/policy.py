@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vigos.scoring import base_model, check_adapter, lm_head, unwrap
+from vigos.model_parts import base_model, lm_head, unwrap
+from vigos.scoring import check_adapter
 from vigos.sharding import full, head_like, local, made_whole, piece_of, reshard, sharding_of
 from vigos.tensor_parallel import whole_widths
 
@@ -327,9 +328,14 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
     return plain_copy(base, state)
 
 
+def plain_class(model: Any) -> Any:
+    """The transformers class of a model: FSDP2 puts one of its own in front."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
 def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
     """A transformers model of the same class and configuration, never wrapped, that holds the tensors of `state`."""
-    kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # FSDP2 changes a module's class
+    kind = plain_class(model)
     config = deepcopy(model.config)
     if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
         del config.distributed_config

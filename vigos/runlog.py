@@ -218,7 +218,7 @@ class RunLog(TrainerCallback):
         Args:
             weights: the whole state dict where the model's own parameters are in pieces; None: its own.
         """
-        from vigos.policy import merged_copy, plain_copy
+        from vigos.policy import merged_copy, plain_class, plain_copy
         from vigos.scoring import unwrap
 
         core: Any = unwrap(model)
@@ -230,6 +230,7 @@ class RunLog(TrainerCallback):
             processor.save_pretrained(self.folder / "model")
             return {"model": str(self.folder / "model")}
         core.save_pretrained(self.folder / "adapter", state_dict=weights)
+        _name_base(self.folder / "adapter" / "adapter_config.json", plain_class(core.get_base_model()))
         saved = {"adapter": str(self.folder / "adapter")}
         if merged:
             merged_copy(core, weights).save_pretrained(self.folder / "merged")
@@ -262,6 +263,14 @@ def _top_column(ids: Tensor, probabilities: Tensor, tokenizer: Any) -> list[list
         [[texts[i], round(p, 5)] for i, p in zip(row, ps, strict=True)]
         for row, ps in zip(ids.tolist(), probabilities.tolist(), strict=True)
     ]
+
+
+def _name_base(path: Path, kind: type) -> None:
+    """peft writes down the class of the model it was on, which under FSDP2 nobody could load the adapter for."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("auto_mapping"):
+        config["auto_mapping"] |= {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _floats(x: Tensor) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from vigos.scoring import lm_head, replaced_forward, unwrap
+from vigos.model_parts import lm_head, replaced_forward, unwrap
 
 Kind = Literal["whole", "fsdp2", "zero3", "tensor"]
 T = TypeVar("T")

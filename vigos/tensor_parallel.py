@@ -11,6 +11,7 @@ the ranks exchange maxima, sums and the gradient of the hidden rows, never the h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vigos.faults import TrainingStopped
-from vigos.scoring import base_model
+from vigos.model_parts import base_model
 from vigos.sharding import local
 
 
@@ -201,6 +202,26 @@ def check_head(model: nn.Module) -> None:
             "train_head must be false for a model whose head is its embedding, loaded with fsdp_size="
             f"{config.fsdp_size}: take tensor_parallel over all ranks, or accelerate's FSDP2 (configs/fsdp2.yaml)"
         )
+
+
+def check_accumulation(model: nn.Module, steps: int) -> None:
+    """Refuses gradient accumulation for norms inside of attention (Qwen3's), where they are trained.
+
+    Each rank sees its own heads there; transformers 5.23 adds up what has been accumulated so far after every
+    micro-batch, the sums of earlier ones included.
+    """
+    base = base_model(model)
+    if steps == 1 or getattr(getattr(base.config, "distributed_config", None), "tp_size", 1) == 1:
+        return
+    plan = getattr(base, "tp_plan", None) or {}
+    summed = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
+    for name, parameter in base.named_parameters():
+        layer = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
+        if parameter.requires_grad and layer in summed:
+            raise ValueError(
+                f"gradient_accumulation_steps must be 1 where {name} is trained tensor-parallel, got {steps}: raise "
+                "per_device_train_batch_size instead, or train an adapter"
+            )
 
 
 def layout_of(tensor_parallel: int, ranks: int) -> Any:

@@ -56,7 +56,7 @@ from vigos.runlog import RunLog
 from vigos.scoring import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.sequences import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.sharding import head_tensors, sharding_of, whole_state
-from vigos.tensor_parallel import Replicas, check_dropout, check_head
+from vigos.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head
 from vigos.top_tokens import top_tokens
 from vigos.vision import VisionCache
 
@@ -108,6 +108,7 @@ class ViGOSTrainer(RolloutTrainer):
         model = prepare_model(model, args)
         check_dropout(model, args.lora_dropout)
         check_head(model)
+        check_accumulation(model, args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=args,
