@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from training import VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
+from vigos.charts import _phases
 from vigos.config import ViGOSConfig
 from vigos.faults import TrainingStopped
 from vigos.restart import EXIT_CODE, checkpoints
@@ -243,6 +244,14 @@ def test_profile_tells_what_lay_beside(server: Server, tmp_path: Path) -> None:
     assert seconds["rollouts"] < seconds["rollouts, beside"] - 0.15
     parts = [v for name, v in seconds.items() if name not in ("a step", "rollouts, beside")]
     assert sum(parts) == pytest.approx(seconds["a step"], abs=2e-3)
+
+
+def test_the_report_draws_what_a_step_waited_for() -> None:
+    line = {"step": 3, "perf/rollout_s": 5.0, "perf/rollout_wait_s": 1.0, "perf/teacher_s": 0.5, "perf/step_s": 4.0}
+    drawn = _phases(line)
+    assert (drawn["rollouts"], drawn["rest"]) == (1.0, 2.5)
+    del line["perf/rollout_wait_s"]
+    assert _phases(line | {"perf/step_s": 6.0})["rollouts"] == 5.0
 
 
 # --- Restarts ---------------------------------------------------------------------------------------------------------
