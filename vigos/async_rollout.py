@@ -20,7 +20,7 @@ step before.
 Exactly one step: except in the first step of an epoch, whose rows nobody knows before it begins. Its rollouts are its
 own, as in the first step of a run.
 
-The engine must have weights of its own, which it is sent (`push`): the server has. One that samples from the model that
+The engine must have weights of its own, which it is sent (`push`): server and vLLM have. One that samples from the model that
 the optimizer is stepping would mix weights of two steps within a completion, and is refused.
 """
 
@@ -80,8 +80,8 @@ def check_engine(engine: RolloutEngine) -> None:
     if not hasattr(engine, "push"):
         raise ValueError(
             "async_rollout must be 0 with an engine that samples from the model in training, whose weights the "
-            f"optimizer would change under it, got 1 with {type(engine).__name__}; take rollout_engine='server', "
-            "which is sent the adapter"
+            f"optimizer would change under it, got 1 with {type(engine).__name__}; take rollout_engine='server' (or "
+            "'vllm'), which is sent the adapter"
         )
 
 
