@@ -20,8 +20,8 @@ step before.
 Exactly one step: except in the first step of an epoch, whose rows nobody knows before it begins. Its rollouts are its
 own, as in the first step of a run.
 
-The engine must have weights of its own, which it is sent (`push`): server and vLLM have. One that samples from the model that
-the optimizer is stepping would mix weights of two steps within a completion, and is refused.
+The engine must have weights of its own, which it is sent (`push`): server and vLLM have. One that samples from the
+model that the optimizer is stepping would mix weights of two steps within a completion, and is refused.
 """
 
 from __future__ import annotations
