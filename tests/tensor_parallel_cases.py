@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_cases import ByRow, data, whole
+from tiny_models import tiny_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import config, tiny_student, trainer
-from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from training import config, processor, tiny_student, trainer
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM, TrainerCallback
 
+from vigos.faults import TrainingStopped
 from vigos.scoring import lm_head
 from vigos.sharding import sharding_of
-from vigos.tensor_parallel import check_dropout, layout_of
+from vigos.tensor_parallel import Replicas, check_dropout, layout_of
 from vigos.trainer import ViGOSTrainer
 
 RANKS = 2
@@ -37,31 +39,35 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": {"lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5, "gradient_accumulation_steps": 2},
     "sampled": {"sampled": True, "save_merged": True},
     "tied": {"tied": True, "lora": False, "train_head": True},
+    "text": {"text": True, "lora": False},  # Qwen3, whose norms inside attention see a rank's own heads
     "saved": {"save_strategy": "steps", "save_steps": 3, "save_only_model": True},
 }
 
 
-def save_student(folder: Path, tied: bool) -> Path:
-    """The untrained model, as a folder that every process loads."""
-    path = folder / ("tied" if tied else "untied")
-    tiny_student(torch.float64, tied=tied).save_pretrained(path)
-    return path
+def save_students(folder: Path) -> None:
+    """The untrained models, as folders that every process loads."""
+    for tied in (False, True):
+        tiny_student(torch.float64, tied=tied).save_pretrained(folder / ("tied" if tied else "untied"))
+    tokenizer = processor().tokenizer
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    tiny_model("qwen3", dtype=torch.float64, **sizes).save_pretrained(folder / "text")
 
 
 def build(case: str, models: Path, folder: Path, tensor_parallel: int, ranks: int) -> ViGOSTrainer:
     """The trainer of a case: on a process alone, or on one of `ranks` in groups of `tensor_parallel`."""
     options = {"max_steps": 5, "clip_mode": "none", "learning_rate": 1e-2, "max_completion_length": 8} | CASES[case]
-    sampled, tied = options.pop("sampled", False), options.pop("tied", False)
+    sampled, tied, text = (options.pop(name, False) for name in ("sampled", "tied", "text"))
     copies = ranks // tensor_parallel
     options["per_device_train_batch_size"] = 4 // copies // options.get("gradient_accumulation_steps", 1)
     loading: dict[str, Any] = {}
     if ranks > 1:
         options["ddp_backend"] = "gloo"
         loading["distributed_config"] = layout_of(tensor_parallel, ranks)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        models / ("tied" if tied else "untied"), dtype=torch.float64, **loading
-    )
-    engine = trainer(model, config(folder, **options), data())
+    family: Any = Qwen3ForCausalLM if text else Qwen2_5_VLForConditionalGeneration
+    name = "text" if text else "tied" if tied else "untied"
+    model = family.from_pretrained(models / name, dtype=torch.float64, **loading)
+    rows = [row | {"images": []} for row in data()] if text else data()
+    engine = trainer(model, config(folder, **options), rows)
     if not sampled:  # an adapter goes to the engine at every step, as to a server
         engine.engine = ByRow() if engine.args.lora else SimpleNamespace(generate=ByRow().generate)
     return engine
@@ -170,6 +176,30 @@ def refused_dropout(ranks: int) -> str:
     return ""
 
 
+def shared_rollouts() -> list[Any]:
+    """What a group gets from an engine that only its first rank asks: ids, none, and a failure."""
+    replicas = Replicas(group=dist.group.WORLD)
+
+    def ask(ids: list[Tensor]) -> list[Tensor]:
+        def sample() -> list[Tensor]:
+            assert dist.get_rank() == 0, "another rank asked the engine as well"
+            return ids
+
+        return replicas.rollouts(sample, cpu, together=False)
+
+    def fail() -> list[Tensor]:
+        raise OSError("the server is gone")
+
+    cpu = torch.device("cpu")
+    given = [torch.tensor([3, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([2])]
+    found: list[Any] = [ask(given), ask([])]
+    try:
+        replicas.rollouts(fail, cpu, together=False)
+    except (OSError, TrainingStopped) as error:
+        found.append(str(error))
+    return found
+
+
 def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str]) -> None:
     """One rank."""
     from accelerate.state import AcceleratorState
@@ -184,7 +214,7 @@ def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str])
             WhileTraining()
         ) as gathered:  # what the test of `traffic` would see if somebody did gather a head
             distribute_tensor(torch.zeros(found["head"]), init_device_mesh("cpu", (ranks,)), [Shard(0)]).full_tensor()
-        found |= {"gathered": gathered, "refused": refused_dropout(ranks)}
+        found |= {"gathered": gathered, "refused": refused_dropout(ranks), "shared": shared_rollouts()}
         torch.save(found, folder / case / f"rank{rank}.pt")
         print("done", case, flush=True)
 

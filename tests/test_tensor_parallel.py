@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from processes import TESTS, start_ranks, wait_for
 from safetensors.torch import load_file
-from tensor_parallel_cases import CASES, RANKS, run, save_student
+from tensor_parallel_cases import CASES, RANKS, run, save_students
 from test_distributed import CLOCKS, largest_gap
 from tiny_models import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,8 +29,7 @@ from vigos.tensor_parallel import Replicas, check_accumulation, check_dropout, c
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained students, which every process loads."""
     folder = tmp_path_factory.mktemp("models")
-    for tied in (False, True):
-        save_student(folder, tied)
+    save_students(folder)
     return folder
 
 
@@ -105,6 +104,17 @@ def test_the_head_is_used_where_it_lies(case: str, ranks: Path) -> None:
         assert 0 < each["traffic"][0] < each["head"] // 2
         assert each["gathered"][0] >= each["head"] // 2, "the measurement sees no gathered head"
         assert "lora_dropout must be 0 where 2 tensor-parallel ranks do not divide the 33 inputs" in each["refused"]
+
+
+@pytest.mark.slow
+def test_one_rank_asks_for_its_group(ranks: Path) -> None:
+    """A rollout server's completions reach the other ranks, and so does its failure."""
+    first, second = (each["shared"] for each in found_in(ranks / "lora"))
+    for ids, none, _ in (first, second):
+        assert [x.tolist() for x in ids] == [[3, 1], [], [2]]
+        assert none == []
+    assert first[2] == "the server is gone"
+    assert second[2] == "sampling failed on rank 0, whose output says why"
 
 
 def test_what_is_refused() -> None:

@@ -78,16 +78,13 @@ class Replicas:
         if self.group is None:
             return sample()
         found: list[Tensor] | None = None
-        failed = False
         if together or self.speaks:
             try:
                 found = sample()
             except Exception:
-                failed = not together  # else nobody waits for this rank here
-                raise
-            finally:
-                if failed:
+                if not together:  # the others wait for this rank's
                     self._broadcast(None, device)
+                raise
         ids = self._broadcast(found, device)
         if ids is None:
             raise TrainingStopped(
