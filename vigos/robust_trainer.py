@@ -114,7 +114,7 @@ class RobustTrainer(Trainer):
     def drop_if_not_finite(self) -> None:
         """Before the optimizer: forgets the gradients of a step whose loss or gradient is not finite, on every rank."""
         if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
-            return  # DeepSpeed, and the loss scaler of float16, check and skip by themselves
+            return  # DeepSpeed has stepped by now and checks for itself (not in float32), as float16's loss scaler does
         bad_loss, bad_gradient = ~self._losses_finite.cpu(), ~gradients_finite(self.model).cpu()
         ranks_bad = self._over_world(torch.stack([bad_loss, bad_gradient]).double()).cpu()
         if not bool(ranks_bad.any()):
