@@ -282,7 +282,6 @@ def report(
 def study(
     output_dir: Annotated[Path, typer.Option(help="Where cells, CSV files and figures go.")] = Path("runs/study"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed of every arm on the base that ships.")] = False,
-    core: Annotated[bool, typer.Option("--core", help="Only what the expectations H1 to H3 are about.")] = False,
     bases: Annotated[int | None, typer.Option(help="How many bases; default: the plan's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many training seeds of each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")] = None,
@@ -291,20 +290,15 @@ def study(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
-    from vigos.study import CORE, FULL, QUICK, reduced, run_study
+    from vigos.study import FULL, QUICK, reduced, run_study
     from vigos.study_results import draw, print_results
-
-    if quick and core:
-        raise UsageError("--quick and --core are two studies, got both")
 
     def tell(what: str, done: int, total: int) -> None:
         console.print(f"[dim]{done}/{total}[/] {escape(what)}", soft_wrap=True)
 
     results = output_dir / "results.csv"
     if not draw_only:
-        plan = reduced(
-            QUICK if quick else CORE if core else FULL, bases=bases, seeds=seeds, steps=steps, axes=axis or None
-        )
+        plan = reduced(QUICK if quick else FULL, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
         run_study(plan, output_dir, jobs=jobs, progress=tell)
     elif not results.is_file():
         raise UsageError(f"--draw-only: no such file: {results}")

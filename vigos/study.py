@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 FORMAT = 1  # of a cell's file
 MAX_TOKENS = 96  # of a completion; they take about 50
+BEND_STEPS = 150  # of warm-up, after which another preference has settled
 DONE = "done.json"  # in the folder of a base that is whole
 TEST_SEED = 1_000  # of the held-out rows, one set for all cells
 
@@ -86,7 +88,7 @@ class Axis:
 
     knob: Literal["conflict", "label_bias", "noise", "shortcut"]
     levels: tuple[float, ...]
-    arms: tuple[str, ...] = ("base", "sft", "opsd", "vigos", "vigos_think")
+    arms: tuple[str, ...] = ("base", "opsd", "vigos")
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class Plan:
     axes: tuple[Axis, ...] = ()
     bases: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 240
+    steps: int = 100
     rows_a_step: int = 32
+    learning_rate: float = 6e-4
     triplets: int = 200  # of the test rows: one image that agrees with the prior and two that do not
     palr_rows: int = 64
     check_triplets: int = 100
@@ -120,13 +123,17 @@ class Plan:
         for axis in self.axes:
             wanted += [(replace(World(), **{axis.knob: level}), axis.arms) for level in axis.levels]
         found: dict[str, Cell] = {}
-        for world, arms in wanted:
-            for base in self.bases:
-                for arm in arms:
-                    for seed in self.seeds[:1] if arm == "base" else self.seeds:
-                        cell = Cell(arm, _untrained(world) if arm == "base" else world, base, seed, self)
-                        found.setdefault(cell.key, cell)
+        for seed in self.seeds:  # outermost: a study that was stopped has a whole seed first
+            for world, arms in wanted:
+                for base in self.bases:
+                    for arm in arms:
+                        if arm != "base" or seed == self.seeds[0]:
+                            cell = Cell(arm, _untrained(world) if arm == "base" else world, base, seed, self)
+                            found.setdefault(cell.key, cell)
         return list(found.values())
+
+
+_SIZES = ("steps", "rows_a_step", "learning_rate", "triplets", "palr_rows")
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything its result depends on."""
-        sizes = {name: getattr(self.plan, name) for name in ("steps", "rows_a_step", "triplets", "palr_rows")}
+        sizes = {name: getattr(self.plan, name) for name in _SIZES}
         how = {"kind": ARM[self.arm].kind, "options": dict(ARM[self.arm].options)}
         where = {**asdict(self.world), "base": self.base, "seed": self.seed}
         return {"format": FORMAT, "arm": self.arm, **how, **where, **sizes}
@@ -159,24 +166,19 @@ def _untrained(world: World) -> World:
     return replace(world, conflict=World.conflict, label_bias=World.label_bias)
 
 
-QUICK = Plan("quick", axes=(Axis("label_bias", (1.0,), ("opsd", "vigos")),), steps=80, triplets=100, check_triplets=40)
 FULL = Plan(
     "full",
     axes=(
-        Axis("label_bias", (0.25, 0.5, 0.75, 1.0)),
-        Axis("conflict", (0.1, 0.25, 0.75, 1.0)),
-        Axis("noise", (0.1, 0.2, 0.3)),
-        Axis("shortcut", (0.5, 0.75, 1.1)),
+        Axis("label_bias", (1.0,)),
+        Axis("conflict", (0.1,)),
+        Axis("noise", (0.2,)),
+        Axis("shortcut", (0.7,)),
     ),
     bases=(0, 1, 2, 3, 4),
     seeds=(0, 1),
 )
-
-# The cells of the whole that the expectations H1 to H3 are about, with one training seed.
-CORE = replace(
-    FULL, name="core", arms=("base", "opsd", "vigos", "clip_token"),
-    axes=(Axis("label_bias", (1.0,), ("opsd", "vigos")),), seeds=(0,),
-)  # fmt: skip
+# One seed of every arm on the base that ships, and what H1 is about.
+QUICK = replace(FULL, name="quick", axes=FULL.axes[:1], bases=(0,), seeds=(0,))
 
 
 def reduced(
@@ -236,9 +238,15 @@ def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
     worlds = sorted({(cell.base, cell.world.shortcut, cell.world.noise) for cell in cells})
     stages = [
         [
-            _Task(f"base {b}, shortcut {s:g}", path / DONE, make_base, (path, b, s))
+            _Task(f"base {b}", path / DONE, make_base, (path, b))
+            for b in plan.bases
+            if (path := base_folder(folder, b, World.shortcut)) is not None
+        ],
+        [
+            _Task(f"base {b}, shortcut {s:g}", path / DONE, bend_base, (path, straight, b, s))
             for b, s in bases
-            if (path := base_folder(folder, b, s)) is not None
+            for path, straight in [(base_folder(folder, b, s), base_folder(folder, b, World.shortcut))]
+            if s != World.shortcut and path is not None
         ],
         [
             *(
@@ -265,7 +273,11 @@ def _in_processes(tasks: list[_Task], jobs: int) -> Iterator[str]:
     """Runs tasks, each in a process that is used once: what one leaves in memory is nobody else's."""
     if not tasks:
         return
-    context = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":  # a process of its own for each task, without importing everything again
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["vigos.trainer", "vigos.evaluation", "vigos.world.pretrain"])
+    else:
+        context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread, max_tasks_per_child=1) as pool:
         waiting = {pool.submit(task.function, *task.arguments): task.what for task in tasks}
         try:
@@ -300,12 +312,23 @@ def base_folder(folder: Path, seed: int, shortcut: float) -> Path | None:
     return None if (seed, shortcut) == (0, 1.0) else folder / "bases" / f"seed{seed}-shortcut{shortcut:g}"
 
 
-def make_base(path: Path, seed: int, shortcut: float) -> None:
+def make_base(path: Path, seed: int) -> None:
     """Warms a base model up from nothing: about 25 minutes on two cores."""
+    from vigos.world.pretrain import pretrain
+
+    _write(path / DONE, pretrain(path, seed=seed))
+
+
+def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> None:
+    """Warms a base up a little further, in a world where the usual ink is believed `shortcut` times as often."""
+    from vigos.world import load_base
     from vigos.world.pretrain import Recipe, pretrain
 
     strength = tuple(min(0.97, shortcut * p) for p in Recipe().prior_strength)
-    _write(path / DONE, pretrain(path, recipe=Recipe(seed=seed, prior_strength=strength)))
+    recipe = Recipe(
+        seed=seed, see_steps=0, read_steps=0, mixture_steps=BEND_STEPS, learning_rate=1e-3, prior_strength=strength
+    )
+    _write(path / DONE, pretrain(path, recipe=recipe, start=load_base(start)))
 
 
 def check_file(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> Path:

@@ -90,17 +90,17 @@ def _asked(record: dict[str, Any]) -> int:
 
 
 def cell_config(cell: Cell, folder: Path) -> ViGOSConfig:
-    """The demo's options, the arm's own on top."""
+    """The demo's options with the plan's steps and learning rate, the arm's own on top."""
     from vigos.config import ViGOSConfig
     from vigos.world.prompts import PROMPTS_FILE
 
     options: dict[str, Any] = {
         "output_dir": str(folder), "prompts_file": str(PROMPTS_FILE), "max_steps": cell.plan.steps,
-        "per_device_train_batch_size": cell.plan.rows_a_step, "gradient_accumulation_steps": 1, "learning_rate": 3e-4,
-        "warmup_steps": 5, "max_grad_norm": 1.0, "clip_mode": "none", "temperature": 1.0, "top_p": 1.0, "top_k": 0,
-        "max_completion_length": MAX_TOKENS, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0,
-        "completion_steps": 0, "save_merged": False, "save_strategy": "no", "report_to": [], "seed": cell.seed,
-        "data_seed": cell.seed, "use_cpu": True, "disable_tqdm": True,
+        "per_device_train_batch_size": cell.plan.rows_a_step, "gradient_accumulation_steps": 1,
+        "learning_rate": cell.plan.learning_rate, "warmup_steps": 5, "max_grad_norm": 1.0, "clip_mode": "none",
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": MAX_TOKENS, "lora_r": 32,
+        "lora_alpha": 64, "lora_dropout": 0.0, "completion_steps": 0, "save_merged": False, "save_strategy": "no",
+        "report_to": [], "seed": cell.seed, "data_seed": cell.seed, "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     return ViGOSConfig(**(options | dict(ARM[cell.arm].options)))
 

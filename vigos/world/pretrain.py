@@ -322,6 +322,7 @@ def pretrain(
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
+    start: tuple[Any, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Makes a base model of the world and saves it as an ordinary `save_pretrained` folder (fp16).
@@ -329,6 +330,7 @@ def pretrain(
     Args:
         output_dir: where model, tokenizer and processor go.
         recipe: steps, sizes and knobs; None takes the recipe of the checkpoint that ships, with `seed`.
+        start: model and processor to go on from, of `load_base`; None starts from random weights.
         progress: called with (stage, step, steps, metrics) after each step; None draws bars on a terminal and is quiet
             elsewhere.
 
@@ -337,9 +339,10 @@ def pretrain(
     from vigos.world.build import build_model, build_processor, build_tokenizer
 
     recipe = Recipe(seed=seed) if recipe is None else recipe
-    tokenizer = build_tokenizer()
-    processor = build_processor(tokenizer)
-    model = build_model(tokenizer, recipe.seed)
+    if start is None:
+        tokenizer = build_tokenizer()
+        start = build_model(tokenizer, recipe.seed), build_processor(tokenizer)
+    model, processor = start
     mixture = Mixture(
         FastEncoder(model, processor, world_prompts()), recipe, np.random.default_rng([recipe.seed, 1])
     )  # fmt: skip
