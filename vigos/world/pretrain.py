@@ -369,8 +369,8 @@ def pretrain(
         for name, stage in stages:
             if name != "mixture":  # a stream of their own, so that "read" can be repeated from a saved vision tower
                 mixture.rng = np.random.default_rng([recipe.seed, 1])
-            start = time.perf_counter()
-            report[name] = {**stage(), "seconds": time.perf_counter() - start}
+            began = time.perf_counter()
+            report[name] = {**stage(), "seconds": time.perf_counter() - began}
     save(model, processor, output_dir)
     report["parameters"] = sum(p.numel() for p in model.parameters())
     return report
