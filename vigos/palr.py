@@ -321,11 +321,11 @@ def _swapped(
         def encode(
             answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill
         ) -> EncodedPrompt:
-            images = source.prompts["student"].images
-            key = (term, rollout.problem, answer, images.key if images else None)
+            like = source.prompts["student"]
+            key = (term, rollout.problem, answer, like.images.key if like.images else None)
             if key not in known:
                 known[key] = encode_prompt(
-                    processor, prompts, term, rollout.problem, answer, source.images, prefill=prefill
+                    processor, prompts, term, rollout.problem, answer, source.images, prefill, like
                 )
             return known[key]
 

@@ -267,11 +267,14 @@ class RolloutTrainer(RobustTrainer):
             raise BadRow(row_id, "prompt_too_long", detail)
         return prompt
 
-    def _encode(self, role: Role, row: Row, prefill: str | None = None) -> EncodedPrompt:
+    def _encode(
+        self, role: Role, row: Row, prefill: str | None = None, like: EncodedPrompt | None = None
+    ) -> EncodedPrompt:
         try:
             return encode_prompt(
-                self.processing_class, self.prompts, role, row["problem"], self._reference(row), row["images"], prefill
-            )
+                self.processing_class, self.prompts, role, row["problem"], self._reference(row), row["images"], prefill,
+                like,
+            )  # fmt: skip
         except ValueError as error:  # the image processor's own limits
             raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
 
@@ -297,7 +300,8 @@ class RolloutTrainer(RobustTrainer):
             )
             for a in assignments(spans, args, has_images=bool(row["images"])):
                 if a.term not in prompts:
-                    prompts[a.term] = self._encode(a.term, row, teacher_prefill(a.term, args, self.prompts))
+                    prefill = teacher_prefill(a.term, args, self.prompts)
+                    prompts[a.term] = self._encode(a.term, row, prefill, like=prompt)
             rollouts.append(
                 Rollout(
                     problem_id=row["problem_id"],

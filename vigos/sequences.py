@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,9 @@ class EncodedPrompt:
     token_type_ids: Tensor | None  # (P,) int64, the processor's mm_token_type_ids: 0 text, 1 image; None without images
     images: ImageInputs | None
     chat: Chat | None = field(default=None, repr=False, compare=False)
+    processed: Seq[Any] = field(
+        default=(), repr=False, compare=False
+    )  # what the image processor returned, call by call
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def encode_prompt(
     answer: str = "",
     images: Seq[Image] = (),
     prefill: str | None = None,
+    like: EncodedPrompt | None = None,
 ) -> EncodedPrompt:
     """Renders the chat template of `role`, appends the assistant's prefill and tokenises the whole at once.
 
@@ -84,6 +91,8 @@ def encode_prompt(
         processor: a transformers processor (or, for text-only models, a tokenizer) with a chat template.
         prefill: text that opens the assistant's turn; None takes the role's own (`Prompts.prefill` for the student and
             the reference teacher, nothing for the perception and reasoning teachers).
+        like: another prompt of the same images and processor, whose processed images are taken instead of processing
+            them again: resizing and cutting a large image takes longer than the text of many prompts.
     """
     if prefill is None:
         prefill = prompts.prefill if role in ("student", "reference") else ""
@@ -92,8 +101,10 @@ def encode_prompt(
     if not hasattr(processor, "image_processor"):  # a tokenizer: its templates expect plain strings
         messages = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefill
+    processed: list[Any] = []
     if images:
-        batch = processor(text=[text], images=[list(images)], return_tensors="pt", return_mm_token_type_ids=True)
+        with _processing_once(processor.image_processor, like.processed if like else (), processed):
+            batch = processor(text=[text], images=[list(images)], return_tensors="pt", return_mm_token_type_ids=True)
     else:
         batch = processor(text=[text], return_tensors="pt")
     tensors = {k: v for k, v in batch.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
@@ -101,6 +112,33 @@ def encode_prompt(
     return EncodedPrompt(
         ids=batch["input_ids"][0],
         token_type_ids=None if types is None else torch.as_tensor(types)[0],
-        images=ImageInputs.of(tensors) if tensors else None,
+        images=_image_inputs(tensors, like) if tensors else None,
         chat=chat,
+        processed=processed,
     )
+
+
+@contextmanager
+def _processing_once(image_processor: Any, known: Seq[Any], outputs: list[Any]) -> Iterator[None]:
+    """Appends to `outputs` what the image processor returns, call by call, or what is `known` of it."""
+    original = image_processor.preprocess
+
+    def preprocess(*args: Any, **kwargs: Any) -> Any:
+        n = len(outputs)
+        outputs.append(known[n] if n < len(known) else original(*args, **kwargs))
+        return copy(outputs[n])  # processors take keys out of it
+
+    image_processor.preprocess = preprocess
+    try:
+        yield
+    finally:
+        del image_processor.preprocess
+
+
+def _image_inputs(tensors: dict[str, Tensor], like: EncodedPrompt | None) -> ImageInputs:
+    """The very images of `like` if these are its tensors: hashing all pixels takes as long as processing them."""
+    if like is not None and like.images is not None:
+        known = like.images.tensors
+        if known.keys() == tensors.keys() and all(known[name] is tensor for name, tensor in tensors.items()):
+            return like.images
+    return ImageInputs.of(tensors)
