@@ -421,6 +421,9 @@ def test_nor_put_in_its_place_later(tmp_path: Path) -> None:
 def test_a_server_process_that_is_killed(server: Server, tmp_path: Path) -> None:
     dies = After(2, lambda control: server.stop())
     engine = build(tmp_path, server.url("delay-0.5,killed"), dies, save_strategy="steps", save_steps=1)
-    with pytest.raises(TrainingStopped, match=r"chat/completions failed 1 times, last with ConnectionError"):
+    # While it samples; where a step takes longer than the server's answers, when it is asked next.
+    with pytest.raises(
+        TrainingStopped, match=r"(chat/completions|v1/models) failed 1 times, last with ConnectionError"
+    ):
         engine.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]

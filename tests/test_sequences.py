@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ TEMPLATE = (
 
 
 def families() -> dict[str, Any]:
-    tokenizer = processor().tokenizer
+    tokenizer = deepcopy(processor().tokenizer)  # some add tokens of their own to it
     options: dict[str, Any] = {"chat_template": TEMPLATE, "image_token": "<|image_pad|>"}
     idefics = transformers.Idefics3Processor(transformers.Idefics3ImageProcessor(), tokenizer, chat_template=TEMPLATE)
     idefics.image_token, idefics.image_token_id = options["image_token"], tokenizer.vocab["<|image_pad|>"]
