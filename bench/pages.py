@@ -10,8 +10,12 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vigos.study_results import Difference
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -170,21 +174,108 @@ def dropins() -> str:
     return table([size, "memory of the loss", "time", "gradient error"], lines) + about(first)
 
 
-def study_quick() -> str:
-    """Every cell of one quick study."""
+def study_rows() -> list[Any]:
+    from vigos.study_results import read_csv
+
+    return read_csv(BENCH / "results" / "study" / "results.csv")
+
+
+def percent(values: Iterable[float]) -> str:
+    """The mean over bases, in percent."""
+    shares = [100 * v for v in values]
+    return f"{sum(shares) / len(shares):.1f}" if shares else ""
+
+
+def points(found: Difference | None) -> str:
+    """A difference in points with its 95 % t interval over bases."""
+    if found is None or found.interval is None:
+        return ""
+    low, high = found.interval
+    return f"{100 * found.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def study_arms() -> str:
+    """Every arm of the default world."""
+    from vigos.study import ARMS
+    from vigos.study_results import by_base, difference, in_world
+
+    own = in_world(study_rows())
     lines = []
-    for row in rows("quick", "study"):
-        world = "" if float(row["label_bias"]) == 0 else f", references lie ({row['label_bias']})"
-        shares = [f"{100 * float(row[name]):.1f} %" for name in ("score", "prior", "valid_rate", "description")]
-        lines.append([f"`{row['arm']}`{world}", *shares])
-    return table(["arm", "Score", "Prior", "in the format", "description right"], lines)
+    for arm in ARMS:
+        names = ("score", "prior", "valid_rate", "description", "palr_all")
+        against = "" if arm.name == "vigos" else points(difference(own, arm.name, "vigos"))
+        lines.append([f"`{arm.name}`", *(percent(by_base(own, arm.name, n).values()) for n in names), against])
+    return table(
+        ["arm", "Score", "Prior", "in the format", "description right", "PALR", "Score against `vigos`"], lines
+    )
+
+
+def study_axes() -> str:
+    """The arms of the other worlds."""
+    from vigos.study import FULL, World
+    from vigos.study_results import by_base, difference, in_world
+
+    found = study_rows()
+    lines = []
+    for world in (World(), *(World(**{axis.knob: level}) for axis in FULL.axes for level in axis.levels)):
+        here, name = in_world(found, world), "default"
+        if not by_base(here, "vigos", "score"):
+            continue
+        for axis in FULL.axes:
+            if getattr(world, axis.knob) != getattr(World, axis.knob):
+                name = f"`{axis.knob}` {getattr(world, axis.knob):g}"
+        scores, described = (
+            [percent(by_base(here, arm, metric).values()) for arm in ("base", "opsd", "vigos")]
+            for metric in ("score", "description")
+        )
+        gaps = [points(difference(here, "opsd", "vigos", metric)) for metric in ("score", "description")]
+        lines.append([name, " / ".join(scores), gaps[0], " / ".join(described), gaps[1]])
+    against = "`opsd` against `vigos`"
+    head = ["world", "Score: `base` / `opsd` / `vigos`", against, "description right", against]
+    return table(head, lines)
+
+
+def study_findings() -> str:
+    """H1 to H3, base by base."""
+    from vigos.study_results import findings
+
+    lines = []
+    for finding in findings(study_rows()):
+        each = " / ".join(f"{100 * v:+.1f}" for v in finding.difference.by_base.values()) if finding.difference else ""
+        p = f"{finding.difference.p_value:.2g}" if finding.difference and finding.difference.p_value is not None else ""
+        lines.append([f"{finding.name}: {finding.says}", each, points(finding.difference), p])
+    return table(["above 0 is what was expected", "base by base", "mean (95 % interval)", "p"], lines)
+
+
+def study_preconditions() -> str:
+    """P1 to P5 of the default world, base by base."""
+    from vigos.study import World
+    from vigos.study_results import read_csv
+
+    measures = (
+        ("P1", "difference"), ("P2", "difference"), ("P3", "score"), ("P3", "prior"), ("P3", "valid"),
+        ("P4", "reasoning"), ("P4", "reference"), ("P5", "answer_follows_description"),
+    )  # fmt: skip
+    checks = read_csv(BENCH / "results" / "study" / "preconditions.csv")
+    lines = []
+    for key, measure in measures:
+        own = [
+            c for c in checks
+            if (c["precondition"], c["measure"]) == (key, measure)
+            and (c["noise"], c["shortcut"]) == (World.noise, World.shortcut)
+        ]  # fmt: skip
+        own.sort(key=lambda c: c["base"])
+        met = "" if key == "P5" else f"{sum(c['met'] == 'True' for c in own)} of {len(own)}"
+        lines.append([f"{key} {measure.replace('_', ' ')}", " / ".join(f"{100 * c['rate']:.1f}" for c in own), met])
+    return table(["precondition, %", "base by base", "met"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision,
     "precision-triton": precision_triton, "prefix-tree": prefix_tree,
-    "train-step": train_step, "study-quick": study_quick, "dropins": dropins,
-    "async-rollout": async_rollout,
+    "train-step": train_step, "dropins": dropins,
+    "async-rollout": async_rollout, "study-arms": study_arms, "study-axes": study_axes,
+    "study-findings": study_findings, "study-preconditions": study_preconditions,
 }  # fmt: skip
 
 

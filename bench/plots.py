@@ -1,6 +1,6 @@
 """Draws every figure of the documentation from the committed results; measures nothing.
 
-python bench/plots.py                     # bench/results/cpu/*.csv -> docs/images/*-cpu.svg
+python bench/plots.py                     # bench/results/{cpu,study}/*.csv -> docs/images/
 python bench/plots.py --results cpu h200
 """
 
@@ -15,6 +15,8 @@ from measure import RESULTS
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+
+from vigos.study_results import draw as draw_study
 
 IMAGES = RESULTS.parent.parent / "docs" / "images"
 OURS, PEER, FLOOR = "#0b6e99", "#b8b8b8", "#333333"
@@ -149,6 +151,8 @@ def main() -> None:
                         draw(pd.read_csv(file), device)
             for file in sorted(folder.glob("prefix_tree_*.csv")):
                 prefix_tree(pd.read_csv(file), device)
+    for path in draw_study(RESULTS / "study" / "results.csv", RESULTS / "study" / "preconditions.csv", IMAGES):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from vigos.study_results import (
 from vigos.supervision import FORWARD_KL, REVERSE_KL
 from vigos.world import write_world
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Plan("tiny", arms=("base", "vigos"), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)
 
 
@@ -244,7 +245,7 @@ def test_tables_and_figures_come_from_the_files(tmp_path: Path) -> None:
     write_csv(tmp_path / "results.csv", rows)
     write_csv(tmp_path / "preconditions.csv", checks)
     written = draw(tmp_path / "results.csv", tmp_path / "preconditions.csv", tmp_path / "figures")
-    assert [p.name for p in written] == ["arms.svg", "axes.svg"]
+    assert [p.name for p in written] == ["study-arms.svg", "study-axes.svg"]
     text = written[0].read_text()
     assert "2 base(s)" in text
     assert "P2 difference 40, 40 % (met by 0 of 2)" in text
@@ -262,6 +263,23 @@ def test_tables_and_figures_come_from_the_files(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["study", "--draw-only", "--output-dir", str(tmp_path / "none")])
     assert stop.value.code == 2
+
+
+def test_committed_figures_come_from_committed_data(tmp_path: Path) -> None:
+    """Cells of the plan, each once; every arm and what H1 is about are whole."""
+    data = ROOT / "bench" / "results" / "study"
+    for path in draw(data / "results.csv", data / "preconditions.csv", tmp_path):
+        assert path.read_bytes() == (ROOT / "docs" / "images" / path.name).read_bytes(), (
+            f"{path.name}: run bench/plots.py"
+        )
+    keys = ("arm", "conflict", "label_bias", "noise", "shortcut", "base", "seed", "steps")
+    found = [tuple(row[k] for k in keys) for row in read_csv(data / "results.csv")]
+
+    def of(plan: Plan) -> set[tuple[Any, ...]]:
+        return {(c.arm, *dataclasses.astuple(c.world), c.base, c.seed, c.plan.steps) for c in plan.cells()}
+
+    assert len(set(found)) == len(found)
+    assert of(reduced(FULL, axes=["label_bias"])) <= set(found) <= of(FULL)
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------

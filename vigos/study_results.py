@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vigos.evaluation import bootstrap_interval, sign_test
-from vigos.study import ARM, ARMS, World
+from vigos.study import ARMS, World
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -223,13 +224,13 @@ _COLOURS = {"base": "#8f95a1", "sft": "#b8517c", "opsd": "#8240d6", "vigos": "#0
 
 
 def draw(results: str | Path, preconditions: str | Path, folder: str | Path) -> list[Path]:
-    """Writes `arms.svg` and, where a knob was turned, `axes.svg`; returns their paths."""
+    """Writes `study-arms.svg` and, where a knob was turned, `study-axes.svg`; returns their paths."""
     import matplotlib
 
     rows, checks = read_csv(results), read_csv(preconditions)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"arms.svg": _arms(rows, checks), "axes.svg": _axes(rows, checks)}
+    figures = {"study-arms.svg": _arms(rows, checks), "study-axes.svg": _axes(rows, checks)}
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -252,8 +253,7 @@ def _note(figure: Figure, checks: Sequence[Row], bases: int) -> None:
             met = "" if key == "P5" else f" (met by {sum(c['met'] == 'True' for c in values)} of {len(values)})"
             shares = ", ".join(f"{100 * c['rate']:.0f}" for c in values)
             words.append(f"{key} {measure.replace('_', ' ')} {shares} %{met}")
-    half = (len(words) + 1) // 2
-    text = f"{bases} base(s). " + "; ".join(words[:half]) + ";\n" + "; ".join(words[half:])
+    text = textwrap.fill(f"{bases} base(s). " + "; ".join(words), int(18 * figure.get_figwidth()))
     figure.supxlabel(text, fontsize=6.5, color="#5a606b", x=0.01, ha="left")
 
 
@@ -291,32 +291,36 @@ def _arms(rows: Sequence[Row], checks: Sequence[Row]) -> Figure:
 
 
 def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
-    """Score over each knob that was turned, a line an arm through its means over bases, all cells as dots."""
+    """Score and descriptions over each knob that was turned, a line an arm through its means over bases, all cells as
+    dots."""
     from matplotlib.figure import Figure
 
     turned = [k for k in KNOBS if len({r[k] for r in rows}) > 1]
     if not turned:
         return None
-    figure = Figure(figsize=(4.2 * len(turned), 3.6), layout="constrained")
-    for axis, knob in zip(figure.subplots(1, len(turned), squeeze=False)[0], turned, strict=True):
-        levels = sorted({r[knob] for r in rows})
-        for arm, colour in _COLOURS.items():
-            curve = []
-            for level in levels:
-                here = in_world(rows, World(**{knob: level}))
-                values = by_base(here, arm, "score")
-                if values:
-                    curve.append((level, 100 * math.fsum(values.values()) / len(values)))
-                own = [100 * r["score"] for r in here if r["arm"] == arm]
-                axis.plot([level] * len(own), own, "o", color=colour, markersize=3, alpha=0.6)
-            if len(curve) > 1:
-                axis.plot(*zip(*curve, strict=True), color=colour, label=ARM[arm].name.replace("_", " "))
-        axis.set_title(f"Score over {knob.replace('_', ' ')}", fontsize=10, loc="left")
-        axis.set_ylim(-2, 102)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axis.grid(axis="y", color="#dfdcd5", linewidth=0.6)
-        axis.legend(frameon=False, fontsize=8)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+    figure = Figure(figsize=(max(5, 3.6 * len(turned)), 6.4), layout="constrained")
+    titles = (("score", "Score"), ("description", "description right"))
+    for (metric, title), line in zip(titles, figure.subplots(2, len(turned), squeeze=False), strict=True):
+        for axis, knob in zip(line, turned, strict=True):
+            levels = sorted({r[knob] for r in rows})
+            for arm, colour in _COLOURS.items():
+                worlds = [(level, in_world(rows, World(**{knob: level}))) for level in levels]
+                curve = [
+                    (level, here, by_base(here, arm, metric)) for level, here in worlds if by_base(here, arm, metric)
+                ]
+                if len(curve) < 2:
+                    continue
+                means = [(level, 100 * math.fsum(values.values()) / len(values)) for level, _, values in curve]
+                axis.plot(*zip(*means, strict=True), color=colour, label=arm.replace("_", " "))
+                for level, here, _ in curve:
+                    own = [100 * r[metric] for r in here if r["arm"] == arm and r[metric] is not None]
+                    axis.plot([level] * len(own), own, "o", color=colour, markersize=3, alpha=0.6)
+            axis.set_title(f"{title} over {knob.replace('_', ' ')}", fontsize=10, loc="left")
+            axis.set_ylim(-2, 102)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+            axis.grid(axis="y", color="#dfdcd5", linewidth=0.6)
+            axis.legend(frameon=False, fontsize=8)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
     _note(figure, checks, len({r["base"] for r in rows}))
     return figure
