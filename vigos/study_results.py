@@ -316,6 +316,7 @@ def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
                     own = [100 * r[metric] for r in here if r["arm"] == arm and r[metric] is not None]
                     axis.plot([level] * len(own), own, "o", color=colour, markersize=3, alpha=0.6)
             axis.set_title(f"{title} over {knob.replace('_', ' ')}", fontsize=10, loc="left")
+            axis.set_xticks(levels)
             axis.set_ylim(-2, 102)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
             axis.grid(axis="y", color="#dfdcd5", linewidth=0.6)
