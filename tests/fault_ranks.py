@@ -14,7 +14,7 @@ import torch.distributed as dist
 from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import TrainingStopped
+from vigos.faults import TrainingStopped, end_process
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 FAULTS = (*SIGNALS, "memory")
@@ -50,7 +50,7 @@ def main(how: str, folder: Path) -> None:
         engine.train()
     except TrainingStopped as error:
         print(f"error: {error}", flush=True)
-        sys.exit(1)
+        end_process(1)
 
 
 if __name__ == "__main__":

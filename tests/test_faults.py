@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import TrainingStopped, watching_ranks
+from vigos.faults import TrainingStopped, end_process, watching_ranks
 from vigos.trainer import ViGOSTrainer
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
@@ -225,3 +227,24 @@ def test_rank_that_is_gone_or_hangs_stops_the_others(tmp_path: Path) -> None:
     assert (
         "error: out of memory on rank 1 with token_budget=16384: go on with --resume auto --token-budget 8192" in said
     )
+
+
+# What a collective that never ends comes to: a thread that the interpreter would wait for.
+STUCK = """
+import atexit, threading
+import torch.distributed as dist
+from vigos.faults import end_process
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(print, "registered")
+print("said")
+end_process(3)
+"""
+
+
+def test_a_rank_ends_with_its_code_whatever_still_waits() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (3, ["said", "registered"]), done.stderr
+    with pytest.raises(SystemExit) as ended:  # no group: the interpreter's own way out
+        end_process(4)
+    assert ended.value.code == 4

@@ -454,7 +454,7 @@ def _quiet_libraries() -> None:
 def main(argv: list[str] | None = None) -> Any:
     """Runs the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
     _quiet_libraries()
-    from vigos.faults import TrainingStopped
+    from vigos.faults import TrainingStopped, end_process
 
     try:
         return app(argv)
@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> Any:
         sys.exit(2)
     except (ValueError, OSError, TrainingStopped) as error:  # our own checks; files and models that are not there
         console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(1)
+        end_process(1)
 
 
 if __name__ == "__main__":

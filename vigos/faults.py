@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,3 +69,18 @@ def watching_ranks(rank: int, ranks: int, timeout_s: float) -> Iterator[None]:
             f"rank {rank} of {ranks} stops: another rank has gone, or did not answer within ddp_timeout="
             f"{timeout_s:.0f} s. The first error in the other ranks' output says why; go on with --resume auto"
         ) from error
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process with `code`, also where a collective still waits for a rank that will not answer.
+
+    The thread that waits there outlives the interpreter and aborts the process when it comes back to it: SIGABRT, now
+    and then, in the place of `code`. So a rank of several runs what is registered for its exit and leaves at once.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
