@@ -71,6 +71,8 @@ def child(work: Callable[[], None], log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
+        # torch makes its thread pool anew after a fork, at its first use; the loader's threads would do so at once.
+        torch.set_num_threads(1)
         work()
         code = 0
     except SystemExit as leaving:

@@ -169,7 +169,7 @@ def _untrained(world: World) -> World:
 FULL = Plan(
     "full",
     axes=(
-        Axis("label_bias", (1.0,)),
+        Axis("label_bias", (0.25, 0.5, 0.75, 1.0)),
         Axis("conflict", (0.1,)),
         Axis("noise", (0.2,)),
         Axis("shortcut", (0.7,)),
@@ -178,7 +178,7 @@ FULL = Plan(
     seeds=(0, 1),
 )
 # One seed of every arm on the base that ships, and what H1 is about.
-QUICK = replace(FULL, name="quick", axes=FULL.axes[:1], bases=(0,), seeds=(0,))
+QUICK = replace(FULL, name="quick", axes=(Axis("label_bias", (1.0,)),), bases=(0,), seeds=(0,))
 
 
 def reduced(
