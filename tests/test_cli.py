@@ -77,6 +77,7 @@ def test_list_options_shows_every_own_field(capsys):
     assert "--model" in printed
 
 
+@pytest.mark.slow
 def test_doctor_checks_every_engine_against_the_oracle(capsys):
     findings = {(f.section, f.name): f for f in examine()}
     assert {name for section, name in findings if section == "engines"} == set(IMPLS)

@@ -113,6 +113,7 @@ def test_unknown_instruction_set():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_one_pool_of_threads():
     """After parallel work of torch's and of ours no thread was added, and one OpenMP runtime is loaded."""
     script = """

@@ -229,6 +229,7 @@ def test_what_servers_answer(server: Server) -> None:
     assert reason_of("http://" + "a" * 300 + ".test/picture") == "download_failed"
 
 
+@pytest.mark.slow
 def test_downloads_end(server: Server) -> None:
     assert fetched(f"{server.url}/picture", replace(QUICK, max_bytes=len(PICTURE))) == PICTURE
     assert reason_of(f"{server.url}/picture", replace(QUICK, max_bytes=len(PICTURE) - 1)) == "too_many_bytes"

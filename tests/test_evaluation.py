@@ -199,6 +199,7 @@ def test_compare_refuses_runs_of_different_data():
         compare(a, a, metric="score")
 
 
+@pytest.mark.slow
 def test_compare_finds_what_is_there_and_nothing_else():
     """Two runs of one model, and a planted difference of ten points, both at n = 600."""
     silent = found = 0

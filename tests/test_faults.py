@@ -129,6 +129,7 @@ def memory_run(folder: Path, **options: Any) -> ViGOSTrainer:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("at", [1, 2, 4], ids=["first micro-batch", "second", "second step"])
+@pytest.mark.slow
 def test_out_of_memory_halves_the_packs(
     at: int, backward: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,6 +159,7 @@ def test_memory_that_never_suffices_ends_the_run(tmp_path: Path) -> None:
         engine.train()
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_sampling_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = []
     for limit in (99, 1):
@@ -178,6 +180,7 @@ def test_out_of_memory_while_sampling_halves_the_batch(tmp_path: Path, caplog: p
         assert log == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_smaller_packs_outlive_a_restart(tmp_path: Path) -> None:
     saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     engine = memory_run(tmp_path, **saved)

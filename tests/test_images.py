@@ -80,6 +80,7 @@ def test_only_the_first_frame_is_decoded() -> None:
         assert image.getpixel((3, 3)) == (7, 7, 7), kind
 
 
+@pytest.mark.slow
 def test_rows_that_take_too_long_are_counted_in_workers_too(tmp_path: Path) -> None:
     """Main process and forked workers, whose own decoding processes start beside an inherited one."""
     good = Image.new("RGB", (32, 32), "red")

@@ -131,6 +131,7 @@ def test_equals_a_straight_line_computation_on_full_logits(tmp_path: Path, metho
     assert (ours.wrong != ours.teacher).any()
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     """A run with the metric gives the losses of one without, bit for bit, and logs ratios in [0, 1]."""
     logs = []
@@ -194,6 +195,7 @@ def in_the_world(tmp_path: Path, data: list[dict[str, Any]], prompts: Prompts) -
     return measured(made, made.sample_rollouts(list(load_rows(data))))
 
 
+@pytest.mark.slow
 def test_separates_a_teacher_that_copies_from_one_that_looks(tmp_path: Path) -> None:
     """One model, one set of completions, three teachers: one reads the key and sees the picture; one sees the picture,
     and its prompt leaves the key out; one reads the key and sees grey noise."""

@@ -116,6 +116,7 @@ def test_what_lasts_is_an_error_that_says_what(
         engine(base, port, behaviour, retries=1, timeout=timeout).generate(prompts[:1], SAMPLING, 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies(base: tuple[Any, Any], prompts: list[EncodedPrompt]) -> None:
     process, port = start()
     with pytest.raises(RolloutServerError, match=r"failed 2 times, last with ConnectionError"):

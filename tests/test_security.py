@@ -86,6 +86,7 @@ def test_code_in_a_model_folder_runs_only_if_asked(tmp_path: Path, monkeypatch: 
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
     """In the training process and in workers of the data loader: the run goes on, and says what it left out."""
     images = [jpeg_of_scans((8000, 8000), 2000), tiff_of_scans(4000, 99, 4), "../secret.png", "http://127.0.0.1/a.png"]

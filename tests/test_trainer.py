@@ -253,6 +253,7 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:
             assert torch.allclose(parameter, results[0][1][name], rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.slow
 def test_one_seed_one_run(tmp_path: Path) -> None:
     """LoRA's own draw, its dropout, the order of the rows and the rollouts all follow from the seed."""
 

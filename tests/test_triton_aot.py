@@ -20,9 +20,9 @@ import triton_aot
 
 # Bytes of a thread's stack. Spilled accumulators cost hundreds; a few words of spilled addresses cost nothing.
 STACK_LIMIT = 32
-SLOW = pytest.mark.slow
+FAST = (90, "divergence")
 CASES = [
-    pytest.param(arch, file, marks=[SLOW] if arch != 90 else [])
+    pytest.param(arch, file, marks=[] if (arch, file) == FAST else [pytest.mark.slow])
     for arch in triton_aot.SHARED_LIMIT
     for file in triton_aot.VARIANTS
 ]

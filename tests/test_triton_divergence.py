@@ -342,6 +342,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.slow
 def test_never_holds_every_logit(small, impl):
     """Nothing of N x V elements: at most a chunk of 16 rows, where the naive loss is seen to hold all."""
     n, d, v = 64, 8, 600

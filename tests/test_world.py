@@ -383,6 +383,7 @@ def test_prior_strength_decides_how_often_the_student_is_biased(base):
         assert abs(taken - share) < 0.12
 
 
+@pytest.mark.slow
 def test_seeing_and_describing_are_learned():
     """Losses of the first two stages fall on a fresh model within a few steps."""
     tokenizer = build_tokenizer()
@@ -407,6 +408,7 @@ def test_seeing_and_describing_are_learned():
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_pretrain_writes_a_folder_that_check_measures(tmp_path):
     recipe = Recipe(see_steps=2, read_steps=2, mixture_steps=2, see_images=8, scenes=4)
     stages = []
