@@ -169,7 +169,7 @@ def _untrained(world: World) -> World:
 FULL = Plan(
     "full",
     axes=(
-        Axis("label_bias", (1.0,)),
+        Axis("label_bias", (0.25, 0.5, 0.75, 1.0)),
         Axis("conflict", (0.1,)),
         Axis("noise", (0.2,)),
         Axis("shortcut", (0.7,)),
