@@ -305,9 +305,7 @@ def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
             levels = sorted({r[knob] for r in rows})
             for arm, colour in _COLOURS.items():
                 worlds = [(level, in_world(rows, World(**{knob: level}))) for level in levels]
-                curve = [
-                    (level, here, by_base(here, arm, metric)) for level, here in worlds if by_base(here, arm, metric)
-                ]
+                curve = [(level, here, values) for level, here in worlds if (values := by_base(here, arm, metric))]
                 if len(curve) < 2:
                     continue
                 means = [(level, 100 * math.fsum(values.values()) / len(values)) for level, _, values in curve]
