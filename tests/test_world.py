@@ -46,6 +46,20 @@ def test_same_seed_writes_the_same_bytes(tmp_path):
     assert files[0] != files[2]
 
 
+def test_the_same_world_can_be_written_anew_while_it_is_read(tmp_path):
+    """As ranks do, each of which writes what all of them read."""
+
+    def files():
+        return {p.name: p.read_bytes() for p in (path, *sorted((tmp_path / "images").iterdir()))}
+
+    path, found = write_world(tmp_path, "train", 8, 5), []
+    first = files()
+    write_world(tmp_path, "train", 8, 5, progress=lambda *_: found.append(files()))
+    assert found == [first] * 8
+    assert files() == first
+    assert {p.name for p in tmp_path.iterdir()} == {"train.jsonl", "images"}
+
+
 def test_handwriting_and_wordings_of_the_test_split_are_held_out():
     for digit in range(10):
         train, test = (set(handwriting(split)[digit].tolist()) for split in ("train", "test"))

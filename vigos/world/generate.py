@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,29 @@ def write_world(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     from PIL import Image
 
-    path = folder / f"{split}.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for index, (scene, question, extra) in enumerate(items):
-            image = f"images/{split}-{index:05d}.png"
-            Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(folder / image)
-            answer = question.answer
-            if question.kind == "ink" and rng.random() < label_bias:
-                assert question.digit is not None
-                answer = USUAL_INK[question.digit]
-            row = {
-                "problem": question.problem, "images": [image], "answer": answer, "problem_id": f"{split}-{index:05d}",
-                "kind": question.kind, "digits": scene.digits, "inks": scene.inks, **extra,
-            }  # fmt: skip
-            lines.write(json.dumps(row) + "\n")
-            if progress is not None:
-                progress(index + 1, len(items))
-    return path
+    # Made aside, and moved when whole, the lines last: who reads, or writes the same from another process (the ranks of
+    # a run), never meets half a file.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+        part = Path(aside)
+        (part / "images").mkdir()
+        files = []
+        with (part / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
+            for index, (scene, question, extra) in enumerate(items):
+                image = f"images/{split}-{index:05d}.png"
+                Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(part / image)
+                answer = question.answer
+                if question.kind == "ink" and rng.random() < label_bias:
+                    assert question.digit is not None
+                    answer = USUAL_INK[question.digit]
+                row = {
+                    "problem": question.problem, "images": [image], "answer": answer,
+                    "problem_id": f"{split}-{index:05d}", "kind": question.kind, "digits": scene.digits,
+                    "inks": scene.inks, **extra,
+                }  # fmt: skip
+                lines.write(json.dumps(row) + "\n")
+                files.append(image)
+                if progress is not None:
+                    progress(index + 1, len(items))
+        for file in [*files, f"{split}.jsonl"]:
+            (part / file).replace(folder / file)
+    return folder / f"{split}.jsonl"
