@@ -40,17 +40,17 @@ def inputs(
     rows: str, n: int, d: int, v: int, dtype: torch.dtype, device: str, live: float = 1.0, kind: str = "forward"
 ) -> Inputs:
     """`rows`: "peaked" and "near" have a few clear winners a row, 1 to 3 nats; "flat" is what random weights give."""
-    g = torch.Generator().manual_seed(0)
-    head = torch.randn(v, d, generator=g)
-    noise = torch.randn(n, d, generator=g) * (1.5 / d**0.5)
-    winners = torch.randint(v, (n, 3), generator=g)
-    height = torch.tensor([14.0, 13.0, 12.0]) / d
-    student = noise if rows == "flat" else noise + (head[winners] * height[:, None]).sum(1)
-    teacher = student + torch.randn(n, d, generator=g) * (ROWS[rows] / d**0.5)
-    chosen = torch.zeros(n, dtype=torch.bool)
-    chosen[torch.randperm(n, generator=g)[: round(n * live)]] = True
-    student, teacher, head = (x.to(dtype).to(device) for x in (student, teacher, head))
-    return Inputs(student, teacher, head, chosen.to(device), kind)
+    g = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        head = torch.randn(v, d, generator=g)
+        noise = torch.randn(n, d, generator=g) * (1.5 / d**0.5)
+        winners = torch.randint(v, (n, 3), generator=g)
+        height = torch.tensor([14.0, 13.0, 12.0]) / d
+        student = noise if rows == "flat" else noise + (head[winners] * height[:, None]).sum(1)
+        teacher = student + torch.randn(n, d, generator=g) * (ROWS[rows] / d**0.5)
+        chosen = torch.zeros(n, dtype=torch.bool)
+        chosen[torch.randperm(n, generator=g)[: round(n * live)]] = True
+    return Inputs(student.to(dtype), teacher.to(dtype), head.to(dtype), chosen, kind)
 
 
 def ours(impl: str, x: Inputs, student: Tensor, head: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine(device: str, *packages: str) -> dict[str, str]:
-    """Device, versions of torch and of `packages`, and the commit ("+" after it: with changes not in it)."""
+    """Device, versions of torch and of `packages`, and the commit ("+" after it: with changes not in it).
+
+    A copy without its history takes the commit from the variable VIGOS_COMMIT.
+    """
 
     def git(*arguments: str) -> str:
         try:
@@ -48,7 +51,8 @@ def machine(device: str, *packages: str) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             out[package] = version(package)
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
-    out["commit"] = git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    commit = git("rev-parse", "--short", "HEAD") or os.environ.get("VIGOS_COMMIT", "")[:7]
+    out["commit"] = commit + ("+" if changed else "")
     return out
 
 
@@ -106,6 +110,31 @@ def _resident(key: str) -> int:
 def relative_error(x: Tensor, exact: Tensor) -> float:
     """||x - exact|| / ||exact||."""
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def checked(
+    name: str, gradient: Callable[[], Tensor], exact: Tensor, allowed: float | None, failed: list[str]
+) -> float | None:
+    """Error of a contender's gradient; None, and a line that says why, where there is nothing to time.
+
+    What is not installed, or does not fit the memory, is no fault. What cannot be built or run is, and an error that is
+    not below `allowed`: `failed` gets a line, and the other contenders their turn.
+    """
+    fault = True
+    try:
+        error = relative_error(gradient(), exact)
+        if allowed is None or error < allowed:
+            return error
+        reason = f"the gradient is off by {error:.1e}; no time is worth printing"
+    except (ValueError, ImportError, torch.OutOfMemoryError) as problem:
+        fault, reason = False, str(problem)
+    except Exception as problem:  # whatever a compiler or a driver raises
+        reason = f"{type(problem).__name__}: {problem}"
+    line = f"{name}: {(reason.splitlines() or ['no reason given'])[0]}"
+    print(f"  {line}", flush=True)
+    if fault:
+        failed.append(line)
+    return None
 
 
 class Table:

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 from measure import RESULTS, Table, machine, peak_bytes, synchronize
 from peft import LoraConfig, get_peft_model
-from prefix_tree import COMPLETION, SIZES, build, step
+from prefix_tree import COMPLETION, SIZES, build, step, student_sequences, supervision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,17 +31,6 @@ from vigos.sequences import ScoredSequence
 
 PHASES = ("teachers", "student", "divergence", "backward")
 Clock = Callable[[str], None]  # call it at the end of a phase
-
-
-def student_sequences(released: list[list[ScoredSequence]]) -> list[ScoredSequence]:
-    """The student's view of the same rollouts: the reference prompt stands in for its own, which is as long."""
-    return [ScoredSequence(s.prompt, s.completion_ids, torch.arange(COMPLETION), s.owner) for s in released[2]]
-
-
-def supervision(routed: list[ScoredSequence], device: str) -> vigos.Supervision:
-    """Teacher row i, in the order of `routed`, against the student's row of the same token; weights as a mean."""
-    at = torch.cat([s.owner[0] * COMPLETION + s.scored for s in routed]).to(device)
-    return vigos.Supervision(at, torch.arange(len(at), device=device), weight=1.0 / len(at))
 
 
 def ours(model: torch.nn.Module, routed: list[ScoredSequence], student: list[ScoredSequence], clock: Clock) -> Tensor:

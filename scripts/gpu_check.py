@@ -2,12 +2,15 @@
 
     make gpu-check                                              # system Python, on the GPU machine
     python scripts/gpu_check.py --out bench/results/h200        # the same
-    python scripts/gpu_check.py --device cpu --out /tmp/check   # small shapes: exercises this script on any machine
+    python scripts/gpu_check.py --steps benchmarks --minutes 10 # in parts: what an earlier run has measured is kept
+    python scripts/gpu_check.py --device cpu --out /tmp/check   # small shapes: exercises all of it on any machine
 
 No network, no installs: it uses the torch, triton, pybind11, cmake, nvcc and pytest that the machine has. vigos._C is
 built for the GPU that is there and put beside the package, as an editable install would. Every step has a limit and all
 share --minutes; what does not fit is marked "no time". `check.json` is rewritten after each step, and benchmarks write
-their CSV as they go, so that a run that is cut off leaves what it had. Exit status: 0 if every step that ran passed.
+their CSV as they go, so that a run that is cut off leaves what it had. Peers (TRL, Liger) that Python cannot import are
+left out of the comparison; PYTHONPATH may name a folder with their unpacked wheels. A copy of the tree without its
+history is told its commit in VIGOS_COMMIT. Exit status: 0 if every step that ran passed.
 """
 
 from __future__ import annotations
@@ -53,6 +56,20 @@ class Check:
     machine: dict[str, object] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
+    def record(self, step: Step) -> None:
+        """In the place of an earlier one of its name: a check may be made in parts."""
+        self.steps = [kept for kept in self.steps if kept.name != step.name] + [step]
+        self.write()
+
+    def resume(self) -> None:
+        """Takes over the steps that an earlier part of the same check has left."""
+        try:
+            before = json.loads((self.out / "check.json").read_text())
+        except (OSError, ValueError):
+            return
+        if all(before["machine"].get(key) == self.machine.get(key) for key in ("device", "gpu", "commit", "modified")):
+            self.steps = [Step(**step) for step in before["steps"]]
+
     def write(self) -> None:
         """Through another file, so that a cut-off never leaves half of one."""
         content = {"machine": self.machine, "steps": [asdict(step) for step in self.steps]}
@@ -66,15 +83,13 @@ class Check:
 
     def skip(self, name: str, reason: str) -> None:
         """Records a step that this machine or this checkout has no use for."""
-        self.steps.append(Step(name, "skipped", detail=reason))
-        self.write()
+        self.record(Step(name, "skipped", detail=reason))
         print(f"-- {name}: skipped, {reason}", flush=True)
 
     def run(self, name: str, command: list[str], limit: float, summary: Callable[[str], str] | None = None) -> bool:
         """Runs `command` for at most `limit` seconds; its output goes to <out>/<name>.log."""
         if self.left() < 5:
-            self.steps.append(Step(name, "no time"))
-            self.write()
+            self.record(Step(name, "no time"))
             return False
         print(f"-- {name}: {' '.join(command)}", flush=True)
         limit, start = min(limit, self.left()), time.monotonic()
@@ -96,8 +111,7 @@ class Check:
         if summary is not None and status != "timed out":
             detail = "; ".join(filter(None, (detail, summary(text))))
         step = Step(name, status, time.monotonic() - start, detail, "\n".join(text.splitlines()[-15:]))
-        self.steps.append(step)
-        self.write()
+        self.record(step)
         print(f"   {status} in {step.seconds:.0f} s {detail}", flush=True)
         return status == "passed"
 
@@ -124,7 +138,7 @@ def identity(device: str) -> dict[str, object]:
     out: dict[str, object] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": device,
         "python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count(),
-        "commit": _output("git", "rev-parse", "HEAD") or None,
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("VIGOS_COMMIT"),
         "modified": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "cuda": torch.version.cuda, "nvcc": (re.findall(r"release (\S+),", _output("nvcc", "--version")) or [None])[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -176,13 +190,12 @@ def _pytest_summary(text: str) -> str:
 def tests(check: Check) -> None:
     """On a GPU every test marked gpu, and the Triton tests, which take the GPU when there is one."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    if check.device == "cpu":
-        check.run("tests", [*pytest, "tests/test_cuda_gpu.py"], 60, _pytest_summary)  # collected, and skipped
-        return
-    junit = f"--junitxml={check.out / 'tests.xml'}"
-    check.run("tests", [*pytest, "-m", "gpu", "tests", junit], 150, _pytest_summary)
-    for name in ("test_triton_divergence", "test_tree_attention"):
-        if (ROOT / f"tests/{name}.py").exists():
+    # Files by name: collecting the others takes packages that a GPU machine without network may lack.
+    marked = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in p.read_text()]
+    # On a CPU they are collected, and skipped.
+    check.run("tests", [*pytest, "-m", "gpu", *marked, f"--junitxml={check.out / 'tests.xml'}"], 150, _pytest_summary)
+    if check.device == "cuda":
+        for name in ("test_triton_divergence", "test_tree_attention"):
             check.run(name, [*pytest, f"tests/{name}.py"], 90, _pytest_summary)
 
 
@@ -205,24 +218,32 @@ def sanitizer(check: Check) -> None:
 
 
 def benchmarks(check: Check) -> None:
-    """Each writes a CSV beside check.json. On a CPU the smallest shapes only."""
-    cpu = check.device == "cpu"
-    rows = ["--rows", "16", "--vocab", "2000", "--repeats", "2", "--dtypes", "float32"] if cpu else []
-    for name, options, limit in (
-        ("logits_rows", rows, 60),
-        ("divergence", None if cpu else [], 150),
-        ("prefix_tree", None if cpu else ["--size", "3b"], 120),
-        ("train_step", None if cpu else ["--size", "3b"], 60),
-    ):
-        script = ROOT / "bench" / f"{name}.py"
-        if options is None or not script.exists():
-            check.skip(
-                f"bench-{name}", "not part of the CPU mode" if script.exists() else f"there is no bench/{name}.py"
-            )
-            continue
+    """Each writes a CSV beside check.json. On a CPU the smallest shapes."""
+    plans: list[tuple[str, str, list[str], float]] = [
+        ("logits_rows", "logits_rows", [], 60),
+        ("divergence", "divergence", [], 180),
+        ("prefix_tree", "prefix_tree_3b", ["--size", "3b"], 90),
+        ("train_step", "train_step_3b", ["--size", "3b"], 60),
+        ("prefix_tree", "prefix_tree_7b", ["--size", "7b"], 90),
+    ]
+    if check.device == "cpu":
+        once = ["--repeats", "1"]
+        plans = [
+            ("logits_rows", "logits_rows", [*once, "--rows", "16", "--vocab", "2000"], 60),
+            ("divergence", "divergence", [*once, "--cases", "small"], 120),
+            ("prefix_tree", "prefix_tree_2m", [*once, "--size", "2m", "--cases", "2"], 60),
+            ("train_step", "train_step_2m", [*once, "--size", "2m", "--image-tokens", "64", "--rollouts", "2"], 60),
+        ]
+    for script, name, options, limit in plans:
         csv = str(check.out / f"{name}.csv")
-        command = [sys.executable, str(script), "--device", check.device, *options, "--out", csv]
+        command = [sys.executable, f"bench/{script}.py", "--device", check.device, *options, "--out", csv]
         check.run(f"bench-{name}", command, limit)
+
+
+STEPS: dict[str, Callable[[Check], object]] = {
+    "build": build, "tests": tests, "benchmarks": benchmarks,
+    "sanitizer": sanitizer,  # last: the slowest, and the rest matters without it
+}  # fmt: skip
 
 
 def main() -> int:
@@ -231,7 +252,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/<GPU name>")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
-    parser.add_argument("--no-build", action="store_true", help="take vigos._C as it is")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="in the order given here")
     args = parser.parse_args()
     start = time.monotonic()
 
@@ -240,24 +261,22 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA GPU is visible to torch; --device cpu exercises this script without one", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name(0) if args.device == "cuda" else "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    gpu = torch.cuda.get_device_name(0) if args.device == "cuda" else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     out = (args.out or ROOT / "bench/results" / slug).resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(out, args.device, start + 60 * args.minutes - 5)
     check.machine = identity(args.device)
+    if len(args.steps) < len(STEPS):
+        check.resume()
     check.write()
-    if args.no_build:
-        check.skip("build", "--no-build")
-    else:
-        build(check)
-    tests(check)
-    benchmarks(check)
-    sanitizer(check)  # last: the slowest, and the rest matters without it
+    for name in STEPS:
+        if name in args.steps:
+            STEPS[name](check)
     check.machine["seconds"] = time.monotonic() - start
     check.write()
 
-    print(f"\n{name}, commit {str(check.machine['commit'])[:10]}, {check.machine['seconds']:.0f} s, results in {out}")
+    print(f"\n{gpu}, commit {str(check.machine['commit'])[:10]}, {check.machine['seconds']:.0f} s, results in {out}")
     for step in check.steps:
         print(f"  {step.name:24} {step.status:10} {step.seconds:6.1f} s  {step.detail}")
     return 1 if any(step.status in ("failed", "timed out") for step in check.steps) else 0

@@ -25,6 +25,7 @@ def start_ranks(
         variables = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1,
+            "PYTHONFAULTHANDLER": 1,
         }  # fmt: skip
         own = os.environ | {name: str(value) for name, value in variables.items()} | dict(env or {})
         own["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), own.get("PYTHONPATH", "")])

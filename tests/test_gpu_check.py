@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts/gpu_check.py"
@@ -28,25 +29,78 @@ def gpu_check() -> ModuleType:
     return module
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.slow
 def test_cpu_mode(tmp_path: Path) -> None:
+    """Every step that a CPU can take, benchmarks included."""
+    steps = ["--steps", "tests", "benchmarks", "sanitizer"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", "--no-build", "--out", str(tmp_path)],
+        [sys.executable, str(SCRIPT), "--device", "cpu", *steps, "--out", str(tmp_path)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "check.json").read_text())
-    steps = {step["name"]: step for step in content["steps"]}
-    assert steps["build"]["status"] == "skipped"
-    assert steps["tests"]["status"] == "passed"
-    assert "skipped" in steps["tests"]["detail"]
-    assert steps["bench-logits_rows"]["status"] == "passed", steps["bench-logits_rows"]["tail"]
+    found = {step["name"]: step["status"] for step in content["steps"]}
+    benches = ("logits_rows", "divergence", "prefix_tree_2m", "train_step_2m")
+    assert found == {"tests": "passed", "sanitizer": "skipped"} | {f"bench-{name}": "passed" for name in benches}
+    assert "skipped" in content["steps"][0]["detail"]
     assert content["machine"]["packages"]["torch"]
-    with (tmp_path / "logits_rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert done.stdout.rstrip().splitlines()[-1].strip().startswith("sanitizer"), "the table comes last"
+
+    rows = table(tmp_path / "logits_rows.csv")
     assert {"copy", "eager", "vigos reference"} <= {row["engine"] for row in rows}
     assert all(float(row["error"]) < 0.02 for row in rows if row["engine"] != "copy")
-    assert done.stdout.rstrip().splitlines()[-1].strip().startswith("sanitizer"), "the table comes last"
+    rows = table(tmp_path / "divergence.csv")
+    assert {"floor", "vigos cpu", "vigos reference", "PyTorch"} <= {row["engine"] for row in rows}
+    assert all(float(row["error"]) < 1e-3 and float(row["ms"]) > 0 for row in rows if row["engine"] != "floor")
+    scored = {row["scheme"]: row for row in table(tmp_path / "prefix_tree_2m.csv")}
+    assert float(scored["tree"]["kl_deviation"]) < 1e-4
+    assert float(scored["tree"]["flop_ratio"]) > 2
+    losses = [float(row["loss"]) for row in table(tmp_path / "train_step_2m.csv")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_check_in_parts(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """What an earlier part has found stays, unless its step ran again or the tree is another one."""
+
+    def part(commit: str, **results: str) -> dict[str, str]:
+        check = gpu_check.Check(tmp_path, "cpu", time.monotonic() + 60, {"device": "cpu", "commit": commit})
+        check.resume()
+        for name, status in results.items():
+            check.record(gpu_check.Step(name, status))
+        return {step["name"]: step["status"] for step in json.loads((tmp_path / "check.json").read_text())["steps"]}
+
+    part("a", build="passed", tests="failed")
+    assert part("a", tests="passed", sanitizer="passed") == dict.fromkeys(("build", "tests", "sanitizer"), "passed")
+    assert part("b", tests="failed") == {"tests": "failed"}
+    (tmp_path / "check.json").write_text("{")
+    assert part("b", build="passed") == {"build": "passed"}
+
+
+def test_a_contender_that_fails_leaves_the_others_their_turn(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from measure import checked
+
+    exact, failed = torch.ones(3), list[str]()
+
+    def breaks(error: Exception) -> torch.Tensor:
+        raise error
+
+    assert checked("right", lambda: exact * 1.001, exact, 0.01, failed) == pytest.approx(0.001, rel=0.01)
+    assert checked("a peer", lambda: exact * 2, exact, None, failed) == pytest.approx(1.0)
+    assert checked("not here", lambda: breaks(ImportError("no such module")), exact, 0.01, failed) is None
+    assert checked("too large", lambda: breaks(torch.OutOfMemoryError("no room")), exact, 0.01, failed) is None
+    assert not failed
+    assert checked("wrong", lambda: exact * 1.02, exact, 0.01, failed) is None
+    assert checked("nan", lambda: exact * float("nan"), exact, 0.01, failed) is None
+    assert checked("broken", lambda: breaks(RuntimeError("no kernel image\nmore")), exact, 0.01, failed) is None
+    assert [line.split(":")[0] for line in failed] == ["wrong", "nan", "broken"]
+    assert failed[2] == "broken: RuntimeError: no kernel image"
+    assert "not here: no such module" in capsys.readouterr().out
 
 
 def test_steps_are_recorded_as_they_end(gpu_check: ModuleType, tmp_path: Path) -> None:
@@ -69,8 +123,6 @@ def test_steps_are_recorded_as_they_end(gpu_check: ModuleType, tmp_path: Path) -
 
 
 def test_without_a_gpu_it_says_so(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     assert gpu_check.main() == 2
