@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from vigos.async_rollout import Request
 from vigos.config import ViGOSConfig
 from vigos.data import load_rows
-from vigos.faults import TrainingStopped
+from vigos.faults import TrainingStopped, end_process
 from vigos.restart import checkpoints, last_checkpoint
 from vigos.rollout import TransformersEngine
 from vigos.trainer import ViGOSTrainer
@@ -185,3 +185,4 @@ def ranks(folder: Path, url: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"restarts": restarts, "ranks": ranks}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+    end_process(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, completion_ids, config, processor, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
+from vigos.faults import end_process
 from vigos.restart import last_checkpoint
 from vigos.rollout import Sampling
 from vigos.sequences import EncodedPrompt
@@ -252,3 +253,4 @@ def main(folder: Path, cases: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    end_process(0)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from training import config, processor, tiny_student, trainer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM, TrainerCallback
 
-from vigos.faults import TrainingStopped
+from vigos.faults import TrainingStopped, end_process
 from vigos.scoring import lm_head
 from vigos.sharding import sharding_of
 from vigos.tensor_parallel import Replicas, check_dropout, layout_of
@@ -221,3 +221,4 @@ def main(models: Path, folder: Path, tensor_parallel: int, cases: Sequence[str])
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    end_process(0)

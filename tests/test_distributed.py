@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_cases import CASES, RANKS, ZERO_CASES, run
-from processes import TESTS, start_ranks, wait_for
+from processes import TESTS, run_ranks
 from safetensors.torch import load_file
 
 CLOCKS = ("perf/", "epoch", "palr/")  # PALR takes other answers and images from the rows of its rank
@@ -24,8 +24,8 @@ CLOCKS = ("perf/", "epoch", "palr/")  # PALR takes other answers and images from
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which both ranks have left what came out of each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = start_ranks(TESTS / "distributed_cases.py", [str(folder), *CASES], RANKS, folder)
-    assert wait_for(processes, folder, timeout=420) == [0] * RANKS
+    codes = run_ranks(TESTS / "distributed_cases.py", [str(folder), *CASES], RANKS, folder, timeout=420)
+    assert codes == [0] * RANKS
     return folder
 
 
@@ -36,8 +36,8 @@ def zero_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("deepspeed is not installed (pip install 'vigos[deepspeed]')")
     folder = tmp_path_factory.mktemp("zero_ranks")
     script, cpu = TESTS / "distributed_cases.py", {"DS_ACCELERATOR": "cpu"}
-    processes = start_ranks(script, [str(folder), *ZERO_CASES], RANKS, folder, env=cpu)
-    assert wait_for(processes, folder, timeout=420) == [0] * RANKS
+    codes = run_ranks(script, [str(folder), *ZERO_CASES], RANKS, folder, timeout=420, env=cpu)
+    assert codes == [0] * RANKS
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from processes import TESTS, start_ranks, wait_for
+from processes import TESTS, run_ranks
 from safetensors.torch import load_file
 from tensor_parallel_cases import CASES, RANKS, run, save_students
 from test_distributed import CLOCKS, largest_gap
@@ -47,8 +47,8 @@ def copies(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two groups, whose copies of the model FSDP2 cuts into pieces."""
     folder = tmp_path_factory.mktemp("copies")
     arguments = [str(models), str(folder), str(RANKS), *COPIES]
-    processes = start_ranks(TESTS / "tensor_parallel_cases.py", arguments, 2 * RANKS, folder)
-    assert wait_for(processes, folder, timeout=420) == [0] * 2 * RANKS
+    codes = run_ranks(TESTS / "tensor_parallel_cases.py", arguments, 2 * RANKS, folder, timeout=420)
+    assert codes == [0] * 2 * RANKS
     return folder
 
 
@@ -57,8 +57,8 @@ def ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which both ranks have left what came out of each case."""
     folder = tmp_path_factory.mktemp("ranks")
     arguments = [str(models), str(folder), str(RANKS), *CASES]
-    processes = start_ranks(TESTS / "tensor_parallel_cases.py", arguments, RANKS, folder)
-    assert wait_for(processes, folder, timeout=420) == [0] * RANKS
+    codes = run_ranks(TESTS / "tensor_parallel_cases.py", arguments, RANKS, folder, timeout=420)
+    assert codes == [0] * RANKS
     return folder
 
 
