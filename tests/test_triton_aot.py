@@ -69,6 +69,7 @@ def test_row_kernels_load_16_bytes_at_a_time(compiled):
     assert all(line["wide_loads"] >= 2 for line in rows), rows
 
 
+@pytest.mark.slow
 def test_products_of_16_bits_use_the_tensor_cores(compiled):
     """wgmma on sm_90; only dq at head width 256 has blocks too small for it (64 rows would spill)."""
     without = set()
