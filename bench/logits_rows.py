@@ -124,7 +124,7 @@ def cases(n: int, v: int, dtype: torch.dtype, device: str, repeats: int, failed:
         def step(gradient: Gradient = gradient) -> Tensor:
             return gradient(student, teacher)
 
-        error = checked(f"{dtype} {n:6} {v:7} {name}", lambda step=step: step()[some], wanted, 0.02, failed)  # type: ignore[misc]
+        error = checked(f"{dtype} {n:6} {v:7} {name}", lambda step=step: step()[some], wanted, 0.02, failed)
         if error is None:
             continue
         errors[name] = error

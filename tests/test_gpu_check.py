@@ -72,7 +72,10 @@ def test_a_check_in_parts(gpu_check: ModuleType, tmp_path: Path) -> None:
         check.resume()
         for name, status in results.items():
             check.record(gpu_check.Step(name, status))
-        return {step["name"]: step["status"] for step in json.loads((tmp_path / "check.json").read_text())["steps"]}
+        steps = json.loads((tmp_path / "check.json").read_text())["steps"]
+        found = {step["name"]: step["status"] for step in steps}
+        assert len(found) == len(steps), "a step stands there twice"
+        return found
 
     part("a", build="passed", tests="failed")
     assert part("a", tests="passed", sanitizer="passed") == dict.fromkeys(("build", "tests", "sanitizer"), "passed")
@@ -81,7 +84,9 @@ def test_a_check_in_parts(gpu_check: ModuleType, tmp_path: Path) -> None:
     assert part("b", build="passed") == {"build": "passed"}
 
 
-def test_a_contender_that_fails_leaves_the_others_their_turn(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_contender_that_fails_leaves_the_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from measure import checked
 
@@ -122,7 +127,9 @@ def test_steps_are_recorded_as_they_end(gpu_check: ModuleType, tmp_path: Path) -
     assert steps["slow"]["seconds"] < 20
 
 
-def test_without_a_gpu_it_says_so(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_gpu_it_says_so(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     assert gpu_check.main() == 2
