@@ -27,9 +27,9 @@ from typing import Any
 from measure import RESULTS, Table, machine
 from PIL import Image
 
-from vigos.config import ViGOSConfig
-from vigos.data import load_rows
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import load_rows
+from vigos.train.config import ViGOSConfig
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world
 
 NAMES = ("rollout_s", "step_s", "rollout_wait_s")

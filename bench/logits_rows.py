@@ -54,8 +54,8 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
 
 def one_visit(student: Tensor, teacher: Tensor) -> Tensor:
     """The CUDA row kernel by itself: statistics and gradient of every row from one launch."""
-    from vigos.engines import cuda
-    from vigos.engines.problem import LogitsProblem, Statistics
+    from vigos.divergence.engines import cuda
+    from vigos.divergence.engines.problem import LogitsProblem, Statistics
 
     n, v = student.shape
     rows = torch.arange(n, device=student.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vigos
-from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 KINDS = {"forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD}
 BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's names for the same

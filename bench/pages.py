@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vigos.study_results import Difference
+    from vigos.study.results import Difference
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -175,7 +175,7 @@ def dropins() -> str:
 
 
 def study_rows() -> list[Any]:
-    from vigos.study_results import read_csv
+    from vigos.study.results import read_csv
 
     return read_csv(BENCH / "results" / "study" / "results.csv")
 
@@ -196,8 +196,8 @@ def points(found: Difference | None) -> str:
 
 def study_arms() -> str:
     """Every arm of the default world."""
-    from vigos.study import ARMS
-    from vigos.study_results import by_base, difference, in_world
+    from vigos.study.plan import ARMS
+    from vigos.study.results import by_base, difference, in_world
 
     own = in_world(study_rows())
     lines = []
@@ -212,8 +212,8 @@ def study_arms() -> str:
 
 def study_axes() -> str:
     """The arms of the other worlds."""
-    from vigos.study import FULL, World
-    from vigos.study_results import by_base, difference, in_world
+    from vigos.study.plan import FULL, World
+    from vigos.study.results import by_base, difference, in_world
 
     found = study_rows()
     lines = []
@@ -237,7 +237,7 @@ def study_axes() -> str:
 
 def study_findings() -> str:
     """H1 to H3, base by base."""
-    from vigos.study_results import findings
+    from vigos.study.results import findings
 
     lines = []
     for finding in findings(study_rows()):
@@ -249,8 +249,8 @@ def study_findings() -> str:
 
 def study_preconditions() -> str:
     """P1 to P5 of the default world, base by base."""
-    from vigos.study import World
-    from vigos.study_results import read_csv
+    from vigos.study.plan import World
+    from vigos.study.results import read_csv
 
     measures = (
         ("P1", "difference"), ("P2", "difference"), ("P3", "score"), ("P3", "prior"), ("P3", "valid"),

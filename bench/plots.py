@@ -16,7 +16,7 @@ from measure import RESULTS
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from vigos.study_results import draw as draw_study
+from vigos.study.results import draw as draw_study
 
 IMAGES = RESULTS.parent.parent / "docs" / "images"
 OURS, PEER, FLOOR = "#0b6e99", "#b8b8b8", "#333333"

@@ -29,9 +29,9 @@ from measure import RESULTS, Table, machine, peak_bytes, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 import vigos
-from vigos.passes import padded_batch
-from vigos.scoring import hidden_states, lm_head
-from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.scoring.forwards import padded_batch
+from vigos.scoring.teacher import hidden_states, lm_head
 
 IMAGE, VISION_START, VISION_END = 3, 4, 5
 PATCH, MERGE = 14, 2
@@ -252,7 +252,7 @@ def counts(
     model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]]
 ) -> dict[str, int]:
     """Tokens the language model reads, padding included."""
-    from vigos.passes import plan_passes
+    from vigos.scoring.forwards import plan_passes
 
     longest = [max(len(s.prompt.ids) + len(s.completion_ids) for s in batch) for batch in released]
     return {

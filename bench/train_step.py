@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vigos
-from vigos.passes import padded_batch
-from vigos.scoring import hidden_states, lm_head, teacher_mode
-from vigos.sequences import ScoredSequence
+from vigos.method.encode import ScoredSequence
+from vigos.scoring.forwards import padded_batch
+from vigos.scoring.teacher import hidden_states, lm_head, teacher_mode
 
 PHASES = ("teachers", "student", "divergence", "backward")
 Clock = Callable[[str], None]  # call it at the end of a phase

@@ -9,7 +9,7 @@
 namespace vigos::cpu {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-// As in vigos/supervision.py.
+// As in vigos/divergence/supervision.py.
 constexpr int32_t kForwardKL = 0, kReverseKL = 1, kJSD = 2;
 
 // From raw logits to z = softcap * tanh((raw + bias) * scale / softcap) / temperature, or (raw + bias) * alpha.

@@ -25,7 +25,7 @@
 
 namespace vigos {
 
-// As in vigos/supervision.py.
+// As in vigos/divergence/supervision.py.
 enum Kind : signed char { kForwardKL = 0, kReverseKL = 1, kJSD = 2 };
 
 // FAST: ex2.approx, relative error about 2^-22 + |x| 2^-24; enough wherever a 16-bit gradient is written.
@@ -224,7 +224,7 @@ VIGOS_HD Row finish(const RowStats& stats, Kind kind, float beta, float entry_cl
 }
 
 // What a later gradient pass needs of a row: the normalisers, and the means that its gradient subtracts.
-constexpr int kRowState = 8;  // STATE in vigos/engines/problem.py
+constexpr int kRowState = 8;  // STATE in vigos/divergence/engines/problem.py
 
 VIGOS_HD void save(const Row& row, float* state) {
   const float fields[kRowState] = {row.origin_s, row.origin_t, row.inv_sum_s, row.inv_sum_t,

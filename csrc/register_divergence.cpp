@@ -1,4 +1,4 @@
-// The CPU engine's functions as Python sees them: pointers and strides as integers, checked by vigos/engines/cpu.py.
+// The CPU engine's functions as Python sees them: pointers and strides as integers, checked by vigos/divergence/engines/cpu.py.
 #include "register_divergence.h"
 
 #include <stdexcept>

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import vigos
-from vigos.data import load_rows
-from vigos.prompts import Prompts, Role
-from vigos.sequences import encode_prompt
+from vigos.data.rows import load_rows
+from vigos.method.encode import encode_prompt
+from vigos.method.prompts import Prompts, Role
 
 # No image, no description: the format is a thought and a box, and nothing is prefilled.
 PROMPTS = Prompts(

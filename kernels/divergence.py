@@ -340,7 +340,7 @@ def row_partials(
 
 
 def finish(partial: Tensor, options: Options, state: Tensor) -> Tensor:
-    """(7, R) statistics in the order of `vigos.engines.problem.Statistics`; writes `state` (R, 8)."""
+    """(7, R) statistics in the order of `vigos.divergence.engines.problem.Statistics`; writes `state` (R, 8)."""
     _, n, splits = partial.shape
     labels = options.labels is not None
     stats = torch.empty(7 if labels else 5, n, dtype=torch.float32, device=partial.device)

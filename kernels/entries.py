@@ -32,7 +32,7 @@ N_PARTIAL = 10
 N_STATE = 8
 
 INF = tl.constexpr(float("inf"))
-REVERSE = tl.constexpr(1)  # as in vigos/supervision.py
+REVERSE = tl.constexpr(1)  # as in vigos/divergence/supervision.py
 JSD = tl.constexpr(2)
 
 

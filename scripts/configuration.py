@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vigos.cli import Source
-from vigos.config import PRESETS, ViGOSConfig, choices_of
+from vigos.train.config import PRESETS, ViGOSConfig, choices_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

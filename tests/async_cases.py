@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from vigos.async_rollout import Request
-from vigos.config import ViGOSConfig
-from vigos.data import load_rows
-from vigos.faults import TrainingStopped, end_process
-from vigos.restart import checkpoints, last_checkpoint
-from vigos.rollout import TransformersEngine
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import load_rows
+from vigos.errors import TrainingStopped, end_process
+from vigos.rollout.engine import TransformersEngine
+from vigos.rollout.prefetch import Request
+from vigos.train.checkpoint import checkpoints, last_checkpoint
+from vigos.train.config import ViGOSConfig
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
 ROWS = 10  # five steps an epoch

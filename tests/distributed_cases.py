@@ -19,12 +19,12 @@ from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, completion_ids, config, processor, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import end_process
-from vigos.restart import last_checkpoint
-from vigos.rollout import Sampling
-from vigos.sequences import EncodedPrompt
-from vigos.sharding import made_whole, sharding_of, whole_trained
-from vigos.trainer import ViGOSTrainer
+from vigos.errors import end_process
+from vigos.method.encode import EncodedPrompt
+from vigos.models.sharding import made_whole, sharding_of, whole_trained
+from vigos.rollout.engine import Sampling
+from vigos.train.checkpoint import last_checkpoint
+from vigos.train.trainer import ViGOSTrainer
 
 RANKS = 2
 STOLEN = "an image that is not there"  # a completion with a placeholder id, which nobody can supervise

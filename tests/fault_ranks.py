@@ -14,7 +14,7 @@ import torch.distributed as dist
 from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import TrainingStopped, end_process
+from vigos.errors import TrainingStopped, end_process
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 FAULTS = (*SIGNALS, "memory")

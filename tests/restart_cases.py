@@ -20,8 +20,8 @@ import torch
 from training import PROMPTS, config, processor, rows, tiny_student
 from transformers import TrainerCallback
 
-from vigos.restart import EXIT_CODE, CheckpointError, checkpoints, last_checkpoint
-from vigos.trainer import ViGOSTrainer
+from vigos.train.checkpoint import EXIT_CODE, CheckpointError, checkpoints, last_checkpoint
+from vigos.train.trainer import ViGOSTrainer
 
 KILLS = 20
 STEPS = 60

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vigos.rollout import Sampling, TransformersEngine
-from vigos.sequences import EncodedPrompt, ImageInputs
+from vigos.method.encode import EncodedPrompt, ImageInputs
+from vigos.rollout.engine import Sampling, TransformersEngine
 from vigos.world import load_base
 
 torch.set_num_threads(1)

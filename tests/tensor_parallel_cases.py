@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 from training import config, processor, tiny_student, trainer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM, TrainerCallback
 
-from vigos.faults import TrainingStopped, end_process
-from vigos.scoring import lm_head
-from vigos.sharding import sharding_of
-from vigos.tensor_parallel import Replicas, check_dropout, layout_of
-from vigos.trainer import ViGOSTrainer
+from vigos.errors import TrainingStopped, end_process
+from vigos.models.sharding import sharding_of
+from vigos.models.tensor_parallel import Replicas, check_dropout, layout_of
+from vigos.scoring.teacher import lm_head
+from vigos.train.trainer import ViGOSTrainer
 
 RANKS = 2
 CASES: dict[str, dict[str, Any]] = {

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from training import VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.charts import _phases
-from vigos.config import ViGOSConfig
-from vigos.faults import TrainingStopped
-from vigos.restart import EXIT_CODE, checkpoints
-from vigos.rollout_server import RolloutServerError
+from vigos.errors import TrainingStopped
+from vigos.report.charts import _phases
+from vigos.rollout.server import RolloutServerError
+from vigos.train.checkpoint import EXIT_CODE, checkpoints
+from vigos.train.config import ViGOSConfig
 
 CLOCKS = ("perf/", "train_")
 COUNTS = ("epoch", "total_flos")  # which transformers takes from micro-batches
@@ -320,7 +320,7 @@ def test_what_the_checkpoint_holds_decides(server: Server, tmp_path: Path, caplo
 
     same = resumed()
     assert {step: whole.rollouts[step] for step in (2, 3)} == same.rollouts
-    with caplog.at_level(logging.WARNING, logger="vigos.async_rollout"):
+    with caplog.at_level(logging.WARNING, logger="vigos.rollout.prefetch"):
         cooler = resumed(temperature=0.5)
     assert cooler.rollouts[2] != whole.rollouts[2]
     assert caplog.text.count("step 3 samples its rollouts now: those in the checkpoint are of other rows") == 1
@@ -365,7 +365,7 @@ def test_stopped_while_the_server_fails_it_still_has_its_checkpoint(
         time.sleep(0.05)
 
     engine = build(tmp_path, server.url("refuses-at-3,stopped"), After(1, stop))
-    with caplog.at_level(logging.WARNING, logger="vigos.rollout_trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.rollouts"):
         engine.train()
     assert engine.interrupted
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]

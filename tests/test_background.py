@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vigos.background import Background, each
+from vigos.rollout.threads import Background, each
 
 
 def test_results_in_order_whatever_the_number_of_threads() -> None:
@@ -72,7 +72,7 @@ def test_the_process_ends_without_waiting(tmp_path: Path) -> None:
     """Neither for what is beside it, nor for the threads that work has started in turn."""
     program = (
         "import time, threading\n"
-        "from vigos.background import Background, each\n"
+        "from vigos.rollout.threads import Background, each\n"
         "inside = threading.Event()\n"
         "Background(lambda: each(lambda _: (inside.set(), time.sleep(60)), range(4), 2))\n"
         "assert inside.wait(20)\n"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vigos.benchmarks import BENCHMARKS, load_benchmark
 from vigos.cli import main
+from vigos.data.benchmarks import BENCHMARKS, load_benchmark
 
 
 def png(color: str = "red") -> bytes:

@@ -8,8 +8,8 @@ import pytest
 import typer
 
 from vigos.cli import UsageError, main, parse_run
+from vigos.divergence.engines import IMPLS
 from vigos.doctor import examine
-from vigos.engines import IMPLS
 
 
 def run(*argv: str) -> int:

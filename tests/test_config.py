@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
-import vigos.config
-from vigos.config import PRESETS, ViGOSConfig, choices_of
+import vigos
+from vigos.train.config import PRESETS, ViGOSConfig, choices_of
 
 OWN = [f for f in fields(ViGOSConfig) if f.name in ViGOSConfig.__annotations__]
 
@@ -125,7 +125,7 @@ def test_every_option_is_explained_and_is_a_flag(tmp_path: Path) -> None:
 
 
 def test_every_option_is_read() -> None:
-    folder = Path(vigos.config.__file__).parent
+    folder = Path(vigos.__file__).parent
     source = "\n".join(p.read_text(encoding="utf-8") for p in folder.rglob("*.py"))
     inherited = {"learning_rate", "max_grad_norm", "num_train_epochs", "gradient_accumulation_steps", "logging_steps"}
     for f in OWN:

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 from vigos.cli import Source
-from vigos.config import ViGOSConfig
+from vigos.train.config import ViGOSConfig
 
 ROOT = Path(__file__).parents[1]
 

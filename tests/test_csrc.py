@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-import vigos.engines.cpu  # torch first: the extension uses the threads that it brought
+import vigos.divergence.engines.cpu  # torch first: the extension uses the threads that it brought
 
 _C = pytest.importorskip("vigos._C")
 
@@ -73,7 +73,7 @@ def test_products(isa, v, d, n, dtype):
     x = torch.randn(n, d, generator=g)
     exact_head = head.double()
     out = torch.full((v, n + 2), float("nan"))
-    head_ = vigos.engines.cpu._matrix(head)
+    head_ = vigos.divergence.engines.cpu._matrix(head)
     _C.project(head_, x.data_ptr(), d, n, out.data_ptr(), n + 2, 3)
     torch.testing.assert_close(out[:, :n].double(), exact_head @ x.double().T, rtol=1e-5, atol=1e-5 * d**0.5)
     assert out[:, n:].isnan().all()
@@ -97,7 +97,9 @@ def test_a_product_rounds_each_element_alike(isa):
 
     def project(x):
         out = torch.empty(501, x.shape[0])
-        _C.project(vigos.engines.cpu._matrix(head), x.data_ptr(), 300, x.shape[0], out.data_ptr(), x.shape[0], 2)
+        _C.project(
+            vigos.divergence.engines.cpu._matrix(head), x.data_ptr(), 300, x.shape[0], out.data_ptr(), x.shape[0], 2
+        )
         return out
 
     every = project(x)

@@ -175,7 +175,7 @@ def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_architectures_and_state(module: ModuleType) -> None:
-    from vigos.engines.problem import STATE
+    from vigos.divergence.engines.problem import STATE
 
     assert module.architectures == "80-real 90a-real"
     assert module.row_state == STATE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vigos
 from vigos import FORWARD_KL, JSD, REVERSE_KL, Supervision, reference
-from vigos.engines import cuda
+from vigos.divergence.engines import cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -209,8 +209,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 def test_row_kernel_in_a_cuda_graph() -> None:
     """The linear path captures and replays: nothing in it waits for the device."""
-    from vigos.engines.cuda import forward
-    from vigos.engines.problem import LinearProblem
+    from vigos.divergence.engines.cuda import forward
+    from vigos.divergence.engines.problem import LinearProblem
 
     student, head, teacher = hidden_states(64, 128, 4096, torch.bfloat16, seed=7)
     index = torch.arange(64, device="cuda")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vigos
 from vigos import FORWARD_KL, JSD, REVERSE_KL, Supervision, reference
-from vigos.engines import cuda, cuda_hopper
+from vigos.divergence.engines import cuda, cuda_hopper
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vigos
 from vigos import FORWARD_KL, JSD, REVERSE_KL, Supervision, reference
-from vigos.engines import cuda
+from vigos.divergence.engines import cuda
 
 INF = float("inf")
 KINDS = [FORWARD_KL, REVERSE_KL, JSD]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vigos.data import BadRow, RowDataset, RowStream, check_usable, load_rows
+from vigos.data.rows import BadRow, RowDataset, RowStream, check_usable, load_rows
 
 SIZE = (24, 16)
 
@@ -474,5 +474,5 @@ def test_importing_needs_no_optional_package():
     import sys
 
     code = "import sys; sys.modules.update(dict.fromkeys(['PIL', 'datasets', 'transformers'])); "
-    code += "import vigos.data, vigos.spans"
+    code += "import vigos.data.rows, vigos.method.spans"
     subprocess.run([sys.executable, "-c", code], check=True)

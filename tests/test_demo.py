@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vigos import demo
+from vigos.study import demo
 
 
 @pytest.mark.slow

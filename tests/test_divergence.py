@@ -23,11 +23,11 @@ fast = settings(
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Several chunks also at the sizes of a test."""
-    import vigos.engines.cpu
-    import vigos.engines.reference
+    import vigos.divergence.engines.chunked
+    import vigos.divergence.engines.cpu
 
-    monkeypatch.setitem(vigos.engines.reference.CHUNK_ELEMENTS, "cpu", 16 * 501)
-    monkeypatch.setattr(vigos.engines.cpu, "MOST_COLUMNS", 16)
+    monkeypatch.setitem(vigos.divergence.engines.chunked.CHUNK_ELEMENTS, "cpu", 16 * 501)
+    monkeypatch.setattr(vigos.divergence.engines.cpu, "MOST_COLUMNS", 16)
 
 
 # One vocabulary entry; under, at and past a block of 64; past a vocabulary slice of the C++ kernel; odd widths.

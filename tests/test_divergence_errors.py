@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vigos
-from vigos.engines import AUTO, IMPLS, choose, engine
+from vigos.divergence.engines import AUTO, IMPLS, choose, engine
 
 INF = float("inf")
 

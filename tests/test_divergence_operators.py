@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vigos
-from vigos import operators
+from vigos.divergence import ops as operators
 
 IMPLS = ["reference", "cpu"]
 N, D, V = 8, 6, 41
@@ -134,7 +134,7 @@ def test_upstreams(impl, how):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_computed_for_inputs_that_need_no_gradient(impl, monkeypatch):
     """Neither under no_grad nor for a frozen head; a trainable head behind frozen hidden states still gets its own."""
-    from vigos.engines import engine
+    from vigos.divergence.engines import engine
 
     seen = []
     forward = engine(impl).forward

@@ -21,9 +21,9 @@ import pytest
 from hostile_images import encoded, jpeg_of_scans
 from PIL import Image
 
-from vigos.data import BadRow, load_rows
-from vigos.decoding import BadImage, ImageLimits
-from vigos.download import fetch_image, is_public
+from vigos.data.decode import BadImage, ImageLimits
+from vigos.data.download import fetch_image, is_public
+from vigos.data.rows import BadRow, load_rows
 
 PICTURE = encoded(Image.new("RGB", (32, 32), "red"))
 QUICK = ImageLimits(max_bytes=2**20, download_seconds=1.0)
@@ -301,7 +301,7 @@ def test_rows_with_addresses(server: Server, tmp_path: Path) -> None:
 
 def test_the_command_line_allows_it(tmp_path: Path) -> None:
     from vigos.cli import Source, parse_run
-    from vigos.recipe import build_trainer
+    from vigos.launch import build_trainer
 
     good = {"problem": "p", "answer": "a", "problem_id": "good"}
     (tmp_path / "rows.jsonl").write_text(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vigos.data import load_rows
-from vigos.evaluation import (
+from vigos.data.rows import load_rows
+from vigos.eval.evaluate import (
     EvaluationResult,
     bootstrap_interval,
     compare,
@@ -24,7 +24,7 @@ from vigos.evaluation import (
     sign_test,
     wilson_interval,
 )
-from vigos.prompts import Prompts
+from vigos.method.prompts import Prompts
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
 
@@ -437,8 +437,8 @@ def test_wrong_arguments_are_named(base, world):
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers, vigos.rollout, vigos.evaluation
-from vigos.data import load_rows
+import torch, transformers, vigos.rollout.engine, vigos.eval.evaluate
+from vigos.data.rows import load_rows
 from vigos.world import load_base
 
 torch.set_num_threads(1)
@@ -448,7 +448,7 @@ options = {"temperature": 1.0, "max_new_tokens": 12, "batch_size": 2, "seed": 5}
 
 
 def child():  # nothing was computed before the fork, so no thread of the parent's is missed
-    vigos.evaluation.evaluate(model, processor, load_rows(rows), records=path, **options)
+    vigos.eval.evaluate.evaluate(model, processor, load_rows(rows), records=path, **options)
 
 
 rng = random.Random(0)
@@ -497,5 +497,5 @@ def test_killed_for_real_ten_times(base, tmp_path):
 
 def test_importing_needs_no_optional_package():
     names = ["PIL", "datasets", "transformers", "peft", "math_verify", "accelerate"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import vigos.evaluation"
+    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import vigos.eval.evaluate"
     subprocess.run([sys.executable, "-c", code], check=True)

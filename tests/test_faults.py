@@ -17,8 +17,8 @@ from torch import Tensor
 from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
-from vigos.faults import TrainingStopped, end_process, watching_ranks
-from vigos.trainer import ViGOSTrainer
+from vigos.errors import TrainingStopped, end_process, watching_ranks
+from vigos.train.trainer import ViGOSTrainer
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
 
@@ -74,7 +74,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_step_that_is_not_finite_is_dropped(where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, watch = poisoned(tmp_path, {2, 4}, where)
-    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
         engine.train()
     first, second, third, fourth, fifth = watch.after
     assert same(first, second)
@@ -138,7 +138,7 @@ def test_out_of_memory_halves_the_packs(
     whole.train()
     engine = memory_run(tmp_path / "short")
     fault = NoMemory(engine, at, backward=backward)
-    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
         engine.train()
     assert fault.seen > at
     assert (engine.token_budget, engine.scorer.token_budget) == (2048, 2048)
@@ -171,7 +171,7 @@ def test_out_of_memory_while_sampling_halves_the_batch(tmp_path: Path, caplog: p
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         engine.model.get_base_model().model.language_model.layers[0].mlp.register_forward_pre_hook(too_many)
-        with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+        with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
             engine.train()
         found.append((logs_of(engine), engine.engine.batch_size))  # type: ignore[attr-defined]
     assert [size for _, size in found] == [None, 1]
@@ -236,7 +236,7 @@ def test_rank_that_is_gone_or_hangs_stops_the_others(tmp_path: Path) -> None:
 STUCK = """
 import atexit, threading
 import torch.distributed as dist
-from vigos.faults import end_process
+from vigos.errors import end_process
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 threading.Thread(target=threading.Event().wait).start()
 atexit.register(print, "registered")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vigos import grading
-from vigos._grading_worker import serve, verify_pair
-from vigos.grading import extract_boxed, grade, normalise
+from vigos.eval import grading
+from vigos.eval.grading import extract_boxed, grade, normalise
+from vigos.eval.math_verify_worker import serve, verify_pair
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,6 @@ def test_importing_needs_no_optional_package():
     import subprocess
     import sys
 
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['math_verify', 'sympy', 'transformers'])); import vigos.grading"
-    )
+    code = "import sys; sys.modules.update(dict.fromkeys(['math_verify', 'sympy', 'transformers']))\n"
+    code += "import vigos.eval.grading"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,11 +21,11 @@ from hostile_images import bmp_of_runs, encoded, jpeg_of_scans, png_of_empty_chu
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vigos import decoding
-from vigos.benchmarks import load_benchmark
-from vigos.data import BadRow, load_rows
-from vigos.decoding import MAX_EXIF, WEBP_HERE, ImageLimits, decode, to_rgb
-from vigos.images import BadImage, ImageLoader
+from vigos.data import decode as decoding
+from vigos.data.benchmarks import load_benchmark
+from vigos.data.decode import MAX_EXIF, WEBP_HERE, ImageLimits, decode, to_rgb
+from vigos.data.images import BadImage, ImageLoader
+from vigos.data.rows import BadRow, load_rows
 
 # Each would take between 3 s and a minute.
 HOSTILE: dict[str, Callable[[], bytes]] = {
@@ -179,7 +179,7 @@ def test_a_child_forked_while_another_thread_decodes() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce RLIMIT_AS")
 def test_memory_is_bounded() -> None:
-    code = "import vigos.decoding as d; d.bound_memory(2**29); bytearray(2**28); bytearray(2**29)"
+    code = "import vigos.data.decode as d; d.bound_memory(2**29); bytearray(2**28); bytearray(2**29)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.rstrip().endswith("MemoryError")
     assert decoding.memory_bytes(ImageLimits()) < 2**32

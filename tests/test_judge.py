@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from vigos.data import load_rows
-from vigos.evaluation import evaluate
-from vigos.judge import KEY_VARIABLE, Judge, JudgeError
+from vigos.data.rows import load_rows
+from vigos.eval.evaluate import evaluate
+from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ from training import (
 )
 
 from vigos.cli import Source, main
-from vigos.data import load_rows
-from vigos.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob
-from vigos.prompts import Prompts
-from vigos.recipe import palr_from_source
-from vigos.routing import TERMS, Rollout, route
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import load_rows
+from vigos.launch import palr_from_source
+from vigos.method.prompts import Prompts
+from vigos.method.supervise import TERMS, Rollout, route
+from vigos.train.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 from vigos.world.tasks import completion
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import IMAGE, prompt, words
 
-from vigos.prefix_tree import PrefixTree, fed_ids
-from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.scoring.prefix_tree import PrefixTree, fed_ids
 
 
 def sequence(ids, completion, scored, images=None, types=None):

@@ -11,8 +11,8 @@ from PIL import Image
 from training import picture, rows
 
 from vigos.cli import main
-from vigos.data import BadRow, RowDataset, load_rows
-from vigos.probes import PROBES, ProbedRows, blurred, probe
+from vigos.data.rows import BadRow, RowDataset, load_rows
+from vigos.eval.probes import PROBES, ProbedRows, blurred, probe
 from vigos.world import load_base, world_prompts, write_world
 
 

@@ -23,15 +23,15 @@ import pytest
 import requests
 import torch
 
-from vigos.config import ViGOSConfig
-from vigos.data import load_rows
-from vigos.policy import build_lora
-from vigos.rollout import Sampling, TransformersEngine
-from vigos.rollout_checks import RolloutError
-from vigos.rollout_server import RolloutServerError, ServerEngine
-from vigos.rollout_vllm import VLLMEngine
-from vigos.sequences import EncodedPrompt, encode_prompt
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import load_rows
+from vigos.method.encode import EncodedPrompt, encode_prompt
+from vigos.rollout.checks import RolloutError
+from vigos.rollout.engine import Sampling, TransformersEngine
+from vigos.rollout.server import RolloutServerError, ServerEngine
+from vigos.rollout.vllm import VLLMEngine
+from vigos.train.config import ViGOSConfig
+from vigos.train.teacher_weights import build_lora
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
 CHECKPOINT = Path(__file__).parents[1] / "vigos" / "world" / "checkpoint"
@@ -296,7 +296,7 @@ def test_vllm_in_process_ends_with_a_run_that_is_killed(servable: str, tmp_path:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, time\n"
-        "from vigos.rollout_vllm import VLLMEngine\n"
+        "from vigos.rollout.vllm import VLLMEngine\n"
         "if __name__ == '__main__':\n"
         "    engine = VLLMEngine(sys.argv[1], None, eos_token_ids=(2,), dtype='float32', max_model_len=128, \n"
         "        enforce_eager=True)\n"

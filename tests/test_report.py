@@ -31,10 +31,10 @@ from training import (
 )
 
 from vigos.cli import main
-from vigos.evaluation import evaluate
-from vigos.report import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
-from vigos.runlog import _texts
-from vigos.top_tokens import top_tokens
+from vigos.eval.evaluate import evaluate
+from vigos.report.page import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
+from vigos.train.run_folder import _texts
+from vigos.train.top_tokens import top_tokens
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }}"
 EVIL_COMPLETION = f"A red 7 {EVIL}</description><think>The </script> is red.</think>\\boxed{{<b>red</b>}}"

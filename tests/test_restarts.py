@@ -13,7 +13,7 @@ from processes import TESTS, start_ranks, wait_for
 from restart_cases import KILLS, STEPS
 from safetensors.torch import load_file
 
-from vigos.restart import EXIT_CODE, checkpoints, last_checkpoint, publish, rotate
+from vigos.train.checkpoint import EXIT_CODE, checkpoints, last_checkpoint, publish, rotate
 
 CLOCKS = ("perf/", "train_")
 

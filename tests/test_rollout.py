@@ -7,8 +7,8 @@ import torch
 from tiny_models import prompt, tiny_model, words
 from torch import Tensor, nn
 
-from vigos.rollout import Sampling, TransformersEngine, _Sampler, eos_ids, placeholder_ids, stream_seed
-from vigos.sequences import EncodedPrompt
+from vigos.method.encode import EncodedPrompt
+from vigos.rollout.engine import Sampling, TransformersEngine, _Sampler, eos_ids, placeholder_ids, stream_seed
 
 EOS = 2
 FAMILY = "qwen2_5_vl"

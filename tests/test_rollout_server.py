@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from vigos.config import ViGOSConfig
-from vigos.data import load_rows
-from vigos.rollout import Sampling, TransformersEngine
-from vigos.rollout_checks import RolloutError
-from vigos.rollout_server import KEY_VARIABLE, RolloutServerError, ServerEngine
-from vigos.sequences import EncodedPrompt, encode_prompt
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import load_rows
+from vigos.method.encode import EncodedPrompt, encode_prompt
+from vigos.rollout.checks import RolloutError
+from vigos.rollout.engine import Sampling, TransformersEngine
+from vigos.rollout.server import KEY_VARIABLE, RolloutServerError, ServerEngine
+from vigos.train.config import ViGOSConfig
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
 SCRIPT = Path(__file__).with_name("rollout_server_process.py")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from training import config
 
-import vigos.routing as routing
-from vigos.routing import SEGMENTS, TERMS, Rollout, RoutedBatch, assignments, count_terms, divisors, route
-from vigos.sequences import EncodedPrompt
-from vigos.spans import Spans
-from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL
+import vigos.method.supervise as routing
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
+from vigos.method.encode import EncodedPrompt
+from vigos.method.spans import Spans
+from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, assignments, count_terms, divisors, route
 
 VALID = Spans(True, "", (0, 4), (6, 11), (13, 14), length=16, finished=True, think_start=6, answer_text="3")
 RELEASED = Spans(True, "", (0, 4), (6, 15), (0, 0), length=16, finished=True, think_start=6, answer_text="3")

@@ -12,9 +12,9 @@ import torch
 from training import config, tiny_student
 from transformers import IntervalStrategy
 
-from vigos.data import BadRow
-from vigos.policy import TEACHER_FILE, TeacherPolicy
-from vigos.runlog import RunLog, _plain
+from vigos.data.rows import BadRow
+from vigos.train.run_folder import RunLog, _plain
+from vigos.train.teacher_weights import TEACHER_FILE, TeacherPolicy
 
 
 def begin(log: RunLog, step: int) -> None:

@@ -16,13 +16,13 @@ from tiny_models import FAMILIES, HIDDEN, IMAGE, LAYERS, SIZES, VOCAB, images, m
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import vigos.passes as passes_module
-import vigos.tree_attention as tree_attention
-from vigos.prefix_tree import PrefixTree, fed_ids
-from vigos.scoring import TeacherScorer, hidden_states, text_flops
-from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
-from vigos.supervision import Supervision
-from vigos.vision import VisionCache
+import vigos.scoring.forwards as passes_module
+import vigos.scoring.tree_attention as tree_attention
+from vigos.divergence.supervision import Supervision
+from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.models.vision_cache import VisionCache
+from vigos.scoring.prefix_tree import PrefixTree, fed_ids
+from vigos.scoring.teacher import TeacherScorer, hidden_states, text_flops
 
 ALL = (*FAMILIES, "gemma3")
 MIXED = {family: mixed_rows(family) for family in ALL}

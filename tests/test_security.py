@@ -18,8 +18,8 @@ import torch
 from hostile_images import jpeg_of_scans, tiff_of_scans
 from training import VALID_A, VALID_B, config, rows, tiny_student, trainer
 
-from vigos.data import load_rows
-from vigos.recipe import load_model
+from vigos.data.rows import load_rows
+from vigos.launch import load_model
 from vigos.world import checkpoint_path
 
 

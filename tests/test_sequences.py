@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from training import processor
 
-from vigos.sequences import EncodedPrompt, encode_prompt
+from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.world import world_prompts
 
 # Picture in parts, as one line: these families bring no template that fits the world's tokenizer.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from vigos.spans import REASONS, balanced_end, parse_rollout, token_bytes
+from vigos.method.spans import REASONS, balanced_end, parse_rollout, token_bytes
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -20,12 +20,12 @@ from scipy import stats
 from training import CUT_OFF, VALID_A, completion_ids, config, processor
 
 from vigos.cli import main
-from vigos.config import ViGOSConfig
-from vigos.routing import assignments
-from vigos.spans import parse_rollout
-from vigos.study import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, reduced, run_study
-from vigos.study_cell import cell_config, measure, stated
-from vigos.study_results import (
+from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL
+from vigos.method.spans import parse_rollout
+from vigos.method.supervise import assignments
+from vigos.study.cell import cell_config, measure, stated
+from vigos.study.plan import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, reduced
+from vigos.study.results import (
     by_base,
     difference,
     draw,
@@ -37,7 +37,8 @@ from vigos.study_results import (
     t_interval,
     write_csv,
 )
-from vigos.supervision import FORWARD_KL, REVERSE_KL
+from vigos.study.run import run_study
+from vigos.train.config import ViGOSConfig
 from vigos.world import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,7 +301,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     """Killed with SIGKILL once its first file is there: what was done stays, the rest is done, and nothing is left over
     afterwards."""
     script = (
-        "from vigos.study import Plan, run_study\n"
+        "from vigos.study.plan import Plan\nfrom vigos.study.run import run_study\n"
         "plan = Plan('tiny', arms=('base',), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)\n"
         f"if __name__ == '__main__': run_study(plan, {str(tmp_path / 'study')!r})\n"
     )

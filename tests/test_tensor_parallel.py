@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from training import tiny_student
 
-from vigos.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head, layout_of
+from vigos.models.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head, layout_of
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers.Trainer, "_sync_replicated_trainable_parameters"),

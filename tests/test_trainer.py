@@ -28,11 +28,11 @@ from training import (
     trainer,
 )
 
-from vigos.config import ViGOSConfig
-from vigos.data import ImageLimits, load_rows
-from vigos.policy import TeacherPolicy, build_lora, merged_copy, prepare_model
-from vigos.scoring import lm_head
-from vigos.trainer import ViGOSTrainer
+from vigos.data.rows import ImageLimits, load_rows
+from vigos.scoring.teacher import lm_head
+from vigos.train.config import ViGOSConfig
+from vigos.train.teacher_weights import TeacherPolicy, build_lora, merged_copy, prepare_model
+from vigos.train.trainer import ViGOSTrainer
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
 LAMBDAS = {"lambda_perception": 1.3, "lambda_reasoning": 0.7, "lambda_reference": 2.1}
@@ -666,7 +666,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     (folder / "train.jsonl").write_text("\n".join(lines))
     args = config(tmp_path / "run", per_device_train_batch_size=4, max_steps=2, max_prompt_length=100)
     engine = trainer(tiny_student(), args, load_rows(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
         engine.train()
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     reasons = {s["row"]: s["reason"] for s in skipped}
@@ -720,7 +720,7 @@ def test_dataset_without_a_usable_row(tmp_path: Path) -> None:
 
 
 def test_run_without_a_valid_rollout_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="vigos.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
         trainer(tiny_student(), config(tmp_path), rows(2), texts=[TAGLESS]).train()
     assert "no rollout of this run was valid" in caplog.text
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 
-from vigos.metrics import peak_tflops
-from vigos.profiling import NAMES, Phases, table
+from vigos.train.metrics import peak_tflops
+from vigos.train.profiling import NAMES, Phases, table
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vigos.restart import EXIT_CODE, last_checkpoint
+from vigos.train.checkpoint import EXIT_CODE, last_checkpoint
 from vigos.world import write_world
 
 

@@ -11,10 +11,10 @@ import torch
 from test_prefix_tree import sequence
 from tiny_models import mixed_rows, tiny_model, words
 
-import vigos.tree_attention as tree_attention
-from vigos.prefix_tree import PrefixTree
-from vigos.scoring import hidden_states
-from vigos.tree_attention import TreePlan, attend, dummy_mask, installed, registered_name
+import vigos.scoring.tree_attention as tree_attention
+from vigos.scoring.prefix_tree import PrefixTree
+from vigos.scoring.teacher import hidden_states
+from vigos.scoring.tree_attention import TreePlan, attend, dummy_mask, installed, registered_name
 
 
 def bushy_pack(scale: int = 1):

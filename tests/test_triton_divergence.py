@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 import vigos
 from vigos import reference
-from vigos.engines import engine
-from vigos.engines.self_check import small_case
-from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.engines import engine
+from vigos.divergence.engines.self_check import small_case
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 triton = pytest.importorskip("triton")
 
@@ -572,8 +572,8 @@ def test_elementary_functions():
 
 def test_auto_takes_an_engine_after_it_agreed_with_float64(monkeypatch):
     """A kernel that the machine at hand computes wrongly is left out, with one warning; its own name still runs it."""
-    from vigos import engines
-    from vigos.engines.self_check import agrees
+    from vigos.divergence import engines
+    from vigos.divergence.engines.self_check import agrees
 
     monkeypatch.setitem(engines.AUTO, DEVICE, ("triton", "reference"))
     module, seen = engine("triton"), []

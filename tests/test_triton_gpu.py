@@ -9,7 +9,7 @@ import torch
 
 import vigos
 from vigos import reference
-from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,8 +173,8 @@ def test_offsets_past_2_to_the_31():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_cuda_graph(impl):
     """The engine's own work can be captured: supervision is checked before, and nothing waits for the GPU."""
-    from vigos.engines import engine
-    from vigos.engines.problem import LinearProblem
+    from vigos.divergence.engines import engine
+    from vigos.divergence.engines.problem import LinearProblem
 
     *tensors, rows = problem(100, 128, 5_003, torch.bfloat16, near=0.1)
     rows = Supervision(rows.student_row, rows.teacher_row, rows.kind, rows.weight, torch.full_like(rows.clip, 0.05))

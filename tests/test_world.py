@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vigos.sequences import encode_prompt
-from vigos.spans import parse_rollout
+from vigos.method.encode import encode_prompt
+from vigos.method.spans import parse_rollout
+from vigos.study.preconditions import check, described_ink, print_check, sample, wilson
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world
 from vigos.world.batch import Example, FastEncoder, image_features, scored_logits
 from vigos.world.build import SPECIAL_TOKENS, build_model, build_processor, build_tokenizer
-from vigos.world.check import check, described_ink, print_check, sample, wilson
 from vigos.world.digits import CELL, INK_NAMES, INKS, Scene, draw_scene, handwriting, render
-from vigos.world.pretrain import MIXTURE, Mixture, Recipe, damage, learn, pretrain, see
 from vigos.world.tasks import KINDS, USUAL_INK, WORDINGS, ask, completion, describe, draw_digits, reason, triplet
+from vigos.world.warmup import MIXTURE, Mixture, Recipe, damage, learn, pretrain, see
 
 SIZE = (CELL, 2 * CELL)
 
@@ -90,7 +90,7 @@ def test_files_are_png_and_jsonl_as_a_user_brings_them(tmp_path):
         with Image.open(tmp_path / row["images"][0]) as image:
             assert (image.format, image.mode) == ("PNG", "RGB")
             assert image.size == (CELL * len(row["digits"]), CELL)
-    from vigos.data import load_rows
+    from vigos.data.rows import load_rows
 
     loaded = next(iter(load_rows(path)))
     assert loaded["problem"] == rows[0]["problem"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.sequences import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
 
 VOCAB, IMAGE = 96, 90  # ids from 90 on are never text: image, video and the vision markers
 HIDDEN, LAYERS = 32, 2

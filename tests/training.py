@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
-from vigos.config import ViGOSConfig
-from vigos.prompts import Prompts
-from vigos.rollout import Sampling
-from vigos.sequences import EncodedPrompt
-from vigos.trainer import ViGOSTrainer
+from vigos.method.encode import EncodedPrompt
+from vigos.method.prompts import Prompts
+from vigos.rollout.engine import Sampling
+from vigos.train.config import ViGOSConfig
+from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path
 
 PROMPTS = Prompts(

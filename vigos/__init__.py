@@ -9,29 +9,29 @@ import importlib
 from typing import Any
 
 _EXPORTS = {  # name -> module
-    "linear_divergence": "vigos.divergence",
-    "logits_divergence": "vigos.divergence",
-    "DivergenceOutput": "vigos.divergence",
-    "Supervision": "vigos.supervision",
-    "FORWARD_KL": "vigos.supervision",
-    "REVERSE_KL": "vigos.supervision",
-    "JSD": "vigos.supervision",
-    "PrefixTree": "vigos.prefix_tree",
-    "TeacherScorer": "vigos.scoring",
-    "ViGOSConfig": "vigos.config",
-    "ViGOSTrainer": "vigos.trainer",
-    "parse_rollout": "vigos.spans",
-    "evaluate": "vigos.evaluation",
+    "linear_divergence": "vigos.divergence.api",
+    "logits_divergence": "vigos.divergence.api",
+    "DivergenceOutput": "vigos.divergence.api",
+    "Supervision": "vigos.divergence.supervision",
+    "FORWARD_KL": "vigos.divergence.supervision",
+    "REVERSE_KL": "vigos.divergence.supervision",
+    "JSD": "vigos.divergence.supervision",
+    "PrefixTree": "vigos.scoring.prefix_tree",
+    "TeacherScorer": "vigos.scoring.teacher",
+    "ViGOSConfig": "vigos.train.config",
+    "ViGOSTrainer": "vigos.train.trainer",
+    "parse_rollout": "vigos.method.spans",
+    "evaluate": "vigos.eval.evaluate",
 }
 
-_MODULES = ("reference",)  # reached as vigos.reference without an import of its own
+_MODULES = {"reference": "vigos.divergence.reference"}  # reached as attributes, without an import of their own
 
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"vigos.{name}")
+        return importlib.import_module(_MODULES[name])
     if name not in _EXPORTS:
         raise AttributeError(f"module 'vigos' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -28,7 +28,7 @@ except ImportError:  # the base install has torch and triton alone
     sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
 
 if TYPE_CHECKING:
-    from vigos.config import ViGOSConfig
+    from vigos.train.config import ViGOSConfig
 
 app = typer.Typer(
     help="Visually grounded on-policy self-distillation.",
@@ -57,7 +57,7 @@ def demo(
     """Post-train the built-in model with the whole method; evaluate it before and after."""
     import torch
 
-    from vigos.demo import run_demo
+    from vigos.study.demo import run_demo
 
     # A model this small gains nothing from a second core, and loses tenfold where another program wants that core.
     torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfi
     import yaml
     from transformers import HfArgumentParser
 
-    from vigos.config import ViGOSConfig
+    from vigos.train.config import ViGOSConfig
 
     known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
     parser = HfArgumentParser([Source, ViGOSConfig], add_help=False, allow_abbrev=False)  # type: ignore[list-item]
@@ -144,7 +144,7 @@ def train(
     list_options: Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")] = False,
 ) -> None:
     """Train with ViGOS. Every field of the configuration is a flag: --learning-rate 5e-6, --preset released, …"""
-    from vigos.config import ViGOSConfig
+    from vigos.train.config import ViGOSConfig
 
     if list_options:
         table = Table("option", "default", "what it does")
@@ -156,10 +156,10 @@ def train(
         console.print("and every field of transformers.TrainingArguments")
         return
     source, run = parse_run(config, context.args)
-    from vigos.recipe import train_from_source
+    from vigos.launch import train_from_source
 
     if train_from_source(source, run).interrupted:
-        from vigos.restart import EXIT_CODE
+        from vigos.train.checkpoint import EXIT_CODE
 
         console.print("stopped by SIGTERM after a checkpoint; go on with --resume auto")
         raise typer.Exit(EXIT_CODE)
@@ -198,8 +198,8 @@ def evaluate_command(
     baseline: Annotated[Path | None, typer.Option(help="records.jsonl of the untrained model, shown beside.")] = None,
 ) -> None:
     """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
-    from vigos.evaluation import EvaluationResult
-    from vigos.recipe import evaluate_from_source
+    from vigos.eval.evaluate import EvaluationResult
+    from vigos.launch import evaluate_from_source
 
     untrained = EvaluationResult.load(baseline) if baseline is not None else None
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
@@ -235,8 +235,8 @@ def compare(
     Five metrics are looked at, so one counts as different at p < 0.01: two runs of one model then differ in one of them
     at most once in twenty times.
     """
-    from vigos.evaluation import EvaluationResult
-    from vigos.evaluation import compare as paired
+    from vigos.eval.evaluate import EvaluationResult
+    from vigos.eval.evaluate import compare as paired
 
     first, second = EvaluationResult.load(a), EvaluationResult.load(b)
     table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p", "differs")
@@ -267,7 +267,7 @@ def report(
     rollouts: Annotated[int, typer.Option(help="Rollouts shown at most, sampled evenly over the steps.")] = 400,
 ) -> None:
     """Write one HTML file about a run: headline numbers, rollouts token by token, curves, cost. It loads nothing."""
-    from vigos.report import write_report
+    from vigos.report.page import write_report
 
     path = write_report(
         run, output or run / "report.html", compare=compare, before=before, after=after, rollouts=rollouts
@@ -290,8 +290,9 @@ def study(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
-    from vigos.study import FULL, QUICK, reduced, run_study
-    from vigos.study_results import draw, print_results
+    from vigos.study.plan import FULL, QUICK, reduced
+    from vigos.study.results import draw, print_results
+    from vigos.study.run import run_study
 
     def tell(what: str, done: int, total: int) -> None:
         console.print(f"[dim]{done}/{total}[/] {escape(what)}", soft_wrap=True)
@@ -321,7 +322,7 @@ def palr(
 ) -> None:
     """How much of the supervision the privileged answer buys, and not the image. Takes the options of `train`."""
     source, run = parse_run(config, ["--output-dir", "runs/palr", *context.args])
-    from vigos.recipe import palr_from_source
+    from vigos.launch import palr_from_source
 
     found = palr_from_source(source, run, rows=rows, adapter=adapter, teacher_model=teacher_model)
     table = Table("tokens of", "PALR", "95 % interval", "tokens", title=f"{run.method}, {found['rollouts']} rollouts")
@@ -353,9 +354,9 @@ def probe_command(
     data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
 ) -> None:
     """Does it look? Accuracy with the image removed, blurred, or swapped for another row's, against the intact one."""
-    from vigos.data import load_rows
-    from vigos.probes import probe, summarise
-    from vigos.recipe import load_student
+    from vigos.data.rows import load_rows
+    from vigos.eval.probes import probe, summarise
+    from vigos.launch import load_student
 
     loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
@@ -417,9 +418,9 @@ def world_check(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Print the preconditions P1 to P5 with intervals."""
-    from vigos import world
+    from vigos.study.preconditions import check
 
-    world.check(model, n=n, seed=seed)
+    check(model, n=n, seed=seed)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ def _quiet_libraries() -> None:
 def main(argv: list[str] | None = None) -> Any:
     """Runs the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
     _quiet_libraries()
-    from vigos.faults import TrainingStopped, end_process
+    from vigos.errors import TrainingStopped, end_process
 
     try:
         return app(argv)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vigos.engines import IMPLS, UNPROVEN, engine
-from vigos.engines.self_check import check
+from vigos.divergence.engines import IMPLS, UNPROVEN, engine
+from vigos.divergence.engines.self_check import check
 
 PACKAGES = {  # distribution -> what it is for and how to get it
     "triton": "Triton engines; comes with torch's CUDA builds, else pip install triton",

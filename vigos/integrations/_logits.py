@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence import DivergenceOutput, logits_divergence
-from vigos.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.api import DivergenceOutput, logits_divergence
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 
 def kind_and_beta(beta: float) -> tuple[int, float]:

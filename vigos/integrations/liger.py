@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence import linear_divergence
+from vigos.divergence.api import linear_divergence
+from vigos.divergence.supervision import Supervision
 from vigos.integrations._logits import kind_and_beta
 from vigos.integrations._patching import Patch, Target, UnknownPeer, described, say_once, version_of
-from vigos.supervision import Supervision
 
 
 class _Unasked(float):

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence import linear_divergence
+from vigos.divergence.api import linear_divergence
+from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL, Supervision
 from vigos.integrations._logits import token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer
-from vigos.supervision import FORWARD_KL, REVERSE_KL, Supervision
 
 KNOWN = {
     "masked_kl_loss": (

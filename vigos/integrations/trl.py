@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence import linear_divergence, logits_divergence
+from vigos.divergence.api import linear_divergence, logits_divergence
+from vigos.divergence.supervision import Supervision
 from vigos.integrations._logits import generalized_jsd, kind_and_beta, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer, check_signature, say_once, version_of
-from vigos.supervision import Supervision
 
 TRAINERS = ("distillation", "gkd", "gold", "sdft", "sdpo")
 _CHUNKED = (

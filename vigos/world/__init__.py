@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from vigos.world.prompts import world_prompts
 
 if TYPE_CHECKING:
-    from vigos.world.check import check
     from vigos.world.generate import write_world
-    from vigos.world.pretrain import pretrain
+    from vigos.world.warmup import pretrain
 
-__all__ = ["check", "checkpoint_path", "load_base", "pretrain", "world_prompts", "write_world"]
+__all__ = ["checkpoint_path", "load_base", "pretrain", "world_prompts", "write_world"]
 
-_LAZY = {"write_world": "generate", "pretrain": "pretrain", "check": "check"}
+_LAZY = {"write_world": "generate", "pretrain": "warmup"}
 
 
 def checkpoint_path() -> Path:
@@ -37,8 +36,7 @@ def load_base(folder: str | Path | None = None) -> tuple[Any, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved late, because these modules need NumPy, Pillow and transformers. A submodule that was imported under the
-    # same name (`vigos.world.check`) is set as an attribute by the import system; the functions replace it here.
+    # Resolved late, because these modules need NumPy, Pillow and transformers.
     if name in _LAZY:
         from importlib import import_module
 

@@ -1,6 +1,6 @@
 """Batches without the processor: prompts rendered once and kept, images patched together, all of one length.
 
-The results equal what `vigos.sequences.encode_prompt` and the model's own forward give, which a test checks; they only
+The results equal what `encode_prompt` and the model's own forward give, which a test checks; they only
 come some twenty times faster.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vigos.prompts import Prompts, Role
-from vigos.sequences import EncodedPrompt
+from vigos.method.encode import EncodedPrompt
+from vigos.method.prompts import Prompts, Role
 
 
 @dataclass(frozen=True)

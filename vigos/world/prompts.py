@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vigos.prompts import Prompts
+from vigos.method.prompts import Prompts
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
 

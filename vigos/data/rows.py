@@ -1,0 +1,315 @@
+"""Rows of a dataset: problem, images, answer, problem_id, from the files people have.
+
+    rows = load_rows("train.jsonl")  # also .json, .parquet, a folder, a `datasets` folder or hub name
+    rows[0]  # {"problem": …, "images": [PIL.Image], "answer": …, "problem_id": …, "extra": {…}}
+
+Images are opened when a row is asked for, within bounds. A row that cannot be used is a `BadRow` that says which row
+and why: raised, or returned in the row's place (`bad_rows="return"`), so that a data loader goes on and its caller
+counts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+import torch
+
+from vigos.data.download import fetch_image
+from vigos.data.images import BadImage, ImageLimits, ImageLoader, short
+from vigos.data.sources import Records, name_of, open_source
+from vigos.method.spans import braces_balance
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OnBadRow = Literal["raise", "return"]
+
+
+class Row(TypedDict):
+    """One row. `extra` holds every column that has no name of its own here."""
+
+    problem: str
+    images: list[Image]  # RGB
+    answer: str
+    problem_id: str
+    extra: dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        row_id: the row's id, or its number where it has none.
+        reason: a slug: "malformed_row", "missing_field", "empty_problem", "empty_answer", "bad_answer",
+            "unbalanced_answer", "image_count", or that of a `BadImage`.
+        detail: a sentence for the log.
+    """
+
+    def __init__(self, row_id: str, reason: str, detail: str) -> None:
+        super().__init__(row_id, reason, detail)  # all three, so that it survives a worker's pickling
+        self.row_id, self.reason, self.detail = row_id, reason, detail
+
+    def __str__(self) -> str:
+        return f"row {self.row_id}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    problem: str
+    images: str | None
+    answer: str
+    id: str | None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns a raw record into a row."""
+
+    columns: _Columns
+    images: ImageLoader
+    image_placeholder: str | None
+
+    def row_id(self, record: Mapping[str, Any], number: int | str) -> str:
+        value = record.get(self.columns.id) if self.columns.id else None
+        return str(number if value is None else value)
+
+    def read(self, record: Any, number: int | str) -> Row:
+        if not isinstance(record, Mapping):
+            raise BadRow(str(number), "malformed_row", f"expected an object with named fields, got {short(record)}")
+        row_id, columns = self.row_id(record, number), self.columns
+        for name in (columns.problem, columns.answer):
+            if name not in record:
+                raise BadRow(row_id, "missing_field", f"no field {name!r}; it has {', '.join(map(str, record))}")
+        problem = record[columns.problem]
+        if not isinstance(problem, str) or not problem.strip():
+            raise BadRow(row_id, "empty_problem", f"{columns.problem} must be text, got {short(problem)}")
+        answer = self._answer(record[columns.answer], row_id)
+        entries = record.get(columns.images) if columns.images else None
+        if entries is None:
+            entries = []
+        elif not isinstance(entries, list | tuple):
+            entries = [entries]
+        problem = self._without_placeholders(problem, len(entries), row_id)
+        try:
+            images = [self.images.load(entry) for entry in entries]
+        except BadImage as error:
+            raise BadRow(row_id, error.reason, error.detail) from error
+        used = {columns.problem, columns.images, columns.answer, columns.id}
+        extra = {key: value for key, value in record.items() if key not in used}
+        return Row(problem=problem, images=images, answer=answer, problem_id=row_id, extra=extra)
+
+    def _answer(self, value: Any, row_id: str) -> str:
+        column = self.columns.answer
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN: a null in pandas
+            raise BadRow(row_id, "empty_answer", f"{column} is {short(value)}")
+        if not isinstance(value, str | int | float):
+            raise BadRow(row_id, "bad_answer", f"{column} must be text or a number, got {short(value)}")
+        answer = str(value).strip()
+        if not braces_balance(answer):
+            raise BadRow(row_id, "unbalanced_answer", f"the braces of {column} {short(answer)} do not match")
+        return answer
+
+    def _without_placeholders(self, problem: str, count: int, row_id: str) -> str:
+        mark = self.image_placeholder
+        if mark is None or mark not in problem:
+            return problem
+        if problem.count(mark) > count:
+            detail = f"the problem names {problem.count(mark)} images ({mark}), the row has {count}"
+            raise BadRow(row_id, "image_count", detail)
+        return re.sub(rf"[ \t]*\n?{re.escape(mark)}\n?[ \t]*", " ", problem).strip()
+
+
+# --- Datasets ---------------------------------------------------------------------------------------------------------
+
+
+class RowDataset(torch.utils.data.Dataset[Row]):
+    """Rows by number. `rows[i]` opens the images of row i and no others."""
+
+    def __init__(self, records: Records, reader: _Reader, bad_rows: OnBadRow) -> None:
+        self.records, self.reader, self.bad_rows = records, reader, bad_rows
+
+    @property
+    def columns(self) -> list[str]:
+        return self.records.columns
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` (negative: from the end); with bad_rows="return" the `BadRow` itself if it cannot be used."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return _read(self.reader, self.records[index % len(self)], index % len(self), self.bad_rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+
+class RowStream(torch.utils.data.IterableDataset[Row]):
+    """Rows in order, never all at once. The workers of a `DataLoader` share the rows between them."""
+
+    def __init__(self, records: Any, columns: list[str], reader: _Reader, bad_rows: OnBadRow, shards: bool) -> None:
+        self.records, self.columns, self.reader, self.bad_rows = records, columns, reader, bad_rows
+        self.shards = shards  # the source divides itself among workers
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = torch.utils.data.get_worker_info()
+        for number, record in enumerate(self.records):
+            name: int | str = number
+            if worker is not None:
+                if self.shards:
+                    name = f"{worker.id}-{number}"  # numbers alone would repeat from worker to worker
+                elif number % worker.num_workers != worker.id:
+                    continue
+            yield _read(self.reader, record, name, self.bad_rows)
+
+
+def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -> Row:
+    try:
+        if isinstance(record, ValueError):
+            raise BadRow(str(number), "malformed_row", f"not JSON: {record}")
+        return reader.read(record, number)
+    except BadRow as error:
+        if bad_rows == "raise":
+            raise
+        return error  # type: ignore[return-value]
+
+
+def load_rows(
+    source: Any,
+    *,
+    problem_column: str = "problem",
+    images_column: str | None = "images",
+    answer_column: str = "answer",
+    id_column: str = "problem_id",
+    split: str = "train",
+    config_name: str | None = None,
+    streaming: bool = False,
+    data_root: str | Path | None = None,
+    allow_outside_root: bool = False,
+    allow_remote_images: bool = False,
+    max_pixels: int = ImageLimits.max_pixels,
+    min_side: int = ImageLimits.min_side,
+    decode_seconds: float = ImageLimits.decode_seconds,
+    image_placeholder: str | None = "<image>",
+    bad_rows: OnBadRow = "raise",
+) -> RowDataset | RowStream:
+    """Opens a dataset. Nothing is decoded until a row is asked for.
+
+    Args:
+        source: a .jsonl, .json or .parquet file; a folder (saved by `datasets`; with `metadata.jsonl` beside the
+            images, also under `<split>/`; with `<split>.jsonl`; or with Parquet files); a hub name for
+            `datasets.load_dataset`; a `datasets.Dataset` or `IterableDataset`; or a list of dicts.
+        images_column: one image or a list of them a row; missing, null and empty mean a row without images. None: the
+            dataset has none. An image is a path, bytes, a base64 `data:` address, `datasets`' Image or a PIL image.
+        id_column: where the dataset has no such column, rows are numbered.
+        split: for folders and hub names that have several.
+        config_name: for hub names that have several configurations.
+        streaming: read in order and give a `RowStream` instead of a `RowDataset`.
+        data_root: folder that image paths are relative to and must stay in; default: the folder of the source.
+        allow_outside_root: permit image paths (and links) that lead out of it.
+        allow_remote_images: download images that are http or https addresses, from public addresses alone and each
+            time a row is asked for; see `vigos.data.download`.
+        max_pixels, min_side, decode_seconds: see `ImageLimits`.
+        image_placeholder: mark taken out of problems, since images always come first here; None: leave problems alone.
+        bad_rows: "raise" a `BadRow` when such a row is asked for, or "return" it in the row's place.
+    """
+    if bad_rows not in get_args(OnBadRow):
+        raise ValueError(f"bad_rows must be one of {', '.join(get_args(OnBadRow))}, got {bad_rows!r}")
+    for name, value in (("max_pixels", max_pixels), ("min_side", min_side)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not decode_seconds > 0:
+        raise ValueError(f"decode_seconds must be positive, got {decode_seconds}")
+    opened = open_source(source, split, config_name, streaming)
+    if data_root is not None and not Path(data_root).is_dir():
+        raise ValueError(f"data_root must be a folder, got {str(data_root)!r}")
+    images = ImageLoader(
+        root=opened.root if data_root is None else Path(data_root),
+        allow_outside_root=allow_outside_root,
+        limits=ImageLimits(max_pixels, min_side, decode_seconds=decode_seconds),
+        fetch=fetch_image if allow_remote_images else None,
+    )
+    wanted = _match_columns(opened.columns, problem_column, images_column, answer_column, id_column, source)
+    reader = _Reader(wanted, images, image_placeholder)
+    if streaming:
+        return RowStream(opened.records, opened.columns, reader, bad_rows, opened.shards)
+    return RowDataset(opened.records, reader, bad_rows)
+
+
+def check_usable(rows: RowDataset | RowStream, probe: int = 64) -> Counter[str]:
+    """Reads up to `probe` rows (spread over a `RowDataset`, the first ones of a `RowStream`) before hours are spent.
+
+    Returns:
+        how many of them are "ok", and how many were refused for which reason.
+
+    Raises:
+        ValueError: none of them is usable, or there are none.
+    """
+    counts: Counter[str] = Counter()
+    first: BadRow | None = None
+    for row in _probed(rows, probe):
+        counts["ok" if not isinstance(row, BadRow) else row.reason] += 1
+        first = first or (row if isinstance(row, BadRow) else None)
+    if not counts:
+        raise ValueError("the dataset has no rows")
+    if not counts["ok"]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in counts.most_common() if n)
+        raise ValueError(f"none of the {counts.total()} rows read is usable ({reasons}); the first: {first}")
+    return counts
+
+
+def _probed(rows: RowDataset | RowStream, probe: int) -> Iterator[Row | BadRow]:
+    if isinstance(rows, RowStream):
+        quiet = RowStream(rows.records, rows.columns, rows.reader, "return", rows.shards)
+        yield from (row for _, row in zip(range(probe), quiet, strict=False))
+    else:
+        n = min(probe, len(rows))
+        for i in range(n):
+            index = i * len(rows) // n
+            yield _read(rows.reader, rows.records[index], index, "return")
+
+
+# --- Columns ----------------------------------------------------------------------------------------------------------
+
+# Columns that hold images under another name; a dataset with one of them is not a text-only dataset.
+_IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "file_name", "file_names", "image_path", "image_paths")
+
+
+def _match_columns(
+    columns: list[str], problem: str, images: str | None, answer: str, row_id: str, source: Any
+) -> _Columns:
+    if not columns:
+        raise ValueError(f"{name_of(source)} has no rows with named fields")
+
+    def missing(argument: str, name: str, hint: str = "") -> ValueError:
+        near = get_close_matches(name, columns, n=1)
+        suggestion = f"; did you mean {argument}={near[0]!r}?" if near else ""
+        has = f"{name_of(source)} has {', '.join(columns)}"
+        return ValueError(f"{argument} {name!r} is not in the data: {has}{suggestion}{hint}")
+
+    if problem not in columns:
+        raise missing("problem_column", problem)
+    if answer not in columns:
+        raise missing("answer_column", answer)
+    if images is not None and images not in columns:
+        others = [name for name in columns if name.lower() in _IMAGE_NAMES]
+        if images != "images":
+            raise missing("images_column", images, "; images_column=None if the rows have no images")
+        if len(others) > 1 or (others and others[0] not in ("file_name", "file_names")):
+            hint = f"; did you mean images_column={others[0]!r}? images_column=None if the rows have no images"
+            has = f"{name_of(source)} has {', '.join(columns)}"
+            raise ValueError(f"images_column 'images' is not in the data: {has}{hint}")
+        images = others[0] if others else None  # `datasets` calls the images of a folder file_name; else text only
+    found_id: str | None = row_id
+    if row_id not in columns:
+        if row_id != "problem_id":
+            raise missing("id_column", row_id)
+        found_id = None
+    return _Columns(problem, images, answer, found_id)

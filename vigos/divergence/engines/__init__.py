@@ -1,0 +1,70 @@
+"""The engines behind `impl=`. Each is a module here that offers
+
+    why_not(problem) -> str | None             None: it can run this LinearProblem; else the reason, for people
+    forward(problem) -> LinearResult
+    logits_why_not(problem) -> str | None      the same for a LogitsProblem, where the engine has such a kernel
+    logits_forward(problem) -> LogitsResult
+    logits_backward(problem, state, row_grad) -> Tensor     dlogits (N, V), rows scaled by row_grad (R,)
+
+`logits_backward` takes a keyword `out`: the tensor to write to, which may be the student's logits themselves.
+A module is imported on first use; one whose requirements are missing imports all the same and says so in `why_not`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from vigos.divergence.engines.problem import LinearProblem, LogitsProblem
+from vigos.divergence.engines.self_check import agrees
+
+IMPLS = ("reference", "cpu", "triton", "triton_streaming", "cuda", "cuda_hopper")
+
+# No run on a GPU has checked these yet: they run under their names alone, and `vigos doctor` says so.
+UNPROVEN = ("cuda", "cuda_hopper")
+PROVEN = ("cpu", "reference")  # by the tests, on any machine
+
+# What `auto` tries, in order; on a GPU, after the engine agreed with float64 there (`self_check`).
+AUTO = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
+
+_MODULES = {"reference": "chunked"}  # where a module is called otherwise
+
+
+def engine(impl: str) -> ModuleType:
+    """The module of a named engine."""
+    if impl not in IMPLS:
+        raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
+    return importlib.import_module(f"vigos.divergence.engines.{_MODULES.get(impl, impl)}")
+
+
+def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str | None:
+    if isinstance(problem, LinearProblem):
+        return module.why_not(problem)
+    if not hasattr(module, "logits_why_not"):
+        return "it has no kernel for logits that exist already"
+    return module.logits_why_not(problem)
+
+
+def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
+    """The engine that runs `problem`: the named one or an error that says why not; for "auto" the first that can."""
+    if impl != "auto":
+        module = engine(impl)
+        reason = _why_not(module, problem)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run this call: {reason}")
+        return module
+    for name in AUTO.get(problem.device.type, ("reference",)):
+        module = engine(name)
+        if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device)):
+            return module
+    raise AssertionError("the reference engine runs everything")
+
+
+def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """What `auto` tries on this device, in order."""
+    return AUTO.get(torch.device(device).type, ("reference",))

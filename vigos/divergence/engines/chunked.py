@@ -1,0 +1,365 @@
+"""Chunked PyTorch: any float dtype, any device, never N x V elements. The plain path, and what `auto` ends with.
+
+With x = log p_s - log p_t, taken as (z_s - z_t) - (lse_s - lse_t) so that near teachers lose nothing:
+
+    forward KL   sum p_t (expm1(x) - x)                               a = p_s - p_t
+    reverse KL   sum p_s (expm1(-x) + x)                              a = p_s x
+    JSD(beta)    sum beta p_t (log p_t - log m) + a,  m = (1 - beta) p_s + beta p_t
+                                                                      a = (1 - beta) p_s (log p_s - log m)
+
+and d/dz_s = a - p_s S with S = sum a, for all three. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
+which makes every term of them >= 0 and of second order; they do not notice an error of lse_s - lse_t to first order,
+and neither does a - p_s S. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD; where a term is
+above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head, (student - teacher) @
+head.T is computed instead of the student's logits: its rounding is relative to what the gradient is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vigos.divergence.engines.problem import (
+    STATE,
+    LinearProblem,
+    LinearResult,
+    LogitsProblem,
+    LogitsResult,
+    Rows,
+    Statistics,
+    all_reduce,
+    chunk_width,
+    chunks,
+    live_rows,
+)
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
+
+INF = float("inf")
+KNOWN = 6  # of a row, from its statistics, for its gradient
+# Elements of one (chunk, V) tensor; about forty of them come and go. On a CPU they better stay in its cache.
+CHUNK_ELEMENTS = {"cpu": 2**19}
+CHUNK_ELEMENTS_ELSEWHERE = 2**22
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ELSEWHERE)
+
+
+def why_not(problem: LinearProblem) -> str | None:
+    """It runs everything."""
+    return None
+
+
+def logits_why_not(problem: LogitsProblem) -> str | None:
+    """It runs everything."""
+    return None
+
+
+@dataclass
+class _Pair:
+    """Logits of a chunk, (C, V): z of both sides, and z_s - z_t with as little rounding as possible."""
+
+    z_s: Tensor
+    z_t: Tensor
+    gap: Tensor
+    slope: Tensor | float  # d z_s / d raw_s, (C, V) under a softcap
+
+
+def _pair(
+    rows: Rows, difference: Tensor, raw_s: Tensor, raw_t: Tensor, bias_s: Tensor | None, bias_t: Tensor | None
+) -> _Pair:
+    if bias_s is not None:
+        raw_s = raw_s + bias_s
+    if bias_t is not None:
+        raw_t = raw_t + bias_t
+    if bias_s is not bias_t:
+        difference = difference + ((0 if bias_s is None else bias_s) - (0 if bias_t is None else bias_t))  # type: ignore[operator]
+    slope: Tensor | float = rows.alpha
+    if rows.softcap is None:
+        z_s, z_t, gap = raw_s * rows.alpha, raw_t * rows.alpha, difference * rows.alpha
+    else:
+        tanh_s, tanh_t = (torch.tanh(raw * (rows.scale / rows.softcap)) for raw in (raw_s, raw_t))
+        height = rows.softcap / rows.temperature
+        z_s, z_t, slope = tanh_s * height, tanh_t * height, (1 - tanh_s**2) * rows.alpha
+        gap = torch.tanh(difference * (rows.scale / rows.softcap)) * (1 - tanh_s * tanh_t) * height
+        infinite = torch.isinf(raw_s) | torch.isinf(raw_t)  # tanh gives those a finite logit
+        gap = torch.where(infinite, z_s - z_t, gap)
+    v, real = z_s.shape[-1], rows.local_vocab(z_s.shape[-1])
+    if real < v:
+        padding = torch.arange(v, device=z_s.device) >= real
+        z_s, z_t = z_s.masked_fill(padding, -INF), z_t.masked_fill(padding, -INF)
+    gap = gap.masked_fill((z_s == -INF) & (z_t == -INF), 0.0)
+    return _Pair(z_s, z_t, gap, slope)
+
+
+def _normaliser(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: the maximum, sum of exp(z - maximum) and the entropy of softmax(z)."""
+    top = all_reduce(z.amax(-1), group, "max")
+    shifted = z - torch.where(top == -INF, 0.0, top)[:, None]
+    e = shifted.exp()
+    total, first = all_reduce(torch.stack([e.sum(-1), (e * shifted.masked_fill(z == -INF, 0.0)).sum(-1)]), group)
+    return top, total, total.log() - first / total
+
+
+def _expm1_plus(a: Tensor) -> Tensor:
+    """exp(-a) - 1 + a for a >= 0, to rounding also where a is small."""
+    last = 16 if a.dtype == torch.float64 else 9  # the first term left out is under a rounding at 0.5
+    series = torch.full_like(a, 1 / math.factorial(last))
+    negative = -a
+    for k in range(last - 1, 1, -1):
+        series.mul_(negative).add_(1 / math.factorial(k))
+    return torch.where(a < 0.5, series * a * a, torch.expm1(negative) + a)
+
+
+@dataclass
+class _Terms:
+    """Per entry of a chunk, (C, V): x and both probabilities, from x so that their difference is exact."""
+
+    x: Tensor
+    p_s: Tensor
+    p_t: Tensor
+    difference: Tensor  # p_s - p_t
+    larger: Tensor  # the larger probability, and where it is the student's
+    student_larger: Tensor
+
+
+def _terms(pair: _Pair, known: Tensor) -> _Terms:
+    """`known` (C, KNOWN): top_s, log total_s, top_t, log total_t, lse_s - lse_t, S."""
+    top_s, log_s, top_t, log_t, delta = known[:, :5, None].unbind(1)
+    neither = (pair.z_s == -INF) & (pair.z_t == -INF)
+    x = (pair.gap - delta).masked_fill(neither, 0.0)
+    student_larger = x > 0
+    larger = torch.where(student_larger, (pair.z_s - top_s) - log_s, (pair.z_t - top_t) - log_t).exp()
+    fall = larger * torch.expm1(-x.abs())
+    smaller = larger * torch.exp(-x.abs())
+    return _Terms(
+        x,
+        torch.where(student_larger, larger, smaller),
+        torch.where(student_larger, smaller, larger),
+        torch.where(student_larger, -fall, fall),
+        larger,
+        student_larger,
+    )
+
+
+def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
+    """p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
+    a = terms.x.abs()
+    fall, second_order = torch.expm1(-a), _expm1_plus(a)
+    # The weighting side's probability is the larger one, or the smaller one.
+    weighting_larger = torch.where(a == INF, INF, terms.larger * second_order)
+    near = -(second_order + fall * a)
+    far = -(fall + a.clamp(max=1e3) * torch.exp(-a))
+    return torch.where(
+        terms.student_larger == of_student, weighting_larger, torch.where(a < 0.25, near, far) * terms.larger
+    )
+
+
+def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
+    """(divergence's terms, the student's share of them)."""
+    a = terms.x.abs()
+    other = (1 - beta) + (2 * beta - 1) * terms.student_larger.to(a.dtype)  # the mixture's weight of the smaller one
+    to_mixture = torch.log1p(other * torch.expm1(-a))
+    larger = -terms.larger * to_mixture  # p (log p - log m)
+    smaller = -torch.where(terms.student_larger, terms.p_t, terms.p_s) * (a.clamp(max=1e3) + to_mixture)
+    student = (1 - beta) * torch.where(terms.student_larger, larger, smaller)
+    return student + beta * torch.where(terms.student_larger, smaller, larger), student
+
+
+def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(terms of the divergence, a), (C, V) each."""
+    clip = rows.entry_clip
+    if kind == JSD:
+        u, a = _jsd_terms(terms, rows.beta)
+        return (u, a) if clip is None else (torch.where(u > clip, clip, u), torch.where(u > clip, 0.0, a))
+    nothing = torch.where(terms.x.isnan(), terms.x, 0.0)
+    if kind == REVERSE_KL:
+        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.x, nothing)
+        above = -terms.p_s
+    else:
+        u = torch.where(terms.p_t > 0, -terms.p_t * terms.x, nothing)
+        a, above = terms.difference, terms.p_s
+    if clip is None:
+        return _kl_terms(terms, kind == REVERSE_KL), a
+    return torch.where(u > clip, clip, u), torch.where(u > clip, above, a)
+
+
+def _slopes(terms: _Terms, kind: int, rows: Rows) -> Tensor:
+    """`a` by itself."""
+    if kind == FORWARD_KL and rows.entry_clip is None:
+        return terms.difference
+    if kind == REVERSE_KL and rows.entry_clip is None:
+        return torch.where(terms.p_s > 0, terms.p_s * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+    return _entries(terms, kind, rows)[1]
+
+
+def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tuple[Statistics, Tensor]:
+    """Statistics of a chunk and what its gradient needs, (C, KNOWN)."""
+    top_s, total_s, entropy_s = _normaliser(pair.z_s, rows.group)
+    top_t, total_t, entropy_t = _normaliser(pair.z_t, rows.group)
+    lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
+    delta = (top_s - top_t) + (total_s / total_t).log()
+    known = torch.stack([top_s, total_s.log(), top_t, total_t.log(), delta, torch.zeros_like(delta)], dim=1)
+    terms = _terms(pair, known)
+    sums = torch.zeros(2, kind.shape[0], dtype=delta.dtype, device=delta.device)
+    for value in (FORWARD_KL, REVERSE_KL, JSD):
+        of_kind = kind == value
+        if of_kind.any():
+            sums = torch.where(of_kind, torch.stack([x.sum(-1) for x in _entries(terms, value, rows)]), sums)
+    all_reduce(sums, rows.group)
+    logprobs: list[Tensor | None] = [None, None]
+    if labels is not None:
+        local = labels - rows.vocab_start
+        mine = (local >= 0) & (local < pair.z_s.shape[-1])
+        at = local.clamp(0, pair.z_s.shape[-1] - 1)[:, None]
+        for i, (z, lse) in enumerate(((pair.z_s, lse_s), (pair.z_t, lse_t))):
+            picked = torch.where(mine, z.gather(1, at).squeeze(1), 0.0)
+            logprobs[i] = all_reduce(picked, rows.group) - lse
+    statistics = Statistics(sums[0], entropy_s, entropy_t, lse_s, lse_t, *logprobs)
+    known[:, 5] = sums[1]
+    return statistics, known
+
+
+def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
+    """d divergence / d raw student logits of a chunk, (C, V)."""
+    terms, total = _terms(pair, state), state[:, 5]
+    out = torch.zeros_like(pair.z_s)
+    for value in (FORWARD_KL, REVERSE_KL, JSD):
+        of_kind = kind == value
+        if of_kind.any():
+            a = _slopes(terms, value, rows)
+            out = torch.where(of_kind[:, None], a - terms.p_s * total[:, None], out)
+    return out * pair.slope
+
+
+def _padded(index: Tensor, width: int) -> Tensor:
+    """`index` with its last entry repeated up to `width`."""
+    return torch.cat([index, index[-1:].expand(width - index.shape[0])])
+
+
+def _store(into: Statistics, at: slice, chunk: Statistics) -> None:
+    n = at.stop - at.start
+    for name, value in vars(chunk).items():
+        if value is not None:
+            getattr(into, name)[at] = value[:n]
+
+
+def forward(problem: LinearProblem) -> LinearResult:
+    """Statistics of every row; gradients of the rows through which the loss has one."""
+    dtype, device, r = problem.compute_dtype, problem.device, problem.n_rows
+    v, d = problem.student_weight.shape
+    statistics = Statistics.empty(problem)
+    result = LinearResult(statistics)
+    need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
+    if problem.need_dhidden:
+        result.drow = torch.zeros(r, d, dtype=dtype, device=device)
+        result.computed = torch.zeros(r, dtype=torch.bool, device=device)
+    if problem.need_dweight:
+        result.dweight = torch.zeros(v, d, dtype=dtype, device=device)
+    if problem.need_dbias:
+        result.dbias = torch.zeros(v, dtype=dtype, device=device)
+    head_s = problem.student_weight
+    head_t = head_s if problem.teacher_weight is None else problem.teacher_weight
+    bias_s, bias_t = (None if b is None else b.to(dtype) for b in (problem.student_bias, problem.teacher_bias))
+    if problem.teacher_bias is problem.student_bias:
+        bias_t = bias_s
+    # The head is used in its own dtype when that is the compute dtype, else converted a block of rows at a time.
+    width = chunk_width(r, max(1, _chunk_elements(problem.device) // v))
+    block = max(1, _chunk_elements(device) // d)
+
+    def project(hidden: Tensor, head: Tensor) -> Tensor:
+        out = torch.empty(hidden.shape[0], v, dtype=dtype, device=device)
+        for part in chunks(v, v if head.dtype == dtype else block):
+            out[:, part] = hidden @ head[part].to(dtype).T
+        return out
+
+    for at in chunks(r, width):
+        rows_s, rows_t = (_padded(index[at], width) for index in (problem.student_row, problem.teacher_row))
+        kind = _padded(problem.kind[at], width)
+        labels = None if problem.labels is None else _padded(problem.labels[at], width)
+        hidden, teacher = problem.student_hidden[rows_s].to(dtype), problem.teacher_hidden[rows_t].to(dtype)
+        raw_t = project(teacher, head_t)
+        if problem.teacher_weight is None:  # rounding relative to the difference, which the gradient is made of
+            difference = project(hidden - teacher, head_s)
+            raw_s = raw_t + difference
+        else:
+            raw_s = project(hidden, head_s)
+            difference = raw_s - raw_t
+        pair = _pair(problem, difference, raw_s, raw_t, bias_s, bias_t)
+        del difference, raw_s, raw_t
+        measured, state = _measure(problem, pair, kind, labels)
+        _store(statistics, at, measured)
+        if not need:
+            continue
+        n = at.stop - at.start
+        chunk_rows = replace(problem, weight=problem.weight[at], clip=problem.clip[at])
+        live = live_rows(chunk_rows, measured.divergence[:n])
+        if not live.any():
+            continue
+        keep = torch.zeros(width, dtype=torch.bool, device=device)
+        keep[:n] = live
+        dlogits = _dlogits(problem, pair, kind, state).masked_fill(~keep[:, None], 0.0)
+        del pair
+        if result.drow is not None and result.computed is not None:
+            drow = torch.zeros(width, d, dtype=dtype, device=device)
+            for part in chunks(v, v if head_s.dtype == dtype else block):
+                drow.addmm_(dlogits[:, part], head_s[part].to(dtype))
+            result.drow[at], result.computed[at] = drow[:n], live
+        weighted = dlogits[:n] * torch.where(live, problem.weight[at], 0.0)[:, None].to(dtype)
+        if result.dweight is not None:
+            result.dweight.addmm_(weighted.T, hidden[:n].masked_fill(~live[:, None], 0.0))
+        if result.dbias is not None:
+            result.dbias += weighted.sum(0)
+    if result.drow is not None:
+        all_reduce(result.drow, problem.group)
+    return result
+
+
+def _logits_pair(problem: LogitsProblem, rows_s: Tensor, rows_t: Tensor) -> _Pair:
+    raw_s, raw_t = problem.student_logits[rows_s], problem.teacher_logits[rows_t]
+    raw_s, raw_t = raw_s.to(problem.compute_dtype), raw_t.to(problem.compute_dtype)
+    return _pair(problem, raw_s - raw_t, raw_s, raw_t, None, None)
+
+
+def logits_forward(problem: LogitsProblem) -> LogitsResult:
+    """Statistics of every row, chunk by chunk."""
+    r, v = problem.n_rows, problem.student_logits.shape[1]
+    statistics = Statistics.empty(problem)
+    state = torch.zeros(r, STATE, dtype=problem.compute_dtype, device=problem.device)
+    for at in chunks(r, max(1, _chunk_elements(problem.device) // v)):
+        pair = _logits_pair(problem, problem.student_row[at], problem.teacher_row[at])
+        labels = None if problem.labels is None else problem.labels[at]
+        measured, state[at, :KNOWN] = _measure(problem, pair, problem.kind[at], labels)
+        _store(statistics, at, measured)
+    return LogitsResult(statistics, state)
+
+
+def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+
+    `out` may be the student's logits, if no row of them is supervised twice. Rows with row_grad 0 are not read.
+    """
+    n, v = problem.student_logits.shape
+    in_place = out is not None and out.data_ptr() == problem.student_logits.data_ptr()
+    if out is None:
+        out = torch.empty_like(problem.student_logits, memory_format=torch.contiguous_format)
+    if not in_place:
+        out.zero_()
+    active = (row_grad != 0).nonzero().squeeze(1)
+    for at in chunks(active.shape[0], max(1, _chunk_elements(problem.device) // v)):
+        r = active[at]
+        pair = _logits_pair(problem, problem.student_row[r], problem.teacher_row[r])
+        dlogits = (_dlogits(problem, pair, problem.kind[r], state[r]) * row_grad[r][:, None]).to(out.dtype)
+        if in_place:
+            out[problem.student_row[r]] = dlogits
+        else:
+            out.index_add_(0, problem.student_row[r], dlogits)
+    if in_place:
+        quiet = torch.ones(n, dtype=torch.bool, device=out.device)
+        quiet[problem.student_row[active]] = False
+        out[quiet] = 0
+    return out

@@ -1,0 +1,388 @@
+"""impl="cpu": chunks of logits from a matrix product, a C++ row kernel over them, and the product for the gradient.
+
+A chunk's logits lie as (V, columns): the student's columns, then the teacher's. With a shared head they come from one
+product of 2C columns, so the head is read once for both; the student's columns then are (student - teacher) @ head.T,
+whose rounding is relative to the difference that the gradient is made of. The row kernel (csrc/divergence_kernel.h)
+takes tokens along its SIMD lanes and visits the chunk three times: statistics; divergence; and, for rows that are live,
+the gradient, written over the student's logits and closed up so that the last product sees live rows alone.
+
+The products are csrc/gemm_kernel.h: a row's result depends on nothing but that row, and 16-bit heads are widened a
+block at a time on the way in, so logits are float32 whatever the head is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vigos.divergence.engines.problem import (
+    STATE,
+    LinearProblem,
+    LinearResult,
+    LogitsProblem,
+    LogitsResult,
+    Rows,
+    Statistics,
+    all_reduce,
+    chunk_width,
+    chunks,
+)
+
+CHUNK_BYTES = 120 * 2**20  # of a chunk's logits, both sides
+MOST_COLUMNS = 256  # rows of a chunk where the vocabulary is small
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _extension() -> ModuleType | None:
+    try:
+        return importlib.import_module("vigos._C")
+    except ImportError:
+        return None
+
+
+def _why_not(device: torch.device, tensors: list[Tensor]) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {device}"
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, got {x.dtype}; the reference engine takes float64"
+    if _extension() is None:
+        return "vigos._C is not built: install a C++ compiler, then pip install -e ."
+    return None
+
+
+def why_not(problem: LinearProblem) -> str | None:
+    """It needs the extension and CPU tensors of at most 32 bits."""
+    tensors = [problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_weight]
+    return _why_not(problem.device, [x for x in tensors if x is not None])
+
+
+def logits_why_not(problem: LogitsProblem) -> str | None:
+    """The same, and the whole vocabulary in one place."""
+    if problem.group is not None:
+        return "its kernel for logits visits a row in one go and cannot wait for other ranks; the reference engine can"
+    return _why_not(problem.device, [problem.student_logits, problem.teacher_logits])
+
+
+def _c() -> ModuleType:
+    extension = _extension()
+    assert extension is not None
+    return extension
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+class _Transform:
+    """`_C.Transform` and the bias vectors it points to."""
+
+    def __init__(
+        self, rows: Rows, bias_s: Tensor | None = None, bias_t: Tensor | None = None, v: int = 0,
+        difference: bool = False,
+    ) -> None:  # fmt: skip
+        addresses = (0, 0, 0)
+        if bias_s is not None or bias_t is not None:
+            zero = torch.zeros(v)
+            student = zero if bias_s is None else bias_s[:v].float().contiguous()
+            teacher = zero if bias_t is None else bias_t[:v].float().contiguous()
+            gap = torch.where((student == teacher), 0.0, student - teacher)  # also where both are -inf
+            self.keep = (student, teacher, gap)
+            addresses = tuple(x.data_ptr() for x in self.keep)  # type: ignore[assignment]
+        inner = 0.0 if rows.softcap is None else rows.scale / rows.softcap
+        height = 0.0 if rows.softcap is None else rows.softcap / rows.temperature
+        self.of = _c().Transform(rows.alpha, inner, height, *addresses, difference)
+
+
+def _matrix(x: Tensor) -> object:
+    """`_C.Matrix` of a tensor whose columns are contiguous."""
+    return _c().Matrix(x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape)
+
+
+class _Head:
+    """A head's real rows for the products; one whose columns are not contiguous is copied block by block."""
+
+    BLOCK = 4096
+
+    def __init__(self, weight: Tensor, real: int) -> None:
+        weight = weight[:real]
+        contiguous = weight.stride(1) == 1 or weight.shape[1] == 1
+        self.parts = [weight] if contiguous else list(weight.split(self.BLOCK))
+        self.real, self.d = real, weight.shape[1]
+
+    def project(self, x: Tensor, out: Tensor) -> None:
+        """out (real, n) = head @ x.T for float32 x (n, D) and out, columns contiguous."""
+        start = 0
+        for part in self.parts:
+            part = part.contiguous() if part.stride(1) != 1 else part
+            to = out[start : start + part.shape[0]]
+            _c().project(_matrix(part), x.data_ptr(), x.stride(0), x.shape[0], to.data_ptr(), out.stride(0), _threads())
+            start += part.shape[0]
+
+    def backproject(self, g: Tensor, out: Tensor) -> None:
+        """out (l, D) = g.T @ head for float32 g (real, l)."""
+        start, rest = 0, out
+        for i, part in enumerate(self.parts):
+            part = part.contiguous() if part.stride(1) != 1 else part
+            if i == 1:
+                rest = torch.empty_like(out)
+            rows = g[start : start + part.shape[0]]
+            _c().backproject(rows.data_ptr(), g.stride(0), g.shape[1], _matrix(part), rest.data_ptr(), _threads())
+            if i > 0:
+                out += rest
+            start += part.shape[0]
+
+
+def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
+    """From (6, width) sums to lse_s, lse_t, both entropies and top_s, log total_s, top_t, log total_t, delta."""
+    tops, rest = sums[:2], sums[2:].view(2, 2, -1)
+    if rows.group is not None:
+        most = all_reduce(tops.clone(), rows.group, "max")
+        fall = torch.where(tops == -float("inf"), -float("inf"), tops - most)
+        shift = torch.where(rest[0] == 0, 0.0, rest[0] * torch.where(fall == -float("inf"), 0.0, fall))
+        factor = fall.exp()
+        rest = all_reduce(torch.stack([rest[0] * factor, (rest[1] + shift) * factor]), rows.group)
+        tops = most
+    total, first = rest
+    log = total.log()
+    lse, entropy = tops + log, log - first / total
+    delta = (tops[0] - tops[1]) + (total[0] / total[1]).log()
+    return lse[0], lse[1], entropy[0], entropy[1], torch.stack([tops[0], log[0], tops[1], log[1], delta])
+
+
+def forward(problem: LinearProblem) -> LinearResult:
+    """Statistics of every row; gradients of the rows through which the loss has one."""
+    c = _c()
+    r, d = problem.n_rows, problem.student_weight.shape[1]
+    v = problem.student_weight.shape[0]
+    real = problem.local_vocab(v)
+    statistics = Statistics.empty(problem)
+    result = LinearResult(statistics)
+    need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
+    if problem.need_dhidden:
+        result.drow = torch.zeros(r, d)
+        result.computed = torch.zeros(r, dtype=torch.bool)
+    if problem.need_dweight:
+        result.dweight = torch.zeros(v, d)
+    if problem.need_dbias:
+        result.dbias = torch.zeros(v)
+    if r == 0:
+        return result
+    head_s = _Head(problem.student_weight, real)
+    head_t = None if problem.teacher_weight is None else _Head(problem.teacher_weight, real)
+    transform = _Transform(problem, problem.student_bias, problem.teacher_bias, real, difference=head_t is None)
+    options = c.Options(problem.beta, problem.entry_clip)
+    # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
+    order = torch.argsort(problem.kind, stable=True)
+    width = chunk_width(r, min(MOST_COLUMNS, CHUNK_BYTES // (8 * v)))
+    logits = torch.empty(max(real, 1), 2 * width)
+    hidden_s = torch.zeros(width, d)
+    hidden_t = hidden_s.new_zeros(width, problem.teacher_hidden.shape[1])
+    both = torch.zeros(2 * width, d) if head_t is None else None
+    if both is not None:
+        hidden_s, hidden_t = both[:width], both[width:]
+    sums = torch.empty(6, width, dtype=torch.float64)
+    measured = torch.empty(2, width, dtype=torch.float64)
+    known = torch.zeros(6, width)  # S, top_s, log total_s, top_t, log total_t, delta
+    kind = torch.zeros(width, dtype=torch.int32)
+    chunk = c.Chunk(logits.data_ptr(), logits.data_ptr() + 4 * width, logits.stride(0), logits.stride(0), real, width)
+    for at in chunks(r, width):
+        rows, n = order[at], at.stop - at.start
+        hidden_s[:n] = problem.student_hidden[problem.student_row[rows]]
+        hidden_t[:n] = problem.teacher_hidden[problem.teacher_row[rows]]
+        kind[:n] = problem.kind[rows]
+        kind[n:] = kind[n - 1]
+        if both is not None:
+            student = hidden_s[:n].clone() if result.dweight is not None else None
+            hidden_s -= hidden_t
+            head_s.project(both, logits)
+            if student is not None:
+                hidden_s[:n] = student
+        else:
+            assert head_t is not None
+            head_s.project(hidden_s, logits[:, :width])
+            head_t.project(hidden_t, logits[:, width:])
+        c.chunk_statistics(chunk, transform.of, sums.data_ptr(), _threads())
+        lse_s, lse_t, entropy_s, entropy_t, known[1:] = _normalise(problem, sums)
+        c.chunk_measure(
+            chunk, transform.of, options, known.data_ptr(), kind.data_ptr(), measured.data_ptr(), _threads()
+        )
+        all_reduce(measured, problem.group)
+        known[0] = measured[1]
+        statistics.divergence[rows] = measured[0, :n].float()
+        statistics.student_lse[rows], statistics.teacher_lse[rows] = lse_s[:n].float(), lse_t[:n].float()
+        statistics.student_entropy[rows], statistics.teacher_entropy[rows] = (
+            entropy_s[:n].float(),
+            entropy_t[:n].float(),
+        )
+        if problem.labels is not None:
+            assert statistics.student_logprob is not None
+            assert statistics.teacher_logprob is not None
+            z_s, z_t = _label_logits(problem, logits[:real], problem.labels[rows])
+            statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
+            statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
+        if not need:
+            continue
+        divergence = statistics.divergence[rows]
+        live = (problem.weight[rows] != 0) & ~(divergence > problem.clip[rows])
+        columns = live.nonzero().squeeze(1)
+        n_live = columns.shape[0]
+        if n_live == 0:
+            continue
+        padded = min(width, (n_live + 15) // 16 * 16)
+        index = columns.int()
+        c.chunk_gradient(
+            chunk,
+            transform.of,
+            options,
+            known.data_ptr(),
+            kind.data_ptr(),
+            index.data_ptr(),
+            n_live,
+            padded,
+            _threads(),
+        )
+        g = logits[:real, :n_live]
+        live_at = rows[columns]
+        if result.drow is not None and result.computed is not None:
+            drow = torch.zeros(n_live, d)
+            if real > 0:
+                head_s.backproject(g, drow)
+            result.drow[live_at] = drow
+            result.computed[live_at] = True
+        weight = problem.weight[live_at].float()
+        if result.dweight is not None:
+            weighted = hidden_s[columns] * weight[:, None]
+            c.accumulate_head(
+                g.data_ptr(), g.stride(0), real, n_live, weighted.data_ptr(), d, result.dweight.data_ptr(), _threads()
+            )
+        if result.dbias is not None:
+            result.dbias[:real] += g @ weight
+    if result.drow is not None:
+        all_reduce(result.drow, problem.group)
+    return result
+
+
+def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor) -> Tensor:
+    """(2, n) float64: both sides' z of each row's label, 0 where another rank holds it (and summed over the ranks)."""
+    n, width = labels.shape[0], logits.shape[1] // 2
+    at = labels - problem.vocab_start
+    mine = (at >= 0) & (at < logits.shape[0])
+    out = torch.zeros(2, n, dtype=torch.float64)
+    columns = torch.arange(n)[mine]
+    raws = [logits[at[mine], columns + side * width].double() for side in (0, 1)]
+    if problem.teacher_weight is None:
+        raws[0] += raws[1]
+    for side, bias in enumerate((problem.student_bias, problem.teacher_bias)):
+        raw = raws[side]
+        if bias is not None:
+            raw += bias[at[mine]].double()
+        if problem.softcap is None:
+            out[side, mine] = raw * problem.alpha
+        else:
+            out[side, mine] = torch.tanh(raw * (problem.scale / problem.softcap)) * (
+                problem.softcap / problem.temperature
+            )
+    return all_reduce(out, problem.group)
+
+
+# --- logits that exist -----------------------------------------------------------------------------------------------
+
+
+def _rows_of(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(matrix with contiguous columns, row index into it): `x` itself if its columns are contiguous, else a copy."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x, index
+    return x[index].contiguous(), torch.arange(index.shape[0])
+
+
+def _row_blocks(problem: LogitsProblem, rows: Tensor) -> list[Tensor]:
+    """`rows` in one piece, or in pieces that may be copied."""
+    tensors = (problem.student_logits, problem.teacher_logits)
+    if all(x.stride(1) == 1 or x.shape[1] == 1 for x in tensors):
+        return [rows]
+    return list(rows.split(max(1, CHUNK_BYTES // (8 * tensors[0].shape[1]))))
+
+
+def logits_forward(problem: LogitsProblem) -> LogitsResult:
+    """Statistics of every row; a row is read twice, the second time from a cache."""
+    c = _c()
+    r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
+    out = torch.empty(r, 11, dtype=torch.float64)
+    transform, options = _Transform(problem), c.Options(problem.beta, problem.entry_clip)
+    kind = problem.kind.int()
+    for rows in _row_blocks(problem, torch.arange(r)):
+        student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
+        teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
+        kinds, part = kind[rows].contiguous(), out[rows[0] : rows[-1] + 1] if len(rows) else out
+        student_row, teacher_row = student_row.contiguous(), teacher_row.contiguous()
+        c.rows_forward(
+            _matrix(student), _matrix(teacher), student_row.data_ptr(), teacher_row.data_ptr(), kinds.data_ptr(),
+            len(rows), v, transform.of, options, part.data_ptr(), _threads(),
+        )  # fmt: skip
+    state = torch.zeros(r, STATE)
+    state[:, :6] = out[:, 1:7]
+    logprobs: list[Tensor | None] = [None, None]
+    if problem.labels is not None:
+        sides = ((problem.student_logits, problem.student_row), (problem.teacher_logits, problem.teacher_row))
+        for side, (logits, row) in enumerate(sides):
+            raw = logits[row, problem.labels].double()
+            z = raw * problem.alpha
+            if problem.softcap is not None:
+                z = torch.tanh(raw * (problem.scale / problem.softcap)) * (problem.softcap / problem.temperature)
+            logprobs[side] = (z - out[:, 9 + side]).float()
+    divergence, entropy_s, entropy_t, lse_s, lse_t = (out[:, i].float() for i in (0, 7, 8, 9, 10))
+    return LogitsResult(Statistics(divergence, entropy_s, entropy_t, lse_s, lse_t, *logprobs), state)
+
+
+def _rounds(index: Tensor) -> list[Tensor]:
+    """Positions of `index` in groups within which no value repeats: one group if none does."""
+    if index.unique().shape[0] == index.shape[0]:
+        return [torch.arange(index.shape[0])]
+    order = torch.argsort(index, stable=True)
+    ordered = index[order]
+    position = torch.arange(index.shape[0])
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    rank = position - torch.where(first, position, 0).cummax(0).values
+    return [order[rank == i] for i in range(int(rank.max()) + 1)]
+
+
+def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dlogits (N, V) in the logits' dtype. `out` may be the student's logits; rows with row_grad 0 are not read."""
+    c = _c()
+    logits = problem.student_logits
+    target = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    if target.stride(1) != 1 and target.shape[1] != 1:  # in place over logits that the kernel cannot write
+        target.copy_(logits_backward(problem, state, row_grad))
+        return target
+    active = (row_grad != 0).nonzero().squeeze(1)
+    transform, options = _Transform(problem), c.Options(problem.beta, problem.entry_clip)
+    v = problem.local_vocab(logits.shape[1])
+    for i, round_ in enumerate(_rounds(problem.student_row[active])):
+        for rows in _row_blocks(problem, active[round_]):
+            student, at = _rows_of(logits, problem.student_row[rows])
+            teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
+            copied = student is not logits
+            to = torch.empty_like(student, memory_format=torch.contiguous_format) if copied else target
+            kinds, states, scale = (
+                problem.kind[rows].int(),
+                state[rows].contiguous(),
+                row_grad[rows].float().contiguous(),
+            )
+            c.rows_backward(
+                _matrix(student), _matrix(teacher), at.contiguous().data_ptr(), teacher_row.contiguous().data_ptr(),
+                kinds.data_ptr(), states.data_ptr(), STATE, scale.data_ptr(), len(rows), v, transform.of, options,
+                _matrix(to), i > 0 and not copied, _threads(),
+            )  # fmt: skip
+            if copied and i > 0:
+                target[problem.student_row[rows]] += to
+            elif copied:
+                target[problem.student_row[rows]] = to
+    quiet = torch.ones(logits.shape[0], dtype=torch.bool)
+    quiet[problem.student_row[active]] = False
+    target[quiet] = 0
+    return target

@@ -1,0 +1,292 @@
+"""CUDA C++: torch's GEMMs with fp32 logits, a chunk of tokens at a time, and one kernel for everything between them.
+
+The row kernel (`csrc/cuda/logits_rows.cuh`) reads each row of logits once: on sm_90 a cluster of thread blocks keeps it
+in distributed shared memory, takes the statistics, and writes the gradient from there; elsewhere it reads it twice.
+
+    linear   logits (C, V) fp32 of both sides -> statistics, dlogits (C, V) in the operands' dtype -> drow = dlogits @ W
+    logits   statistics and the state of each row; backward writes dlogits (N, V), in place of the logits if asked
+
+Memory of the linear path: (8 + itemsize) * C * V bytes beside the results. Nothing here has been run on a GPU yet: the
+engine is reached by `impl="cuda"` alone, never by "auto".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vigos.divergence.engines.problem import (
+    STATE,
+    LinearProblem,
+    LinearResult,
+    LogitsProblem,
+    LogitsResult,
+    Rows,
+    Statistics,
+    chunk_width,
+    chunks,
+    live_rows,
+)
+
+# Bytes of one chunk's logits and dlogits: 384 rows of 151,936 entries. Rows fill the GEMM's tiles from 256 on.
+CHUNK_BYTES = 600 * 2**20
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _module() -> ModuleType | None:
+    """vigos._C.cuda, or None where the extension was built without CUDA."""
+    try:
+        from vigos import _C
+    except ImportError:
+        return None
+    return getattr(_C, "cuda", None)
+
+
+def _unavailable(device: torch.device) -> str | None:
+    """Why no call can run on `device`."""
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {device}"
+    module = _module()
+    if module is None:
+        return "vigos._C was built without CUDA; reinstall where nvcc is found, or with VIGOS_CUDA=ON"
+    capability = torch.cuda.get_device_capability(device)
+    built = module.architectures.split()
+    if not any(_runs_on(name, *capability) for name in built):
+        wanted = ".".join(map(str, capability))
+        return (
+            f"vigos._C holds CUDA code for {', '.join(built)}, this GPU is {wanted}; "
+            f"reinstall with TORCH_CUDA_ARCH_LIST={wanted}"
+        )
+    return None
+
+
+def _runs_on(name: str, major: int, minor: int) -> bool:
+    """Whether code for a CMake architecture name runs: 80-real on 8.x, 80 (with PTX) on later ones too, 90a on 9.0."""
+    number = name.removesuffix("-real")
+    if not number.isdigit():
+        return number == f"{major}{minor}a"
+    of = divmod(int(number), 10)
+    return of <= (major, minor) and (of[0] == major or number == name)
+
+
+def _common(rows: Rows, device: torch.device) -> str | None:
+    if rows.group is not None:
+        return "it does not shard the vocabulary over a process group; use impl='reference'"
+    return _unavailable(device)
+
+
+def why_not(problem: LinearProblem) -> str | None:
+    """None, or the reason for people."""
+    for name, x in (("student_hidden", problem.student_hidden), ("teacher_hidden", problem.teacher_hidden)):
+        if x.dtype not in DTYPES:
+            return f"it takes float32, float16 and bfloat16, {name} is {x.dtype}"
+    return _common(problem, problem.device)
+
+
+def logits_why_not(problem: LogitsProblem) -> str | None:
+    """None, or the reason for people."""
+    student, teacher = problem.student_logits, problem.teacher_logits
+    if student.dtype not in DTYPES or teacher.dtype != student.dtype:
+        return (
+            f"it takes float32, float16 or bfloat16 logits of one dtype on both sides, "
+            f"got {student.dtype} and {teacher.dtype}"
+        )
+    return _common(problem, problem.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _addressable(x: Tensor) -> bool:
+    return (x.shape[1] == 1 or x.stride(1) == 1) and (x.shape[0] == 1 or x.stride(0) >= x.shape[1])
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension and rows that do not overlap: what the kernels address."""
+    return x if _addressable(x) else x.contiguous()
+
+
+def _stride(x: Tensor) -> int:
+    """Elements from row to row; a single row's stride means nothing and may be anything."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _scalars(rows: Rows, v: int) -> dict[str, float | int]:
+    return {
+        "vocab": v, "logical_vocab": rows.local_vocab(v), "temperature": rows.temperature, "scale": rows.scale,
+        "softcap": rows.softcap or 0.0, "beta": rows.beta,
+        "entry_clip": math.inf if rows.entry_clip is None else rows.entry_clip,
+    }  # fmt: skip
+
+
+def _run_rows(
+    rows: Rows, student: Tensor, teacher: Tensor, statistics: Statistics, *, student_row: Tensor | None = None,
+    teacher_row: Tensor | None = None, bias: tuple[Tensor | None, Tensor | None] = (None, None),
+    dlogits: Tensor | None = None, state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch over `rows.n_rows` rows: row r is student[student_row[r]] (or student[r]), and dlogits[r].
+
+    student, teacher (·, V) of one dtype with unit column stride; dlogits (R, V), unweighted, 0 where `live_rows` is
+    False; state (R, STATE); statistics are written.
+    """
+    module = _module()
+    assert module is not None
+    clipped = torch.empty(rows.n_rows, dtype=torch.bool, device=student.device)
+    # Held in names until the launch: a temporary's memory could be handed out again before the kernel reads it.
+    kind, live, clip = rows.kind.contiguous(), (rows.weight != 0).float(), rows.clip.float().contiguous()
+    labels = None if rows.labels is None else rows.labels.contiguous()
+    with torch.cuda.device_of(student):
+        module.logits_rows(
+            student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=_address(dlogits),
+            student_row=_address(student_row), teacher_row=_address(teacher_row), kind=kind.data_ptr(),
+            weight=live.data_ptr(), clip=clip.data_ptr(), student_bias=_address(bias[0]),
+            teacher_bias=_address(bias[1]), labels=_address(labels),
+            divergence=statistics.divergence.data_ptr(), clipped=clipped.data_ptr(),
+            student_entropy=statistics.student_entropy.data_ptr(),
+            teacher_entropy=statistics.teacher_entropy.data_ptr(),
+            student_lse=statistics.student_lse.data_ptr(), teacher_lse=statistics.teacher_lse.data_ptr(),
+            student_logprob=_address(statistics.student_logprob), teacher_logprob=_address(statistics.teacher_logprob),
+            state=_address(state), rows=rows.n_rows, stride_student=_stride(student), stride_teacher=_stride(teacher),
+            stride_dlogits=0 if dlogits is None else _stride(dlogits), **_scalars(rows, student.shape[1]),
+            dtype=_name(student.dtype), gradient_dtype=_name(student.dtype if dlogits is None else dlogits.dtype),
+            stream=_stream(student.device),
+        )  # fmt: skip
+
+
+# --- from hidden states ----------------------------------------------------------------------------------------------
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation and an fp32 result. fp32 operands follow torch's TF32 setting."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _slice(statistics: Statistics, at: slice) -> Statistics:
+    """Views: what is written to them is written to `statistics`."""
+    return Statistics(*(None if x is None else x[at] for x in vars(statistics).values()))  # type: ignore[arg-type]
+
+
+def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor) -> None:
+    """dweight (V, D) fp32 += dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
+
+    The weights go to the narrow operand. Block by block of the vocabulary: no second (V, D) tensor exists.
+    """
+    v, d = dweight.shape
+    weighted = torch.where(live[:, None], hidden.float() * weight[:, None], 0.0).to(hidden.dtype)
+    for block in chunks(v, max(1, CHUNK_BYTES // (4 * d))):
+        dweight[block] += _mm(dlogits[:, block].T, weighted)
+
+
+def forward(problem: LinearProblem) -> LinearResult:
+    """Statistics of every row; gradients of the rows through which the loss has one."""
+    device, r = problem.device, problem.n_rows
+    v, d = problem.student_weight.shape
+    statistics = Statistics.empty(problem)
+    result = LinearResult(statistics)
+    if problem.need_dhidden:
+        result.drow = torch.zeros(r, d, device=device)
+        result.computed = torch.zeros(r, dtype=torch.bool, device=device)
+    if problem.need_dweight:
+        result.dweight = torch.zeros(v, d, device=device)
+    if problem.need_dbias:
+        result.dbias = torch.zeros(v, device=device)
+    if r == 0:
+        return result
+    need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
+    head_s = problem.student_weight
+    head_t = head_s if problem.teacher_weight is None else problem.teacher_weight
+    bias_s, bias_t = (
+        None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)
+    )
+    width = chunk_width(r, CHUNK_BYTES // ((8 + head_s.element_size()) * v))
+    dlogits = torch.empty(width, v, dtype=head_s.dtype, device=device) if need else None
+    for at in chunks(r, width):
+        n = at.stop - at.start
+        # Every chunk is as wide as the first, its last rows repeated: the GEMM's shape decides how it rounds.
+        hidden_s, hidden_t = (
+            x[torch.nn.functional.pad(index[at], (0, width - n), value=0)]
+            for x, index in (
+                (problem.student_hidden, problem.student_row), (problem.teacher_hidden, problem.teacher_row),
+            )
+        )  # fmt: skip
+        labels = None if problem.labels is None else problem.labels[at]
+        part = replace(
+            problem, student_row=problem.student_row[at], teacher_row=problem.teacher_row[at], kind=problem.kind[at],
+            weight=problem.weight[at], clip=problem.clip[at], labels=labels,
+        )  # fmt: skip
+        into = _slice(statistics, at)
+        _run_rows(
+            part, _mm(hidden_s, head_s.T), _mm(hidden_t, head_t.T), into, bias=(bias_s, bias_t),
+            dlogits=None if dlogits is None else dlogits[:n],
+        )  # fmt: skip
+        if dlogits is None:
+            continue
+        if n < width:
+            dlogits[n:].zero_()
+        live = live_rows(part, into.divergence)
+        if result.drow is not None and result.computed is not None:
+            result.drow[at], result.computed[at] = _mm(dlogits, head_s)[:n], live
+        weight = torch.where(live, part.weight, 0.0)
+        if result.dbias is not None:
+            result.dbias += torch.mv(dlogits[:n].float().T, weight)
+        if result.dweight is not None:
+            add_dweight(result.dweight, dlogits[:n], hidden_s[:n], live, part.weight)
+    return result
+
+
+# --- from logits -----------------------------------------------------------------------------------------------------
+
+
+def logits_forward(problem: LogitsProblem) -> LogitsResult:
+    """Statistics and state of every row; one kernel."""
+    statistics = Statistics.empty(problem)
+    state = torch.zeros(problem.n_rows, STATE, device=problem.device)
+    if problem.n_rows > 0:
+        _run_rows(
+            problem, _rows_of(problem.student_logits), _rows_of(problem.teacher_logits), statistics,
+            student_row=problem.student_row.contiguous(), teacher_row=problem.teacher_row.contiguous(), state=state,
+        )  # fmt: skip
+    return LogitsResult(statistics, state)
+
+
+def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+
+    `out` may be the student's logits: a thread reads an entry before it writes it. Rows with row_grad 0 are not read.
+    """
+    module = _module()
+    assert module is not None
+    n, v = problem.student_logits.shape
+    student, teacher = _rows_of(problem.student_logits), _rows_of(problem.teacher_logits)
+    if out is None:
+        out = torch.empty_like(problem.student_logits, memory_format=torch.contiguous_format)
+    if n == 0:
+        return out
+    into = out if _addressable(out) else torch.empty(n, v, dtype=out.dtype, device=out.device)
+    # Row n's supervised rows are order[offsets[n]:offsets[n + 1]].
+    order = torch.argsort(problem.student_row, stable=True)
+    offsets = torch.searchsorted(problem.student_row[order], torch.arange(n + 1, device=student.device))
+    teacher_row, kind = problem.teacher_row.contiguous(), problem.kind.contiguous()
+    grads = row_grad.float().contiguous()
+    with torch.cuda.device_of(student):
+        module.logits_gradient(
+            student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=into.data_ptr(), order=order.data_ptr(),
+            offsets=offsets.data_ptr(), teacher_row=teacher_row.data_ptr(), kind=kind.data_ptr(),
+            row_grad=grads.data_ptr(), state=state.data_ptr(), rows=n, stride_student=_stride(student),
+            stride_teacher=_stride(teacher), stride_dlogits=_stride(into), **_scalars(problem, v),
+            dtype=_name(student.dtype), stream=_stream(student.device),
+        )  # fmt: skip
+    return out if into is out else out.copy_(into)

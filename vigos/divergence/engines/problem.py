@@ -1,0 +1,194 @@
+"""What an engine is given and what it gives back. Everything here was checked in `vigos.divergence.api`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STATE = 8  # columns of LogitsResult.state
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The supervised rows, what to compute for them, and how logits become distributions: shared by both operations.
+
+    Sizes: R supervised rows; N student rows, M teacher rows; V the vocabulary held here (all of it, or one shard).
+
+    Attributes:
+        student_row, teacher_row: int64 (R,), in range; may repeat, in any order.
+        kind: int8 (R,), FORWARD_KL, REVERSE_KL or JSD.
+        weight, clip: float32 (R,); the loss is sum of weight * min(divergence, clip).
+        labels: int64 (R,) global vocabulary ids, or None.
+        temperature, scale, softcap: z = softcap * tanh(scale * raw / softcap) / temperature; where softcap is None,
+            scale * raw / temperature.
+        beta: of rows of kind JSD, in (0, 1).
+        entry_clip: clip of each vocabulary entry's term before the sum, or None.
+        vocab_size: logical size of the whole vocabulary; global ids beyond it have probability 0.
+        vocab_start: global id of this shard's first entry; 0 without a group.
+        group: process group over which the vocabulary is sharded, or None.
+    """
+
+    student_row: Tensor
+    teacher_row: Tensor
+    kind: Tensor
+    weight: Tensor
+    clip: Tensor
+    labels: Tensor | None
+    temperature: float
+    scale: float
+    softcap: float | None
+    beta: float
+    entry_clip: float | None
+    vocab_size: int
+    vocab_start: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def n_rows(self) -> int:
+        """R."""
+        return self.student_row.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        """Factor from raw logits (bias included) to z when there is no softcap: scale / temperature."""
+        return self.scale / self.temperature
+
+    def local_vocab(self, v: int) -> int:
+        """How many of the `v` entries held here are real ones."""
+        return max(0, min(v, self.vocab_size - self.vocab_start))
+
+
+@dataclass(frozen=True)
+class LinearProblem(Rows):
+    """Divergences between rows of `student_hidden @ student_weight.T` and of `teacher_hidden @ teacher_weight.T`.
+
+    Attributes:
+        student_hidden: (N, D); teacher_hidden: (M, D_t). Any float dtype, any strides.
+        student_weight: (V, D). teacher_weight: (V, D_t), or None: the student's head serves both (D_t = D).
+        student_bias, teacher_bias: (V,) or None. With a shared head without a bias of the teacher's own, both are the
+            same tensor.
+        need_dhidden: compute `drow`. need_dweight, need_dbias: compute the head's gradients.
+    """
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    need_dhidden: bool
+    need_dweight: bool
+    need_dbias: bool
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 operands, else float32: the dtype of logits, statistics and stored gradients."""
+        return torch.float64 if self.student_hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.student_hidden.device
+
+
+@dataclass(frozen=True)
+class LogitsProblem(Rows):
+    """The same for logits that exist: student_logits (N, V) and teacher_logits (M, V), any float dtype, any strides."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 logits, else float32."""
+        return torch.float64 if self.student_logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.student_logits.device
+
+
+@dataclass
+class Statistics:
+    """Row statistics in the compute dtype. log-probabilities are None without labels."""
+
+    divergence: Tensor  # (R,) nats, before the row's clip
+    student_entropy: Tensor  # (R,) nats
+    teacher_entropy: Tensor  # (R,) nats
+    student_lse: Tensor  # (R,)
+    teacher_lse: Tensor  # (R,)
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+
+    @classmethod
+    def empty(cls, rows: LinearProblem | LogitsProblem) -> Statistics:
+        """Room for `rows`; every element is to be written."""
+        fields = [torch.empty(rows.n_rows, dtype=rows.compute_dtype, device=rows.device) for _ in range(7)]
+        return cls(*fields[:5], *(fields[5:] if rows.labels is not None else (None, None)))
+
+
+@dataclass
+class LinearResult:
+    """What `forward` of an engine returns for a `LinearProblem`.
+
+    Attributes:
+        statistics: of all R rows.
+        computed: bool (R,), the rows whose gradient `drow` holds: weight != 0 and not clipped. None without
+            need_dhidden.
+        drow: (R, D) in the compute dtype, d divergence[r] / d student_hidden[student_row[r]], not weighted. Rows
+            outside `computed` are 0. None without need_dhidden. With a group: summed over the ranks.
+        dweight: (V, D) in the compute dtype, gradient of the loss at upstream 1, or None.
+        dbias: (V,) likewise.
+    """
+
+    statistics: Statistics
+    computed: Tensor | None = None
+    drow: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+@dataclass
+class LogitsResult:
+    """What `logits_forward` returns: the statistics, and whatever `logits_backward` needs of them.
+
+    Attributes:
+        state: (R, STATE) in the compute dtype, opaque to everyone but the engine, which may leave columns unused.
+    """
+
+    statistics: Statistics
+    state: Tensor
+
+
+def live_rows(rows: Rows, divergence: Tensor) -> Tensor:
+    """bool (R,): rows through which the loss has a gradient. A NaN divergence counts, so that it is seen."""
+    return (rows.weight != 0) & ~(divergence > rows.clip)
+
+
+def chunk_width(n: int, most: int, multiple: int = 16) -> int:
+    """One width for all chunks of `n` rows: at most about `most`, a multiple of `multiple`, as even as it gets.
+
+    Every chunk is padded to it: a matrix product of another shape may round differently, and a row's result must not
+    depend on which rows share its chunk.
+    """
+    chunks = max(1, math.ceil(n / max(most, multiple)))
+    return multiple * math.ceil(math.ceil(max(n, 1) / chunks) / multiple)  # no rows: a width all the same
+
+
+def chunks(n: int, width: int) -> Iterator[slice]:
+    """Slices that cover range(n)."""
+    for start in range(0, n, width):
+        yield slice(start, min(start + width, n))
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None, op: str = "sum") -> Tensor:
+    """Reduced over the ranks that share the vocabulary, in place; nothing without a group."""
+    if group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
+    return x

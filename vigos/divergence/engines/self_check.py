@@ -1,0 +1,104 @@
+"""A small case through an engine and through the oracle: what `vigos doctor` prints, and what `auto` asks first.
+
+The kernels for GPUs were checked in Triton's interpreter, in a CUDA emulation and by their compilers, and not yet on a
+GPU. So `auto` takes one only after it has agreed with float64 on the machine at hand: once a process, a second or so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vigos.divergence.engines.problem import LinearProblem
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
+
+# Relative: rounding of float32 operands in products of 64, a teacher 0.02 away; of bfloat16 gradients, 2**-9 each.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest error of a divergence over the largest divergence; norm of the gradient's error over its norm."""
+
+    divergence: float
+    gradient: float
+    dtype: torch.dtype
+
+    @property
+    def ok(self) -> bool:
+        """False where either is not a number."""
+        return max(self.divergence, self.gradient) < TOLERANCE[self.dtype] and self.gradient == self.gradient
+
+
+def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int, ...]) -> LinearProblem:
+    """24 rows of a shared head, V 1000, the teacher next to the student; `kinds` in turn."""
+    generator = torch.Generator().manual_seed(0)
+    n, d, v = 24, 64, 1000
+    weight = torch.randn(v, d, generator=generator) * 0.5
+    student = torch.randn(n, d, generator=generator)
+    teacher = student + 0.02 * torch.randn(n, d, generator=generator)
+    rows = torch.arange(n)
+    tensors = {"student_hidden": student, "student_weight": weight, "teacher_hidden": teacher}
+    return LinearProblem(
+        **{name: x.to(device, dtype) for name, x in tensors.items()},
+        student_row=rows.to(device), teacher_row=rows.to(device),
+        kind=torch.tensor(kinds, dtype=torch.int8).repeat(n)[:n].to(device), weight=torch.ones(n, device=device),
+        clip=torch.full((n,), float("inf"), device=device), labels=None, temperature=1.0, scale=1.0, softcap=None,
+        beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0, group=None, teacher_weight=None, student_bias=None,
+        teacher_bias=None, need_dhidden=True, need_dweight=False, need_dbias=False,
+    )  # fmt: skip
+
+
+def check(module: ModuleType, device: torch.device | str) -> Errors | str:
+    """Runs `module`, an engine, on the small case; or the reason for which it cannot run on this device.
+
+    Float32 operands and all three divergences, or bfloat16 and the two KLs where the engine takes no more.
+    """
+    from vigos.divergence.engines import chunked
+
+    reasons = []
+    for dtype, kinds in ((torch.float32, (FORWARD_KL, REVERSE_KL, JSD)), (torch.bfloat16, (FORWARD_KL, REVERSE_KL))):
+        problem = small_case(dtype, device, kinds)
+        reason = module.why_not(problem)
+        if reason is not None:
+            reasons.append(reason)
+            continue
+        got = module.forward(problem)
+        tensors = ("student_hidden", "student_weight", "teacher_hidden")
+        exact = chunked.forward(replace(problem, **{name: getattr(problem, name).double() for name in tensors}))
+        assert got.drow is not None
+        assert exact.drow is not None
+        truth = exact.statistics.divergence
+        return Errors(
+            ((got.statistics.divergence.double() - truth).abs().max() / truth.abs().max()).item(),
+            _relative(got.drow, exact.drow),
+            dtype,
+        )
+    return reasons[0]
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@cache
+def agrees(module: ModuleType, device: torch.device) -> bool:
+    """Whether `auto` may take the engine on this device; a disagreement is said once."""
+    try:
+        found = check(module, device)
+    except Exception as error:  # compilers and drivers fail in many ways, and another engine runs
+        found = f"it failed with {type(error).__name__}: {error}"
+    if isinstance(found, Errors) and found.ok:
+        return True
+    name = module.__name__.rpartition(".")[2]
+    warnings.warn(
+        f'impl="auto" leaves out the {name!r} engine on {device}: its self-check gave {found}; '
+        f"`vigos doctor` repeats it, and impl={name!r} runs it all the same",
+        stacklevel=2,
+    )
+    return False

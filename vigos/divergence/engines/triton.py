@@ -1,0 +1,359 @@
+"""impl="triton": per chunk of rows one GEMM with fp32 result, Triton row kernels, one GEMM for the hidden gradient.
+
+    z = [student rows; teacher rows] @ head.T     (2 C, V) fp32; one product for both when they share the head;
+                                                   of fp32 operands, student - teacher in the student's place
+    statistics                                     kernels/divergence.py
+    dlogits                                        (C, V) in the operands' dtype: the gradient is rounded once
+    drow = dlogits @ head                          (C, D) fp32
+
+Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live
+rows gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one
+shape and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, only in calls
+where a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
+
+The head's gradient takes the rows' weights from the supervision: dlogits is weighted before it is rounded, and drow is
+divided by the weight again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vigos.divergence.engines.problem import (
+    STATE,
+    LinearProblem,
+    LinearResult,
+    LogitsProblem,
+    LogitsResult,
+    Rows,
+    Statistics,
+    all_reduce,
+    chunk_width,
+    chunks,
+)
+from vigos.divergence.supervision import REVERSE_KL
+
+if TYPE_CHECKING:
+    from vigos.kernels.divergence import Options
+
+# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first
+# product, enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
+CHUNK_BYTES = 512 << 20
+# Columns of a product that are converted or accumulated at a time where no kernel takes the operands as they are.
+SLAB_ELEMENTS = 16 << 20
+
+
+def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
+    """What both Triton engines need of tensors and machine."""
+    try:
+        from vigos.kernels.entries import INTERPRETED
+    except ModuleNotFoundError as error:
+        return f"Triton is not installed ({error})"
+    if rows.compute_dtype == torch.float64:
+        return 'its kernels compute in float32 and the tensors are float64; impl="reference" takes them'
+    if rows.device.type != "cuda" and not (INTERPRETED and rows.device.type == "cpu"):
+        return f"its kernels need a CUDA device, got tensors on {rows.device} (TRITON_INTERPRET=1 runs them on the CPU)"
+    return None
+
+
+def why_not(problem: LinearProblem) -> str | None:
+    """None if this engine runs `problem`."""
+    return device_why_not(problem)
+
+
+def logits_why_not(problem: LogitsProblem) -> str | None:
+    """None if this engine runs `problem`."""
+    return device_why_not(problem)
+
+
+def takes_difference(problem: LinearProblem) -> bool:
+    """Whether the student's logits are (student - teacher) @ head: fp32 products of one head.
+
+    Rounding then is relative to the difference, which the gradient is made of. In 16 bits that of the operands is the
+    larger error, and the difference would have to be rounded to 16 bits again.
+    """
+    fp32 = problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
+    return fp32 and problem.teacher_weight is None
+
+
+def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
+    """The row kernels' view of `rows` whose `v` columns are held here."""
+    from vigos.kernels.divergence import Options
+
+    softcap = None
+    if rows.softcap is not None:
+        softcap = (rows.scale / rows.softcap, rows.softcap / rows.temperature)
+    return Options(
+        student_row=rows.student_row.contiguous(), teacher_row=rows.teacher_row.contiguous(),
+        kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
+        vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, alpha=rows.alpha, softcap=softcap, beta=rows.beta,
+        entry_clip=rows.entry_clip, difference=difference,
+    )  # fmt: skip
+
+
+def of_rows(options: Options, at: slice, student_row: Tensor, teacher_row: Tensor) -> Options:
+    """The part `at` of the rows, whose logits lie at other places."""
+    labels = None if options.labels is None else options.labels[at]
+    return replace(options, student_row=student_row, teacher_row=teacher_row, kind=options.kind[at], labels=labels)
+
+
+def of_all_ranks(partial: Tensor, rows: Rows, slices: int) -> Tensor:
+    """Every rank's slices side by side, in rank order: all ranks then merge the same numbers in the same order.
+
+    `slices`: how many the largest possible shard has.
+    """
+    if rows.group is None:
+        return partial
+    from vigos.kernels.entries import LABEL_S, LABEL_T, MAX_S, MAX_T
+
+    # Ranks may hold shards of different sizes; a slice without entries is a sum over nothing.
+    full = partial.new_zeros(*partial.shape[:2], slices)
+    full[[column.value for column in (MAX_S, MAX_T, LABEL_S, LABEL_T)]] = -math.inf
+    full[:, :, : partial.shape[2]] = partial
+    parts = [torch.empty_like(full) for _ in range(rows.group.size())]
+    dist.all_gather(parts, full, group=rows.group)
+    return torch.cat(parts, dim=2)
+
+
+def measure(
+    rows: Rows, options: Options, student: Tensor, teacher: Tensor, student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Statistics (5 or 7, R) and state (R, STATE) of rows whose logits exist."""
+    from vigos.kernels import divergence as kernels
+
+    state = torch.zeros(options.n_rows, STATE, dtype=torch.float32, device=student.device)
+    partial = kernels.row_partials(student, teacher, options, student_bias, teacher_bias)
+    stats = kernels.finish(of_all_ranks(partial, rows, kernels.slices(rows.vocab_size)), options, state)
+    second = kernels.second_partials(student, teacher, options, state, student_bias, teacher_bias)
+    if rows.group is not None:
+        second = all_reduce(second.sum(2, keepdim=True), rows.group)
+    kernels.finish_second(second, options, state, stats)
+    return stats, state
+
+
+def statistics_of(stats: Tensor, labels: bool) -> Statistics:
+    """(5 or 7, R) rows of a tensor as what they are."""
+    fields = [row.clone() for row in stats]  # outputs of an operator must not share memory
+    return Statistics(*fields[:5], *(fields[5:7] if labels else (None, None)))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in fp32, whatever the operands are: 16-bit ones of one dtype are not converted on a GPU."""
+    if a.dtype == b.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.dtype == b.dtype and a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        a = a.float()
+        for at in chunks(b.shape[1], max(1, SLAB_ELEMENTS // max(1, b.shape[0]))):
+            out[:, at] = a @ b[:, at].float()
+
+
+def all_take_part(rows: Rows) -> bool:
+    """Whether every row's gradient is computed without asking which are live."""
+    if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # type: ignore[attr-defined]
+        return True
+    return not bool(((rows.clip < math.inf) | (rows.weight == 0)).any())
+
+
+def half_scale(options: Options, state: Tensor) -> Tensor:
+    """(R,) powers of two that keep a row's gradient inside fp16 and most of it above fp16's 6e-8.
+
+    |d KL(student || teacher) / dz| = p |log p/q - KL| <= 2 KL + 2/e, because sum p |log p/q| <= KL + 2/e; the other
+    divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
+    """
+    kl = torch.where(options.kind == REVERSE_KL, (state[:, 5] + state[:, 4] + state[:, 6]).clamp(min=0.0), 0.5)
+    scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.alpha * (2.0 * kl + 1.0)))))
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+
+
+class Gradients:
+    """What a chunked engine accumulates: the rows' hidden gradients, the head's and the bias's.
+
+    Attributes:
+        drow: (R, D) fp32 or None. computed: (R,) bool. dweight: (V, D) fp32 or None. dbias: (V,) fp32 or None.
+        dlogits: (width, V), gradients of live rows that wait for their product.
+    """
+
+    def __init__(self, problem: LinearProblem, width: int) -> None:
+        v, d = problem.student_weight.shape
+        r, device = problem.n_rows, problem.device
+        self.problem, self.width = problem, width
+        self.head = problem.need_dweight or problem.need_dbias
+        self.drow = torch.zeros(r, d, dtype=torch.float32, device=device) if problem.need_dhidden else None
+        self.computed = torch.zeros(r, dtype=torch.bool, device=device)
+        self.dweight = torch.zeros(v, d, dtype=torch.float32, device=device) if problem.need_dweight else None
+        self.dbias = torch.zeros(v, dtype=torch.float32, device=device) if problem.need_dbias else None
+        self.dtype = gradient_dtype(problem)
+        # The interpreter truncates where a GPU rounds to nearest, so on the CPU torch does the rounding.
+        stored = self.dtype if device.type == "cuda" else torch.float32
+        self.dlogits = torch.empty(width, v, dtype=stored, device=device)
+        self.everyone = all_take_part(problem)
+        self.offsets = torch.arange(width + 1, device=device)
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
+        self.filled = 0
+
+    def add(self, z: Tensor, options: Options, state: Tensor, divergence: Tensor, at: slice) -> None:
+        """Takes the gradients of a chunk's live rows; multiplies whenever `width` of them have come together."""
+        from vigos.kernels import divergence as kernels
+
+        problem = self.problem
+        live, factor = self.live(options, state, divergence, at)
+        rows = self.offsets[: options.n_rows] if self.everyone else live.nonzero().squeeze(1)
+        while rows.shape[0] > 0:
+            n = min(self.width - self.filled, rows.shape[0])
+            now, rows = rows[:n], rows[n:]
+            kernels.row_grad(
+                z, z, options, state, factor, now, self.offsets[: n + 1],
+                self.dlogits[self.filled : self.filled + n], problem.student_bias, problem.teacher_bias,
+            )  # fmt: skip
+            self.waiting.append((now + at.start, factor[now]))
+            self.filled += n
+            if self.filled == self.width:
+                self.flush()
+
+    def live(self, options: Options, state: Tensor, divergence: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """(which rows of the chunk have a gradient, what their dlogits is multiplied by; 0 for the others)."""
+        weight, clip = self.problem.weight[at], self.problem.clip[at]
+        live = (weight != 0) & ~(divergence > clip)  # a NaN divergence counts, so that it is seen
+        self.computed[at] = live
+        if self.head:
+            factor = weight
+        else:
+            factor = half_scale(options, state) if self.dtype == torch.float16 else torch.ones_like(weight)
+        return live, torch.where(live, factor, 0.0)
+
+    def flush(self) -> None:
+        """The products of what waits in `dlogits`."""
+        if self.filled == 0:
+            return
+        problem, n = self.problem, self.filled
+        rows, factor = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting, self.filled = [], 0
+        dlogits = self.dlogits.to(self.dtype)
+        if self.drow is not None:
+            drow = torch.empty(self.width, self.drow.shape[1], dtype=torch.float32, device=self.drow.device)
+            product(dlogits, problem.student_weight, drow)  # rows past n hold something old: rows do not mix
+            if self.head or self.dtype == torch.float16:
+                drow[:n] = torch.where((factor != 0)[:, None], drow[:n] / factor[:, None], 0.0)
+            self.drow[rows] = drow[:n]
+        if self.dweight is not None:
+            hidden = problem.student_hidden.new_zeros(self.width, problem.student_hidden.shape[1])
+            hidden[:n] = problem.student_hidden[problem.student_row[rows]].masked_fill((factor == 0)[:, None], 0.0)
+            dlogits[n:] = 0
+            add_head_gradient(self.dweight, dlogits, hidden)
+        if self.dbias is not None:
+            self.dbias += dlogits[:n].sum(0, dtype=torch.float32)
+
+    def into(self, result: LinearResult) -> None:
+        """The last products, and everything where the caller looks for it."""
+        self.flush()
+        result.drow, result.dweight, result.dbias = self.drow, self.dweight, self.dbias
+        if result.drow is not None:
+            result.computed = self.computed
+            all_reduce(result.drow, self.problem.group)
+
+
+def gradient_dtype(problem: LinearProblem) -> torch.dtype:
+    """Of dlogits: the head's own, except fp16 with a head to train.
+
+    fp16 needs a power of two a row to hold small gradients, which the sum over rows of a head's gradient cannot undo.
+    """
+    head = problem.need_dweight or problem.need_dbias
+    dtype = problem.student_weight.dtype
+    return torch.float32 if head and dtype == torch.float16 else dtype
+
+
+def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """dweight (V, D) fp32 += dlogits.T @ hidden, a slab of the vocabulary at a time: the sum over chunks stays fp32."""
+    slab = max(1, SLAB_ELEMENTS // hidden.shape[1])
+    scratch = torch.empty(min(slab, dweight.shape[0]), hidden.shape[1], dtype=torch.float32, device=dweight.device)
+    for at in chunks(dweight.shape[0], slab):
+        part = scratch[: at.stop - at.start]
+        product(dlogits[:, at].T, hidden, part)
+        dweight[at] += part
+
+
+def _width(problem: LinearProblem) -> int:
+    """Rows a chunk; the same on every rank that holds a shard."""
+    v = problem.student_weight.shape[0]
+    if problem.group is not None:
+        v = math.ceil(problem.vocab_size / problem.group.size())
+    row = v * (2 * 4 + gradient_dtype(problem).itemsize)
+    return chunk_width(problem.n_rows, max(1, CHUNK_BYTES // row))
+
+
+def padded(index: Tensor, width: int) -> Tensor:
+    """`index` with its last entry repeated up to `width`: every product has the same shape."""
+    return torch.cat([index, index[-1:].expand(width - index.shape[0])])
+
+
+def _project(problem: LinearProblem, at: slice, width: int, z: Tensor) -> None:
+    """Student logits, or theirs less the teacher's, into z[:width], teacher logits into z[width:]."""
+    student = problem.student_hidden[padded(problem.student_row[at], width)]
+    teacher = problem.teacher_hidden[padded(problem.teacher_row[at], width)]
+    if takes_difference(problem):
+        product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z)
+    elif problem.teacher_weight is None:
+        product(torch.cat([student, teacher]), problem.student_weight.T, z)
+    else:
+        product(student, problem.student_weight.T, z[:width])
+        product(teacher, problem.teacher_weight.T, z[width:])
+
+
+def forward(problem: LinearProblem) -> LinearResult:
+    """Statistics of every row; gradients of the rows through which the loss has one."""
+    r, v, device = problem.n_rows, problem.student_weight.shape[0], problem.device
+    labels = problem.labels is not None
+    stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
+    need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
+    width = _width(problem)
+    gradients = Gradients(problem, width) if need else None
+    if r > 0:
+        whole = options_of(problem, v, difference=takes_difference(problem))
+        z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
+        index = torch.arange(2 * width, device=device)
+        for at in chunks(r, width):
+            n = at.stop - at.start
+            options = of_rows(whole, at, index[:n], index[width : width + n])
+            _project(problem, at, width, z)
+            stats[:, at], state = measure(problem, options, z, z, problem.student_bias, problem.teacher_bias)
+            if gradients is not None:
+                gradients.add(z, options, state, stats[0, at], at)
+    result = LinearResult(statistics_of(stats, labels))
+    if gradients is not None:
+        gradients.into(result)
+    return result
+
+
+def logits_forward(problem: LogitsProblem) -> LogitsResult:
+    """Statistics of every row, from logits where they lie."""
+    options = options_of(problem, problem.student_logits.shape[1])
+    stats, state = measure(problem, options, problem.student_logits, problem.teacher_logits, None, None)
+    return LogitsResult(statistics_of(stats, problem.labels is not None), state)
+
+
+def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+
+    `out` may be the student's logits, repeated rows or not. Rows with row_grad 0 are not read.
+    """
+    from vigos.kernels import divergence as kernels
+
+    student = problem.student_logits
+    if out is None:
+        out = torch.empty_like(student, memory_format=torch.contiguous_format)
+    order = problem.student_row.argsort(stable=True)
+    ends = torch.searchsorted(problem.student_row[order], torch.arange(student.shape[0] + 1, device=student.device))
+    kernels.row_grad(
+        student, problem.teacher_logits, options_of(problem, student.shape[1]), state, row_grad.float().contiguous(),
+        order, ends, out, None, None,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""Evaluation: sampling, grading, statistics, probes."""

@@ -1,0 +1,150 @@
+"""Cheap probes of grounding: the accuracy with the image removed, blurred, or swapped for another row's.
+
+    found = probe(model, processor, load_rows("test.jsonl"), folder="probes", temperature=1.0)
+    found["swapped"].comparison.difference     # how much accuracy the right image is worth
+
+A model that answers as well without the image does not look at it. The questions, the prompts and the random numbers of
+every sample are those of the intact evaluation, so that the difference is paired row by row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from vigos.data.rows import BadRow, Row, RowDataset, RowStream
+from vigos.eval.evaluate import Comparison, EvaluationResult, compare, evaluate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Probe = Literal["removed", "blurred", "swapped"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
+
+BLUR = 0.15  # standard deviation of the blur, as a share of the image's shorter side: a few patches remain
+TRIES = 64  # rows looked at for another image; an image that shows another answer is preferred
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One probe. `comparison` is probe − intact, so a grounded model has a negative difference."""
+
+    result: EvaluationResult
+    comparison: Comparison
+
+
+class ProbedRows(RowDataset):
+    """The rows of a dataset with their images removed, blurred or swapped; everything else is theirs.
+
+    Args:
+        rows: read by number, since a swapped image comes from somewhere else in the file.
+        probe: what happens to the images. "removed" leaves a prompt of text alone.
+        seed: of the swaps. A row gets the images of a row with as many of them, and with another answer if one of the
+            first `TRIES` drawn has one. Without any such row it is a `BadRow`.
+    """
+
+    def __init__(self, rows: RowDataset, probe: Probe, *, seed: int = 0) -> None:
+        if probe not in PROBES:
+            raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+        super().__init__(rows.records, rows.reader, rows.bad_rows)
+        self.probe, self.seed = probe, seed
+
+    def __getitem__(self, index: int) -> Row:
+        row: Any = super().__getitem__(index)
+        if isinstance(row, BadRow) or not row["images"]:
+            return row
+        if self.probe == "removed":
+            return row | {"images": []}
+        if self.probe == "blurred":
+            return row | {"images": [blurred(image) for image in row["images"]]}
+        images = self._others(index % len(self), row)
+        if images is not None:
+            return row | {"images": images}
+        bad = BadRow(row["problem_id"], "no_other_image", f"no other row has {len(row['images'])} image(s) to swap in")
+        if self.bad_rows == "return":
+            return bad  # type: ignore[return-value]
+        raise bad
+
+    def _others(self, index: int, row: Row) -> list[Image] | None:
+        """Images of another row: of one with another answer, else of any with as many images."""
+        rng = random.Random(f"{self.seed}/{row['problem_id']}")
+        candidates = rng.sample(range(len(self)), min(len(self), TRIES))
+        spare: list[Image] | None = None
+        for other in candidates:
+            if other == index:
+                continue
+            try:
+                found: Any = super().__getitem__(other)
+            except BadRow:
+                continue
+            if isinstance(found, BadRow) or len(found["images"]) != len(row["images"]):
+                continue
+            if found["answer"] != row["answer"]:
+                return found["images"]
+            spare = spare or found["images"]
+        return spare
+
+
+def blurred(image: Image) -> Image:
+    """A Gaussian blur whose standard deviation is `BLUR` of the shorter side."""
+    from PIL import ImageFilter
+
+    return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
+
+
+def probe(
+    model: Any,
+    processor: Any,
+    rows: RowDataset | RowStream,
+    *,
+    probes: Sequence[Probe] = PROBES,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int | None], None] | None = None,
+    **options: Any,
+) -> tuple[EvaluationResult, dict[Probe, Probed]]:
+    """Evaluates a model on rows as they are, then under each probe; returns the intact result and the probes'.
+
+    Args:
+        rows: from `load_rows`, not a stream.
+        folder: gets `intact.jsonl` and `<probe>.jsonl`; a probe that was stopped goes on where it stopped.
+        progress: called with (name, rows done, rows in all).
+        options: of `vigos.eval.evaluate.evaluate`: prompts, k, temperature, max_new_tokens, batch_size, …
+    """
+    if not isinstance(rows, RowDataset):
+        raise ValueError(f"rows must be a RowDataset from load_rows (not a stream), got {type(rows).__name__}")
+    for name in probes:
+        if name not in PROBES:
+            raise ValueError(f"probes must be among {', '.join(PROBES)}, got {name!r}")
+
+    def run(name: str, data: RowDataset) -> EvaluationResult:
+        records = None if folder is None else Path(folder) / f"{name}.jsonl"
+        tick = None if progress is None else lambda done, total: progress(name, done, total)
+        return evaluate(model, processor, data, records=records, seed=seed, progress=tick, **options)
+
+    intact = run("intact", rows)
+    found: dict[Probe, Probed] = {}
+    for name in probes:
+        result = run(name, ProbedRows(rows, name, seed=seed))
+        found[name] = Probed(result, compare(intact, result))
+    return intact, found
+
+
+def summarise(intact: EvaluationResult, probes: Mapping[Probe, Probed]) -> dict[str, Any]:
+    """Accuracies with intervals, and each probe's paired difference from the intact images, for a JSON file."""
+    found: dict[str, Any] = {"intact": _short(intact)}
+    for name, probed in probes.items():
+        c = probed.comparison
+        found[name] = _short(probed.result) | {
+            "difference": c.difference, "difference_interval": list(c.interval), "p_value": c.p_value, "rows": c.rows,
+        }  # fmt: skip
+    return found
+
+
+def _short(result: EvaluationResult) -> dict[str, Any]:
+    summary = result.summary()
+    names = [f"{name}{end}" for name in ("accuracy", "score", "prior", "valid_rate") for end in ("", "_interval")]
+    return {name: summary[name] for name in names if name in summary}

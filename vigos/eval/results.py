@@ -1,0 +1,262 @@
+"""What an evaluation found: metrics with intervals, paired comparison of two, and the file of records behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test
+
+FORMAT = 1  # of the records file
+Metric = Literal["accuracy", "score", "prior", "valid_rate", "unparseable"]
+
+# Two runs are compared in every metric at once; so that a false alarm in any of them is rarer than 5 %.
+LEVEL = 0.05 / len(get_args(Metric))
+
+ROLE, CONFLICT, PRIOR, TRIPLET, VARIANT = "role", "conflict", "prior", "triplet", "variant"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found, row by row.
+
+    Attributes:
+        settings: what the samples depend on: seed, sampling, prompts, model.
+        records: one for each row, in order: key, problem_id, answer, extra and `samples`, a list of {text, prediction,
+            correct, valid, reason, finished, tokens}; for a row that could not be used `skipped` {reason, detail}.
+    """
+
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationResult:
+        """Reads a records file; a line cut off by a kill is left out."""
+        settings, records, _ = _read_records(Path(path))
+        if settings is None:
+            raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
+        return cls(settings, records)
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """The records of rows that could be used."""
+        return [r for r in self.records if "samples" in r]
+
+    def check_same_prompt(self, other: EvaluationResult) -> None:
+        """Raises ValueError unless both were asked with the same prompts, sampling and judge."""
+        for name in ("prompts", "sampling", "judge"):
+            mine, theirs = self.settings.get(name), other.settings.get(name)
+            if mine != theirs:
+                raise ValueError(f"baseline must be asked the same way: {name} {mine!r} there, {theirs!r} here")
+
+    def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
+        """The records that a metric is taken over."""
+        role = {"score": CONFLICT, "prior": PRIOR}.get(metric)
+        return [r for r in self.answered if role is None or r["extra"].get(ROLE) == role]
+
+    def values(self, metric: Metric) -> dict[str, float]:
+        """Mean over the samples of each row the metric is taken over, by the row's key."""
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+        return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.rows_of(metric)}
+
+    def summary(self, by: str | None = None) -> dict[str, Any]:
+        """Shares in [0, 1]; beside each, under `<name>_interval`, its 95 % interval over rows.
+
+        Args:
+            by: a field of the rows; adds `groups`, the accuracy and its interval for each of the field's values.
+        """
+        n, k = self.settings["n"], self.settings["k"]
+        answered = self.answered
+        samples = [s for r in answered for s in r["samples"]]
+        found: dict[str, Any] = {"rows": len(answered), "samples": n, "skipped": len(self.records) - len(answered)}
+
+        def report(name: str, values: list[float]) -> None:
+            found[name] = _mean(values)
+            found[f"{name}_interval"] = list(mean_interval(values))
+
+        report("accuracy", list(self.values("accuracy").values()))
+        if n > 1:
+            report(f"pass@{k}", [pass_at_k(n, sum(s["correct"] for s in r["samples"]), k) for r in answered])
+            found[f"avg@{n}"] = found["accuracy"]
+        for metric in ("score", "prior"):
+            values = self.values(metric)
+            if values:
+                report(metric, list(values.values()))
+                found[f"{metric}_rows"] = len(values)
+        report("valid_rate", list(self.values("valid_rate").values()))
+        report("unparseable", list(self.values("unparseable").values()))
+        found["unfinished"] = _mean([float(not s["finished"]) for s in samples])
+        found["tokens_mean"] = _mean([s["tokens"] for s in samples])
+        found["invalid_reasons"] = dict(Counter(s["reason"] for s in samples if s["reason"]).most_common())
+        found["skipped_reasons"] = dict(
+            Counter(r["skipped"]["reason"] for r in self.records if "skipped" in r).most_common()
+        )
+        if "score" in found and (variants := self._levels(VARIANT)):
+            found["variants"] = {
+                str(level): {
+                    metric: _mean([v for key, v in self.values(metric).items() if key in keys])  # type: ignore[arg-type]
+                    for metric in ("score", "prior")
+                }
+                for level, keys in variants.items()
+            }
+        if by is not None:
+            values = self.values("accuracy")
+            groups = {str(level): [values[key] for key in keys] for level, keys in self._levels(by).items()}
+            if not groups:
+                raise ValueError(f"by must be a field of the rows, got {by!r}")
+            found["groups"] = {
+                level: {"accuracy": _mean(v), "accuracy_interval": list(mean_interval(v)), "rows": len(v)}
+                for level, v in groups.items()
+            }
+        return found
+
+    def _levels(self, field: str) -> dict[Any, set[str]]:
+        """Keys of the answered rows by their value of `field`, in order of appearance."""
+        levels: dict[Any, set[str]] = {}
+        for record in self.answered:
+            if field in record["extra"]:
+                value = record["extra"][field]
+                levels.setdefault(value if isinstance(value, str | int | float | bool) else str(value), set()).add(
+                    record["key"]
+                )
+        return levels
+
+
+def _counts(sample: Mapping[str, Any], metric: Metric) -> float:
+    if metric == "valid_rate":
+        return float(sample["valid"])
+    if metric == "unparseable":
+        return float(sample["prediction"] is None)
+    return float(sample["correct"])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same rows. `difference` is b − a.
+
+    Attributes:
+        interval: 95 % bootstrap interval of the difference, over rows, or over triplets where the rows have them.
+        p_value: exact two-sided sign test on the rows where they differ; with one sample a row, McNemar's test.
+        better, worse: rows where b is above a, and below.
+        differs: p_value below `LEVEL`.
+    """
+
+    metric: str
+    rows: int
+    a: float
+    b: float
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    better: int
+    worse: int
+
+    @property
+    def differs(self) -> bool:
+        return self.p_value < LEVEL
+
+
+def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accuracy", seed: int = 0) -> Comparison:
+    """Paired comparison on the rows that both runs answered.
+
+    Raises:
+        ValueError: they share no row that the metric is taken over, or disagree on a row's reference answer.
+    """
+    in_a, in_b = a.values(metric), b.values(metric)
+    keys = [key for key in in_a if key in in_b]
+    if not keys:
+        raise ValueError(f"the two runs have no row in common that {metric} is taken over")
+    records_a, records_b = ({r["key"]: r for r in result.answered} for result in (a, b))
+    for key in keys:
+        if records_a[key]["answer"] != records_b[key]["answer"]:
+            raise ValueError(
+                f"the two runs are not of one dataset: the answer of row {key} is {records_a[key]['answer']!r} in a "
+                f"and {records_b[key]['answer']!r} in b"
+            )
+    differences = [in_b[key] - in_a[key] for key in keys]
+    clusters = [records_a[key]["extra"].get(TRIPLET, key) for key in keys]
+    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return Comparison(
+        metric=metric,
+        rows=len(keys),
+        a=_mean([in_a[key] for key in keys]),
+        b=_mean([in_b[key] for key in keys]),
+        difference=_mean(differences),
+        interval=bootstrap_interval(differences, clusters, seed=seed),
+        p_value=sign_test(better, worse),
+        better=better,
+        worse=worse,
+    )
+
+
+# --- The records file -------------------------------------------------------------------------------------------------
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Adds lines to the records, on the disk when it returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[int]]:
+    """(settings or None, records, byte offset after the settings and after each record); a cut line is left out."""
+    settings: dict[str, Any] | None = None
+    records: list[dict[str, Any]] = []
+    offsets: list[int] = []
+    position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            if not line.endswith(b"\n"):
+                break
+            try:
+                content = json.loads(line)
+            except ValueError:
+                break
+            if settings is None:
+                settings = content.get("settings") if isinstance(content, dict) else None
+                if settings is None:
+                    break
+            else:
+                records.append(content)
+            offsets.append(position)
+    return settings, records, offsets
+
+
+def resume_records(
+    path: Path, settings: dict[str, Any], resume: bool, rows_a_batch: int, total: int | None
+) -> list[dict[str, Any]]:
+    """The records that stand in `path` already; the file is left with those alone, ready to be appended to.
+
+    Only whole batches are kept, so that the batches to come are those of an uninterrupted run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume and path.exists() and path.stat().st_size:
+        found, records, offsets = _read_records(path)
+        if found is not None:
+            wanted = json.loads(json.dumps(settings))
+            different = [name for name in {**wanted, "judge": None} if found.get(name) != wanted.get(name)]
+            if different:
+                values = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
+                raise ValueError(f"records {path} come from another evaluation ({values}); resume=False starts anew")
+            kept = len(records) if len(records) == total else len(records) // rows_a_batch * rows_a_batch
+            with path.open("r+b") as file:
+                file.truncate(offsets[kept])
+            return records[:kept]
+        if b"\n" in path.read_bytes():
+            raise ValueError(f"records {path} is not a records file of an evaluation; resume=False overwrites it")
+    path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+    return []

@@ -1,0 +1,260 @@
+"""From a model name and a dataset to a trained or evaluated model: what `vigos train` and `vigos eval` run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vigos.cli import Source
+    from vigos.method.prompts import Prompts
+    from vigos.rollout.server import ServerEngine
+    from vigos.train.config import ViGOSConfig
+    from vigos.train.trainer import ViGOSTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False,
+    tensor_parallel: int = 1, ranks: int = 1,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
+    """A model and its processor (a tokenizer for text-only models), from a folder or hub name; "builtin" is our own.
+
+    Weights come from safetensors alone: a pickle is never loaded.
+
+    Args:
+        tensor_parallel: of the run's `ranks`, how many hold a copy of the model in slices.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    if name == "builtin":
+        from vigos.world import load_base
+
+        if tensor_parallel != 1:
+            raise ValueError(f"tensor_parallel must be 1 for the built-in model, got {tensor_parallel}")
+        return load_base()
+    if dtype not in ("float32", "float16", "bfloat16", "auto"):
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or auto, got {dtype!r}")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    has_vision = getattr(config, "vision_config", None) is not None
+    family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    layout: dict[str, Any] = {}
+    if tensor_parallel != 1:
+        from vigos.models.tensor_parallel import layout_of
+
+        layout["distributed_config"] = layout_of(tensor_parallel, ranks)
+    model = family.from_pretrained(
+        name,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **layout,
+    )
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
+    """Loads model and data, trains, and leaves the run folder; returns the trainer."""
+    trainer = build_trainer(source, config)
+    resume = source.resume
+    if resume == "auto":
+        from vigos.train.checkpoint import last_checkpoint
+
+        found = last_checkpoint(str(config.output_dir))
+        resume = None if found is None else str(found)
+        logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
+    """Model, processor, rows and prompts of `source` in a trainer; `adapter` is put on the model and trained on."""
+    from vigos.data.rows import load_rows
+    from vigos.train.trainer import ViGOSTrainer
+
+    model: Any
+    model, processor = load_model(
+        source.model,
+        dtype=source.dtype,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+        tensor_parallel=source.tensor_parallel,
+        ranks=config.world_size,
+    )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    rows = load_rows(
+        source.data,
+        problem_column=config.problem_column,
+        images_column=config.images_column,
+        answer_column=config.answer_column,
+        id_column=config.id_column,
+        data_root=source.data_root,
+        allow_outside_root=source.allow_outside_root,
+        allow_remote_images=source.allow_remote_images,
+        streaming=source.streaming,
+    )
+    prompts = None
+    if source.model == "builtin" and not config.prompts_file:  # it knows no other wording
+        from vigos.world import world_prompts
+
+        prompts = world_prompts()
+    return ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
+
+
+def palr_from_source(
+    source: Source, config: ViGOSConfig, *, rows: int, adapter: str | None = None, teacher_model: str | None = None,
+    group: int = 32,
+) -> dict[str, Any]:  # fmt: skip
+    """PALR of the student's rollouts of the first `rows` rows; see `vigos.train.palr`.
+
+    Args:
+        adapter: LoRA adapter of the student; its teacher is the model with the adapter off.
+        teacher_model: folder or hub name of the teacher where the student was trained in full.
+        group: rows measured at once, which lend each other answers and images.
+    """
+    from itertools import islice
+
+    from vigos.scoring.teacher import TeacherScorer
+    from vigos.train.palr import PALR, measure_palr
+
+    if rows < 2:
+        raise ValueError(f"rows must be at least 2, which lend each other answers and images, got {rows}")
+    trainer = build_trainer(source, config, adapter=adapter)
+    scorer, policy = trainer.scorer, None if teacher_model else trainer.policy
+    if teacher_model:
+        taught: Any = load_model(teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[0]
+        scorer = TeacherScorer(taught.to(trainer.model.device), token_budget=config.token_budget)
+    dataset: Any = trainer.train_dataset
+    source_rows, parts = islice(iter(dataset), rows), []
+    while members := list(islice(source_rows, group)):
+        rollouts = trainer.sample_rollouts(members)
+        parts.append(
+            measure_palr(
+                rollouts, config, student=trainer.model, scorer=scorer, policy=policy, prompts=trainer.prompts,
+                processor=trainer.processing_class, wrong_answers=config.palr_wrong_answers, seed=config.seed,
+            )
+        )  # fmt: skip
+    found = PALR.joined(parts).summary()
+    if not found["rollouts"]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in found["left_out"].items()) or "no usable row"
+        raise ValueError(f"data: PALR could be measured on none of {rows} rows ({reasons})")
+    return {"method": config.method, **found}
+
+
+def load_student(
+    model: str, *, adapter: str | None = None, prompts_file: Path | None = None, dtype: str = "bfloat16"
+) -> tuple[Any, Any, Prompts]:
+    """Model (with its adapter), processor and the prompts it is asked with."""
+    from vigos.method.prompts import Prompts
+
+    loaded: Any
+    loaded, processor = load_model(model, dtype=dtype)
+    if adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    if prompts_file:
+        return loaded, processor, Prompts.from_file(prompts_file)
+    if model == "builtin":
+        from vigos.world import world_prompts
+
+        return loaded, processor, world_prompts()
+    return loaded, processor, Prompts()
+
+
+def load_served(
+    model: str, url: str, served: str, *, concurrency: int, prompts_file: Path | None = None
+) -> tuple[ServerEngine, Any, Prompts]:
+    """An engine on a server that holds the model, its processor, and its prompts: weights are not loaded here.
+
+    Args:
+        model: folder or hub name that configuration and processor come from.
+        url: up to and including /v1. served: the model's name there, or an adapter's.
+    """
+    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+    from vigos.method.prompts import Prompts
+    from vigos.rollout.engine import eos_ids, placeholder_ids
+    from vigos.rollout.server import ServerEngine
+
+    prompts = Prompts.from_file(prompts_file) if prompts_file else Prompts()
+    if model == "builtin":
+        from vigos.world import checkpoint_path, world_prompts
+
+        model, prompts = str(checkpoint_path()), prompts if prompts_file else world_prompts()
+    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        generation: Any = GenerationConfig.from_pretrained(model)
+    except OSError:  # not every model has one
+        generation = None
+    engine = ServerEngine(
+        url, served, tokenizer, eos_token_ids=eos_ids(SimpleNamespace(generation_config=generation), tokenizer),
+        banned_token_ids=placeholder_ids(config), vocab_size=config.get_text_config().vocab_size,
+        concurrency=concurrency,
+    )  # fmt: skip
+    return engine, processor, prompts
+
+
+def evaluate_from_source(
+    model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
+    sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
+    benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
+    judge_url: str | None = None, judge_model: str | None = None, allow_outside_root: bool = False,
+    allow_remote_images: bool = False, server_url: str | None = None, server_model: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated.
+
+    With `server_url` the answers come from `server_model` there; `model` then names configuration and processor alone.
+    """
+    from vigos.data.benchmarks import load_benchmark
+    from vigos.data.rows import load_rows
+    from vigos.eval.evaluate import evaluate
+    from vigos.eval.judge import Judge
+
+    if (judge_url is None) != (judge_model is None):
+        raise ValueError(f"judge_url and judge_model go together, got {judge_url!r} and {judge_model!r}")
+    if (server_url is None) != (server_model is None):
+        raise ValueError(f"server_url and server_model go together, got {server_url!r} and {server_model!r}")
+    if server_url is not None and adapter is not None:
+        raise ValueError(f"adapter must be loaded by the server, and server_model its name there; got {adapter!r}")
+    judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
+    # Before the model: what is wrong with the data is said at once.
+    if benchmark is None:
+        rows = load_rows(
+            data, data_root=data_root, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
+        )
+    else:
+        rows = load_benchmark(
+            benchmark, data, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
+        )
+
+    loaded = engine = None
+    if server_url is not None and server_model is not None:
+        engine, processor, prompts = load_served(
+            model, server_url, server_model, concurrency=batch_size, prompts_file=prompts_file
+        )
+    else:
+        loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    result = evaluate(
+        loaded, processor, rows, prompts=prompts, k=k, batch_size=batch_size, seed=seed,
+        records=output / "records.jsonl", progress=progress, judge=judge, engine=engine,
+        eos_token_ids=None if engine is None else engine.checks.eos_token_ids, **sampling,
+    )  # fmt: skip
+    summary = result.summary()
+    (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary

@@ -1,0 +1,1 @@
+"""Inside a transformers model: its parts, its image features, its shards."""

@@ -1,0 +1,124 @@
+"""The parts of a model that is adapted, wrapped or both: what is inside, its head, and what its head is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What wrappers call the module inside them: DDP and DeepSpeed, FSDP, torch.compile, activation checkpointing.
+_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers or PEFT model inside DDP, FSDP, DeepSpeed and torch.compile wrappers."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = inner
+        inner = next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None)
+    return model
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers and PEFT."""
+    core: Any = unwrap(model)
+    base = core.get_base_model() if hasattr(core, "get_base_model") else core
+    if not hasattr(base, "get_output_embeddings"):
+        raise ValueError(f"model must be a transformers model with a language-model head, got {type(base).__name__}")
+    return base
+
+
+def lm_head(model: nn.Module) -> nn.Module:
+    """The language-model head inside wrappers and PEFT."""
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have a language-model head, got {type(base).__name__}, which has none")
+    return head
+
+
+def logit_settings(config: Any) -> dict[str, Any]:
+    """What a model's own forward does to its head's output (Gemma caps it, Cohere and Granite scale it), as arguments
+    of `linear_divergence`; from its text config."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
+
+
+def inner_model(base: Any) -> Any:
+    """The model under the head: for multimodal families the one that holds the vision tower."""
+    return getattr(base, base.base_model_prefix, base)
+
+
+def text_model(base: Any) -> Any:
+    """The decoder under the head, without the vision tower."""
+    inner = getattr(base, base.base_model_prefix, base)
+    for name in ("language_model", "text_model"):
+        if isinstance(getattr(inner, name, None), nn.Module):
+            return getattr(inner, name)
+    return inner
+
+
+def token_types_name(base: Any) -> str | None:
+    """What the model calls the token types of its prompts with images; None if it wants none."""
+    known = set(signature(type(base).forward).parameters) | set(signature(type(inner_model(base)).forward).parameters)
+    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in known), None)
+
+
+def image_token_id_of(base: Any) -> int | None:
+    config = base.config
+    found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return found if isinstance(found, int) else None
+
+
+def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor:
+    """Runs `model(**inputs)` and returns rows of what its language-model head was given. No logits are computed.
+
+    The innermost module's `forward` is redirected for the call, so that a wrapper's own forward, with its hooks, sees
+    the returned tensor as the module's output.
+
+    Args:
+        taken: (m,) int64, which of the B * T positions are returned, as (m, D).
+    """
+    core, head = unwrap(model), lm_head(model)
+    if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
+        model = model.module  # DDP's forward broadcasts buffers, which ranks with other counts would wait for
+
+    def redirected(*args: Any, **kwargs: Any) -> Tensor:
+        with replaced_forward(core, original), ExitStack() as stack:
+            caught: list[Tensor] = []
+
+            def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+                caught.append(hidden)
+                return hidden
+
+            stack.enter_context(replaced_forward(head, keep))
+            original(*args, **kwargs)
+        if len(caught) != 1:
+            raise ValueError(
+                f"model must apply its language-model head once a forward, got {len(caught)} times "
+                f"in {type(base_model(model)).__name__}"
+            )
+        return caught[0].flatten(0, 1).index_select(0, taken.to(caught[0].device))
+
+    original = core.forward
+    with replaced_forward(core, redirected):
+        return model(**inputs)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the module's own, inside; its hooks and those of wrappers around it run as ever."""
+    own = module.__dict__.get("forward")  # accelerate's autocast and offload hooks live on the instance
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own

@@ -1,0 +1,398 @@
+"""`vigos report`: a run folder as one HTML file that needs nothing else and fetches nothing.
+
+    write_report("runs/demo", "report.html")                        # a run folder, or the demo's folder around it
+    write_report("runs/a", "report.html", compare="runs/b")         # two runs, side by side
+
+Everything that comes from a run (problems, completions, file names) is text: the template escapes it, the script sets
+it as text, and the page's content security policy allows one script, by its hash, and no connection at all. A run of
+any length gives a page of a bounded size: a sample of its rollouts, drawn evenly over its steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vigos.eval.evaluate import Comparison, EvaluationResult, Metric, compare
+from vigos.method.supervise import TERMS
+from vigos.report.figures import Chart
+
+MAX_ROLLOUTS = 400
+MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens of both models about 12 MB
+MAX_IMAGE_BYTES = 400_000
+_IMAGE_NAME = re.compile(r"images/[0-9a-f]{8,64}\.(png|webp)")
+_MEDIA = {"png": "image/png", "webp": "image/webp"}
+
+HEADLINE: tuple[tuple[Metric, str, str], ...] = (
+    ("score", "Score", "right where the image contradicts the prior"),
+    ("prior", "Prior", "right where the image agrees with it"),
+    ("accuracy", "Accuracy", "right over all rows"),
+    ("valid_rate", "In format", "outputs in the asked format, right or wrong"),
+)
+
+
+# --- Reading a run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report shows of one run.
+
+    Attributes:
+        config: the sections of config.yaml.
+        log: the lines of metrics.jsonl that hold a step's metrics.
+        before, after: evaluations of the untrained model under the same prompt, and of the trained one.
+        rollouts: the sampled records of completions/, in order of their steps.
+        written: how many records completions/ holds.
+        skipped: rows that could not be used, by reason.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    log: list[dict[str, Any]]
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    rollouts: list[dict[str, Any]]
+    written: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+def load_run(
+    folder: str | Path, *, before: str | Path | None = None, after: str | Path | None = None,
+    rollouts: int = MAX_ROLLOUTS, seed: int = 0, like: Run | None = None,
+) -> Run:  # fmt: skip
+    """Reads a run folder, or the demo's: the run under `train/`, `before.jsonl` and `after.jsonl` beside it.
+
+    Args:
+        before, after: records of two evaluations, where they lie elsewhere.
+        rollouts: how many to sample at most.
+        like: a run whose sampled rows are preferred, so that two runs can be shown beside each other.
+    """
+    outer = Path(folder)
+    if not outer.is_dir():
+        raise ValueError(f"the run must be a folder, got {outer}, which is none")
+    inner = outer if (outer / "metrics.jsonl").is_file() else outer / "train"
+    if not (inner / "metrics.jsonl").is_file():
+        raise ValueError(f"{outer} is no run folder: it holds neither metrics.jsonl nor train/metrics.jsonl")
+    import yaml
+
+    config_file = inner / "config.yaml"
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
+    wanted = {(r["step"], r["problem_id"]) for r in like.rollouts} if like else set()
+    sampled, written = _sample(inner / "completions", rollouts, seed, wanted)
+    return Run(
+        name=(outer.resolve().parent if outer.name == "train" else outer.resolve()).name,
+        folder=inner,
+        config=config if isinstance(config, dict) else {},
+        log=[line for line in _json_lines(inner / "metrics.jsonl") if "loss" in line and "step" in line],
+        before=_evaluation(before, outer, inner, "before.jsonl"),
+        after=_evaluation(after, outer, inner, "after.jsonl"),
+        rollouts=sampled,
+        written=written,
+        skipped=Counter(str(line.get("reason")) for line in _json_lines(inner / "skipped.jsonl")),
+    )
+
+
+def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -> EvaluationResult | None:
+    if given is not None:
+        path = Path(given)
+        return EvaluationResult.load(path / "records.jsonl" if path.is_dir() else path)
+    folders = [outer, inner, *([outer.parent] if outer.name == "train" else [])]
+    found = next((p / name for p in folders if (p / name).is_file()), None)
+    return EvaluationResult.load(found) if found else None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; none where there is no file. A line cut off by a kill ends it."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -> tuple[list[dict[str, Any]], int]:
+    """Records spread evenly over the files of `folder`, and how many it holds in all. Only chosen lines are parsed."""
+    places: list[tuple[Path, int]] = []  # (file, byte offset) of every record, in the order of steps
+    for path in sorted(folder.glob("step-*.jsonl")):
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    places.append((path, offset))
+                offset += len(line)
+    rng = random.Random(seed)
+    edges = [round(i * len(places) / limit) for i in range(limit + 1)] if len(places) > limit else []
+    chosen = [rng.randrange(a, b) for a, b in pairwise(edges) if b > a] if edges else None
+    records: list[tuple[int, dict[str, Any]]] = []
+    tokens = 0
+    picked = places if chosen is None else [places[i] for i in chosen]
+    if wanted:
+        picked = _preferring(places, picked, wanted)
+    order = list(range(len(picked)))
+    rng.shuffle(order)  # where the tokens are too many, what is left is still spread over the steps
+    for i in order:
+        path, offset = picked[i]
+        with path.open("rb") as file:
+            file.seek(offset)
+            record = json.loads(file.readline())
+        tokens += len(record["tokens"])
+        if tokens > MAX_TOKENS and records:
+            break
+        records.append((i, record))
+    return [record for _, record in sorted(records, key=lambda pair: pair[0])], len(places)
+
+
+def _preferring(
+    places: Sequence[tuple[Path, int]], picked: list[tuple[Path, int]], wanted: set[tuple[int, str]]
+) -> list[tuple[Path, int]]:
+    """The records of wanted (step, row) pairs first, then picked ones up to as many as were picked."""
+    steps = {step for step, _ in wanted}
+    found = []
+    for path, offset in places:
+        if int(path.stem.split("-")[1]) not in steps:
+            continue
+        with path.open("rb") as file:
+            file.seek(offset)
+            record = json.loads(file.readline())
+        if (record["step"], record["problem_id"]) in wanted:
+            found.append((path, offset))
+    rest = [place for place in picked if place not in set(found)]
+    return sorted([*found, *rest][: len(picked)])
+
+
+# --- Headline numbers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """One line of the headline: shares in per cent, with 95 % intervals; the difference is paired by row."""
+
+    label: str
+    meaning: str
+    before: tuple[float, float, float] | None
+    after: tuple[float, float, float] | None
+    comparison: Comparison | None
+
+
+def headline(before: EvaluationResult | None, after: EvaluationResult | None) -> list[Number]:
+    """Score, Prior, accuracy and format of two evaluations. Without any, nothing."""
+    found = []
+    summaries = [r.summary() if r else {} for r in (before, after)]
+    for metric, label, meaning in HEADLINE:
+        if metric == "accuracy" and any("score" in s for s in summaries):
+            continue  # a mixture of the two that are shown
+        values = [
+            (100 * s[metric], *(100 * v for v in s[f"{metric}_interval"])) if metric in s else None for s in summaries
+        ]
+        if any(values):
+            both = before is not None and after is not None and all(values) and _same_rows(before, after)
+            paired = compare(before, after, metric=metric) if both else None  # type: ignore[arg-type]
+            found.append(Number(label, meaning, values[0], values[1], paired))  # type: ignore[arg-type]
+    return found
+
+
+def _same_rows(a: EvaluationResult, b: EvaluationResult) -> bool:
+    """Whether two evaluations share rows, and agree on the answers of those they share."""
+    answers = {r["key"]: r["answer"] for r in a.answered}
+    shared = [r for r in b.answered if r["key"] in answers]
+    return bool(shared) and all(answers[r["key"]] == r["answer"] for r in shared)
+
+
+# --- Rollouts for the page --------------------------------------------------------------------------------------------
+
+
+def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the script of the page reads: texts are shared in a table, images are data: addresses.
+
+    `rollouts`: run, step, id, problem, answer, valid, reason, right, images, tokens (indices of `texts`), and `taught`:
+    for each supervised token [token, teacher, segment, KL, clipped, log p, log q, top of student, top of teacher]; a
+    top is a flat list of text, share in thousandths.
+    """
+    texts: dict[str, int] = {}
+    images: dict[str, int] = {}
+    pictures: list[dict[str, Any]] = []
+    found = []
+
+    def text(value: Any) -> int:
+        return texts.setdefault(str(value), len(texts))
+
+    def tops(values: Sequence[Sequence[Any]] | None) -> list[int] | None:
+        return None if values is None else [x for piece, p in values for x in (text(piece), round(1000 * p))]
+
+    for number, run in enumerate(runs):
+        for record in run.rollouts:
+            shown = []
+            for name in record.get("images", []):
+                key = f"{number}/{name}"
+                if key not in images:
+                    picture = _picture(run.folder / "completions", name)
+                    if picture is None:
+                        continue
+                    images[key] = len(pictures)
+                    pictures.append(picture)
+                shown.append(images[key])
+            taught = []
+            for term, of in record.get("teachers", {}).items():
+                none = [None] * len(of["tokens"])
+                for i, token in enumerate(of["tokens"]):
+                    taught.append(
+                        [
+                            token,
+                            TERMS.index(term),
+                            of["segments"][i],
+                            _number(of["divergence"][i]),
+                            int(of["clipped"][i]),
+                            _number(of.get("student_logprob", none)[i]),
+                            _number(of.get("teacher_logprob", none)[i]),
+                            tops(of.get("student_top", none)[i]),
+                            tops(of.get("teacher_top", none)[i]),
+                        ]
+                    )
+            found.append(
+                {
+                    "run": number,
+                    "step": record["step"],
+                    "id": str(record["problem_id"]),
+                    "problem": str(record["problem"]),
+                    "answer": str(record["answer"]),
+                    "valid": bool(record["valid"]),
+                    "reason": str(record["reason"]),
+                    "right": record.get("correct"),
+                    "images": shown,
+                    "said": record.get("answer_text"),
+                    "tokens": [text(t) for t in record["tokens"]],
+                    "taught": taught,
+                }
+            )
+    return {"texts": list(texts), "images": pictures, "rollouts": found, "runs": [run.name for run in runs]}
+
+
+def _number(value: Any) -> float | None:
+    """Infinities are words in the records; the page shows a dash."""
+    return round(value, 5) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _picture(folder: Path, name: Any) -> dict[str, Any] | None:
+    """An image as the page holds it; None where it is not one that a run wrote, or too large."""
+    from PIL import Image
+
+    match = _IMAGE_NAME.fullmatch(str(name))
+    path = folder / str(name)
+    if match is None or not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
+        return None
+    with Image.open(path, formats=["PNG", "WEBP"]) as image:
+        width, height = image.size
+    return {
+        "src": f"data:{_MEDIA[match[1]]};base64,{base64.b64encode(path.read_bytes()).decode()}",
+        "width": width, "height": height,
+    }  # fmt: skip
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    run: str | Path, output: str | Path, *, compare: str | Path | None = None, before: str | Path | None = None,
+    after: str | Path | None = None, rollouts: int = MAX_ROLLOUTS, seed: int = 0,
+) -> Path:  # fmt: skip
+    """Writes the report of a run, or of two, to `output`; returns its path.
+
+    Args:
+        run, compare: run folders, see `load_run`.
+        before, after: records of evaluations of `run`, where they do not lie beside it.
+        rollouts: at most so many of each run are shown.
+    """
+    if rollouts < 1:
+        raise ValueError(f"rollouts must be at least 1, got {rollouts}")
+    first = load_run(run, before=before, after=after, rollouts=rollouts, seed=seed)
+    runs = [first] if compare is None else [first, load_run(compare, rollouts=rollouts, seed=seed, like=first)]
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(runs), encoding="utf-8")
+    return path
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+
+        from vigos.report.charts import charts_of
+    except ImportError as error:
+        raise ValueError(f"a report needs {error.name}: pip install 'vigos[report]'") from error
+    environment = Environment(
+        loader=PackageLoader("vigos.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    source = environment.loader
+    assert source is not None
+    script, style = (source.get_source(environment, name)[0].strip() for name in ("report.js", "report.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sections: list[tuple[str, str, list[Chart]]] = charts_of([run.log for run in runs])
+    return environment.get_template("report.html").render(
+        runs=runs,
+        letters="AB",
+        opsd=any((run.config.get("vigos") or {}).get("method") == "opsd" for run in runs),
+        facts=_fact_rows(runs),
+        headlines=[headline(run.before, run.after) for run in runs],
+        versus=headline(runs[0].after, runs[1].after) if len(runs) == 2 and runs[0].after and runs[1].after else [],
+        sections=[(key, title, [(c, Markup(c.svg)) for c in charts]) for key, title, charts in sections],
+        data=Markup(script_json(rollout_data(runs))),
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=digest,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a <script> element: nothing in it can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+_SHOWN = (
+    "method", "preset", "clip_mode", "token_clip", "teacher", "learning_rate", "max_steps", "temperature", "lora_r",
+    "seed",
+)  # fmt: skip
+
+
+def _fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(which run, its facts): of two runs first what they share, then what is each one's own."""
+    facts = [_facts(run) for run in runs]
+    if len(facts) == 1:
+        return [("", facts[0])]
+    shared = [fact for fact in facts[0] if fact in facts[1]]
+    own = [(letter, [f for f in of if f not in shared]) for letter, of in zip("AB", facts, strict=True)]
+    return [("both", shared), *((letter, of) for letter, of in own if of)]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The few options that tell runs apart, as far as the folder says them."""
+    options = {**run.config.get("transformers", {}), **run.config.get("vigos", {}), **run.config.get("run", {})}
+    found = [(name, str(options[name])) for name in _SHOWN if options.get(name) not in (None, "")]
+    if options.get("model"):  # of a folder the last part: where it lay is nobody's business
+        model = str(options["model"])
+        found.insert(0, ("model", Path(model).name if Path(model).is_absolute() else model))
+    steps = str(int(run.log[-1]["step"])) if run.log else "0"
+    return [*((name, value) for name, value in found if name != "max_steps"), ("steps", steps)]

@@ -1,0 +1,1 @@
+"""From a prompt to completion ids: the model's own `generate`, a server, vLLM."""

@@ -1,0 +1,95 @@
+"""What is asked of completions that another program sampled: the same prompt, known ids, none banned, none cut."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vigos.errors import TrainingStopped
+from vigos.method.encode import EncodedPrompt
+from vigos.rollout.engine import adapter_name
+
+
+class RolloutError(TrainingStopped):
+    """Rollouts that cannot be had, or cannot be used, and what to do about it."""
+
+
+class UnusableCompletion(Exception):
+    """Another try may give a better one."""
+
+
+@dataclass(frozen=True)
+class RolloutChecks:
+    """
+    Attributes:
+        tokenizer: the student's, for messages about prompts that differ.
+        eos_token_ids: ids that end a completion.
+        banned_token_ids: image, video and audio placeholders.
+        vocab_size: ids must lie below it; None does not check.
+    """
+
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
+
+    def same_prompt(self, prompt: EncodedPrompt, theirs: Sequence[int], who: str) -> None:
+        """The same ids, or, from an engine that does not expand them, with one placeholder in place of each image's."""
+        ours = prompt.ids.tolist()
+        if list(theirs) in (ours, collapsed(ours, self.banned_token_ids)):
+            return
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        shown = [self.tokenizer.decode(list(ids[max(0, at - 4) : at + 8])) for ids in (ours, theirs)]
+        raise RolloutError(
+            f"{who} rendered another prompt: it differs from token {at} on, ours {shown[0]!r}, the other {shown[1]!r}; "
+            "give it the student's chat template (--chat-template) and image processor"
+        )
+
+    def completion(self, ids: Sequence[Any], reason: str | None, max_new_tokens: int, who: str) -> Tensor:
+        """(C,) int64, cut after the first EOS, which is included. Raises UnusableCompletion or RolloutError."""
+        limit = self.vocab_size if self.vocab_size is not None else 2**31
+        ids = list(ids)
+        if not all(isinstance(i, int) and 0 <= i < limit for i in ids):
+            raise UnusableCompletion(f"token ids outside the vocabulary of {limit}")
+        if banned := sorted(set(ids) & set(self.banned_token_ids)):
+            raise UnusableCompletion(
+                f"a completion holds the banned ids {banned}: it would take another image's features"
+            )
+        ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]
+        if ends:
+            ids = ids[: ends[0] + 1]
+        elif reason == "stop":
+            if len(self.eos_token_ids) != 1:
+                raise RolloutError(
+                    f"{who} left out the token that ended a completion, and it may be any of {self.eos_token_ids}"
+                )
+            ids.append(self.eos_token_ids[0])
+        elif len(ids) < max_new_tokens:
+            cut = f"a completion cut after {len(ids)} of {max_new_tokens} tokens, finish_reason {reason!r}"
+            if reason != "length":
+                raise UnusableCompletion(cut)
+            raise RolloutError(
+                f"{who} answered {cut}: its context (vLLM: --max-model-len) is too short for prompt and "
+                "max_completion_length, or it has a limit of its own"
+            )
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def drop_adapters(folder: Path, keep: str) -> None:
+    """Removes the adapters of other steps, those of a run that was cut among them."""
+    for old in folder.glob(adapter_name("*")):
+        if old.name != keep:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
+    """`ids` with runs of one placeholder as one."""
+    return [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders]

@@ -1,0 +1,147 @@
+"""Rollouts one step ahead of training (`async_rollout=1`): while a step trains, a server samples those of the next.
+
+    y_k: the rollouts that step k trains on; w_k: the weights after k steps
+    async_rollout=0    y_1 from w_0, train 1, y_2 from w_1, train 2, y_3 from w_2, train 3, …
+    async_rollout=1    y_1 from w_0, then train 1 beside y_2 from w_0, train 2 beside y_3 from w_1, …
+
+What this is, exactly. The loss of step k on its rollouts y is, either way,
+
+    sum over supervised tokens t of  weight_t · D( teacher(· | x, y_<t), student_{w_(k-1)}(· | x, y_<t) )
+
+with both distributions over the whole vocabulary and by the weights of step k. It is a supervised loss of each token
+given the prefix before it: no gradient goes through the sampling, on-policy or not. Who sampled y decides which
+prefixes the sum visits (and with them which rollouts are valid, hence which teacher reads them), never what the student
+is to say after one: the minimum at each prefix is the teacher's distribution, whoever wrote it. Importance weights, the
+product over the tokens before t of their probability under w_(k-1) over that under w_(k-2), would change how often a
+prefix counts; there are none. So one step off-policy shifts the mixture of prefixes, by what one optimizer step
+changes, and moves no token's target. Metrics of the rollouts (valid, accuracy, lengths) speak of the student of one
+step before.
+
+Exactly one step: except in the first step of an epoch, whose rows nobody knows before it begins. Its rollouts are its
+own, as in the first step of a run.
+
+The engine must have weights of its own, which it is sent (`push`): server and vLLM have. One that samples from the
+model that the optimizer is stepping would mix weights of two steps within a completion, and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vigos.data.rows import BadRow, Row
+from vigos.method.encode import EncodedPrompt
+from vigos.rollout.engine import RolloutEngine, Sampling
+from vigos.rollout.threads import Background
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an optimizer step asks of the rollout engine on this rank.
+
+    Attributes:
+        step: optimizer steps before it.
+        micro_batches: their number; 0: there is no such step.
+        rows: those that can be used: micro-batch, row, the student's prompt.
+        seeds: one for each of `rows`.
+        bad: those that cannot.
+    """
+
+    step: int
+    micro_batches: int
+    rows: Sequence[tuple[int, Row, EncodedPrompt]]
+    seeds: Sequence[int]
+    bad: Sequence[BadRow]
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """Of `rows`."""
+        return [prompt for _, _, prompt in self.rows]
+
+    def identity(self, sampling: Sampling) -> str:
+        """Equal where the same is asked for: of the same rows, images and prompts, in the same way."""
+        digest = hashlib.blake2b(repr((self.step, list(self.seeds), sampling)).encode(), digest_size=16)
+        for prompt in self.prompts:
+            digest.update(prompt.ids.numpy().tobytes())
+            digest.update(prompt.images.key.encode() if prompt.images else b"-")
+        return digest.hexdigest()
+
+
+def check_engine(engine: RolloutEngine) -> None:
+    """Refuses one that has no weights of its own."""
+    if not hasattr(engine, "push"):
+        raise ValueError(
+            "async_rollout must be 0 with an engine that samples from the model in training, whose weights the "
+            f"optimizer would change under it, got 1 with {type(engine).__name__}; take rollout_engine='server' (or "
+            "'vllm'), which is sent the adapter"
+        )
+
+
+class RolloutsAhead:
+    """The request of the next step, once it is under way, and the completions it brings."""
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self._sampling: Background[list[Tensor]] | None = None  # the last one, over or not
+        self._saved: dict[str, Any] | None = None  # from a checkpoint
+
+    def begin(self, request: Request, sample: Callable[[], list[Tensor]] | None) -> None:
+        """Has `sample` called on another thread; None: another rank samples for this one."""
+        assert self.request is None
+        self.settle()
+        self.request = request
+        self._sampling = None if sample is None else Background(sample)
+
+    def take(self) -> Callable[[], list[Tensor]]:
+        """What waits for the completions of `request`, which is thereby done, and raises what their sampling raised."""
+        self.request = None
+        return list if self._sampling is None else self._sampling.result
+
+    def settle(self) -> BaseException | None:
+        """Waits until nobody samples; returns, and does not raise, what went wrong."""
+        return None if self._sampling is None else self._sampling.failure()
+
+    def drop(self) -> None:
+        """Forgets the request, once nobody samples for it any more."""
+        self.settle()
+        self.request = self._sampling = None
+
+    @property
+    def seconds(self) -> float:
+        """How long the last sampling took, if it is over."""
+        return 0.0 if self._sampling is None else self._sampling.seconds
+
+    # --- Checkpoints keep the completions: no server promises to sample them alike once more --------------------------
+
+    def state(self, sampling: Sampling) -> dict[str, Any] | None:
+        """For a checkpoint; waits. None where nothing is under way, or where it failed."""
+        if self.request is None or self._sampling is None or self.settle() is not None:
+            return None
+        completions = [ids.tolist() for ids in self._sampling.result()]
+        return {"identity": self.request.identity(sampling), "completions": completions}
+
+    def restore(self, saved: dict[str, Any] | None) -> None:
+        """Begins anew, with the `state` of a checkpoint or with nothing."""
+        self.drop()
+        self._saved = saved
+
+    def saved(self, request: Request, sampling: Sampling) -> list[Tensor] | None:
+        """The completions of `request` if the checkpoint had them, which is asked once."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return None
+        if saved["identity"] != request.identity(sampling):
+            logger.warning(
+                "step %d samples its rollouts now: those in the checkpoint are of other rows, prompts or options",
+                request.step + 1,
+            )
+            return None
+        return [torch.tensor(ids, dtype=torch.int64) for ids in saved["completions"]]

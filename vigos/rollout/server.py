@@ -1,0 +1,254 @@
+"""Rollouts from a server that speaks vLLM's OpenAI-compatible API: images, sampling, token ids, adapters by name.
+
+    engine = ServerEngine("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-3B-Instruct", tokenizer, eos_token_ids=(151645,))
+    completions = engine.generate(prompts, Sampling(n=4), seed=0)
+
+A request is the chat that the prompt was rendered from, the assistant's turn opened with its prefill. The server must
+return token ids (vLLM: `return_token_ids`): text that is tokenised again has other boundaries, and the loss would be
+of tokens that nobody sampled. It must have rendered the same prompt: the ids it returns are compared with ours.
+
+The student's adapter is saved as files and loaded by the server under a name of its own (`/load_lora_adapter`): nothing
+is ever merged, here or there, so the base weights stay as they are. The server reads the files: same host, or a shared
+file system. vLLM wants `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+
+What a server fills in by itself must not reach the samples: vLLM takes what a request leaves out from the model's own
+generation config (Qwen2.5-VL's has a repetition penalty), and finds cached prefixes by an adapter's name and path,
+whatever its weights. So every sampling parameter is sent, and every engine has a cache of its own (`cache_salt`).
+
+Failures: connections, statuses 408, 429 and 5xx, and answers that make no sense are tried again with growing pauses;
+what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import requests
+from torch import Tensor, nn
+
+from vigos.method.encode import Chat, EncodedPrompt
+from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, drop_adapters
+from vigos.rollout.engine import Sampling, adapter_name, stream_seed
+from vigos.rollout.threads import each
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
+_PASSING = (408, 429, 500, 502, 503, 504)
+_SHOWN = 300  # characters of an answer in a message
+_ADVICE = {
+    ("chat/completions", 422): ". The server must take the fields of vLLM's API, return_token_ids above all: "
+    "`transformers serve` does not, and returns text alone",
+    ("load_lora_adapter", 404): ". vLLM has it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+}
+
+
+class RolloutServerError(RolloutError):
+    """The server is gone, refuses, or answers what cannot be used."""
+
+
+class ServerEngine:
+    """A `RolloutEngine` on a server. Completions are as exact as with the model at hand: ids, not text.
+
+    Args:
+        url: up to and including /v1.
+        model: the base model's name on the server.
+        tokenizer: the student's, for messages about prompts that differ.
+        eos_token_ids: ids that end a completion.
+        banned_token_ids: ids that are never sampled; a completion that holds one all the same is refused.
+        vocab_size: ids must lie below it; None does not check.
+        concurrency: requests in flight.
+        timeout: seconds that one request may take.
+        retries: further tries of a request that failed in passing.
+        pause: seconds before the second try, doubled for each further one.
+        adapters: folder in which adapters are saved for the server; None: none are.
+    """
+
+    def __init__(
+        self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
+        banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
+        timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"rollout_url must start with http:// or https://, got {url!r}")
+        if not model:
+            raise ValueError("rollout_model must be the model's name on the server, got an empty one")
+        if concurrency < 1 or timeout <= 0 or retries < 0:
+            raise ValueError(
+                "concurrency must be at least 1, timeout above 0 and retries at least 0, got "
+                f"{concurrency}, {timeout}, {retries}"
+            )
+        self.url, self.base, self.model = url.rstrip("/"), model, model
+        self.checks = RolloutChecks(tokenizer, tuple(eos_token_ids), tuple(banned_token_ids), vocab_size)
+        self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
+        self.adapters = None if adapters is None else Path(adapters)
+        self.retried = 0  # tries beyond the first, over the run
+        self._salt = secrets.token_hex(16)
+        # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
+        self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
+        key = os.environ.get(KEY_VARIABLE)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def __repr__(self) -> str:  # without the key
+        return f"ServerEngine({self.url!r}, {self.model!r})"
+
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
+        """See `RolloutEngine.generate`. Raises RolloutServerError."""
+        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
+        asked = replace(sampling, n=1) if sampling.temperature == 0 else sampling  # vLLM refuses n > 1 greedy ones
+        bodies = [self._body(prompt, asked, s) for prompt, s in zip(prompts, seeds, strict=True)]
+        found = each(
+            lambda job: self._completions(*job, asked), list(zip(prompts, bodies, strict=True)), self.concurrency
+        )
+        return [completion for completions in found for completion in completions * (sampling.n // asked.n)]
+
+    # --- Adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def served_name(self) -> str:
+        """What requests ask for: the base model, or this run's adapter `self.model`."""
+        return self._served_name(self.model)
+
+    def _served_name(self, model: str) -> str:
+        return model if model == self.base else f"{model}-{self._run}"
+
+    def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
+        """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before.
+
+        Args:
+            weights: the trained parameters by name, whole (`vigos.models.sharding.whole_trained`).
+        """
+        if self.adapters is None:
+            raise ValueError("adapters must be a folder that the server reads too, got None")
+        name = adapter_name(step)
+        folder = (self.adapters / name).resolve()
+        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+        load = {"lora_name": self._served_name(name), "lora_path": str(folder)}
+        try:
+            self._request("load_lora_adapter", load)
+        except RolloutServerError:
+            if load["lora_name"] not in self._names():
+                raise
+            # From before this run was resumed, or from a try whose answer was lost: other weights, perhaps.
+            self._request("unload_lora_adapter", {"lora_name": load["lora_name"]})
+            self._request("load_lora_adapter", load)
+        before, self.model = self.model, name
+        if before not in (self.base, name):
+            self._unload(self._served_name(before))
+        drop_adapters(self.adapters, keep=name)
+        return name
+
+    def _unload(self, name: str) -> None:
+        try:
+            self._request("unload_lora_adapter", {"lora_name": name})
+        except RolloutServerError:
+            if name in self._names():
+                raise  # else it is gone already: a server that was started again
+
+    def _names(self) -> list[str]:
+        """Models and adapters that the server has."""
+
+        def read(answer: Any) -> list[str]:
+            try:
+                return [model["id"] for model in answer["data"]]
+            except (KeyError, TypeError) as error:
+                raise UnusableCompletion(f"an answer without {error}") from error
+
+        return self._request("models", read=read)
+
+    # --- One request --------------------------------------------------------------------------------------------------
+
+    def _body(self, prompt: EncodedPrompt, sampling: Sampling, seed: int) -> dict[str, Any]:
+        if prompt.chat is None:
+            raise ValueError("prompts must come from encode_prompt, which keeps the chat that a server renders")
+        prefilled = bool(prompt.chat.prefill)
+        return {
+            "model": self.served_name, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
+            "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.checks.banned_token_ids},
+            "add_generation_prompt": not prefilled, "continue_final_message": prefilled,
+            "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt,
+        }  # fmt: skip
+
+    def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Tensor]:
+        def read(answer: Any) -> list[Tensor]:
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                usage = answer["usage"]["completion_tokens"]
+                found = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
+                theirs = answer.get("prompt_token_ids")
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UnusableCompletion(f"an answer without {error}") from error
+            if theirs is None or any(ids is None for ids, _ in found):
+                raise RolloutServerError(
+                    f"{self.url} returned no token ids; vLLM does with return_token_ids (0.10.2 and later). Text that "
+                    "is tokenised again is not what was sampled"
+                )
+            if not all(isinstance(ids, list) for ids in (theirs, *(ids for ids, _ in found))):
+                raise UnusableCompletion("token ids that are no list")
+            who = f"{self.url} ({self.model})"
+            self.checks.same_prompt(prompt, theirs, who)
+            if len(found) != sampling.n:
+                raise UnusableCompletion(f"{len(found)} completions, {sampling.n} were asked for")
+            if sum(len(ids) for ids, _ in found) != usage:
+                raise UnusableCompletion(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
+            return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in found]
+
+        return self._request("chat/completions", body, read)
+
+    def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
+        """Posts (without a body: gets), reads, and tries again what failed in passing."""
+        where, failure = f"{self.url}/{path}", "nothing was tried"
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self.retried += 1
+                logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, self.retries + 1)
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                method = "GET" if body is None else "POST"
+                answer = requests.request(method, where, json=body, headers=self._headers, timeout=self.timeout)
+                if answer.status_code in _PASSING:
+                    raise UnusableCompletion(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
+                if not answer.ok:
+                    raise RolloutServerError(
+                        f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}"
+                        f"{_ADVICE.get((path, answer.status_code), '')}"
+                    )
+                return answer if read is None else read(answer.json())
+            except (
+                requests.RequestException,
+                UnusableCompletion,
+            ) as error:  # RequestException: also an answer that is no JSON
+                failure = (
+                    f"{type(error).__name__}: {error}" if not isinstance(error, UnusableCompletion) else str(error)
+                )
+        raise RolloutServerError(f"{where} failed {self.retries + 1} times, last with {failure}")
+
+
+def wire_messages(chat: Chat) -> list[dict[str, Any]]:
+    """The chat as the API takes it: images as PNG data addresses, the prefill as an open assistant turn."""
+    images = iter(chat.images)
+
+    def part(content: dict[str, Any]) -> dict[str, Any]:
+        if content["type"] != "image":
+            return dict(content)
+        buffer = io.BytesIO()
+        next(images).save(buffer, format="PNG")  # lossless: the server must see the pixels that the teachers see
+        address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": address}}
+
+    wired = [{"role": m["role"], "content": [part(content) for content in m["content"]]} for m in chat.messages]
+    return [*wired, {"role": "assistant", "content": chat.prefill}] if chat.prefill else wired

@@ -1,0 +1,181 @@
+"""Rollouts from vLLM in this process: prompts go in as ids, completions come out as ids, adapters as files.
+
+    engine = VLLMEngine("Qwen/Qwen2.5-VL-3B-Instruct", tokenizer, eos_token_ids=(151645,), adapters="runs/3b/adapters")
+    completions = engine.generate(prompts, Sampling(n=4), seed=0)
+
+The student's adapter is saved and given to vLLM by name with each request (`LoRARequest`): nothing is ever merged, here
+or there. vLLM holds a copy of the base weights of its own. Needs the extra `vllm`; a script that makes an engine needs
+`if __name__ == "__main__":`, since vLLM starts processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import Tensor, nn
+
+from vigos.method.encode import EncodedPrompt
+from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed, drop_adapters
+from vigos.rollout.engine import Sampling, adapter_name, eos_ids, placeholder_ids, stream_seed
+from vigos.scoring.teacher import base_model
+
+if TYPE_CHECKING:
+    from vigos.train.config import ViGOSConfig
+
+
+class VLLMEngine:
+    """A `RolloutEngine` on `vllm.LLM`.
+
+    Args:
+        model: folder or name of the base model.
+        tokenizer: the student's, for messages about prompts that differ.
+        eos_token_ids: ids that end a completion.
+        banned_token_ids: ids that are never sampled; a completion that holds one all the same is refused.
+        vocab_size: ids must lie below it; None does not check.
+        adapters: folder in which adapters are saved for vLLM; None: none are, and LoRA is off.
+        lora_r: the largest rank that an adapter has.
+        options: further arguments of `vllm.LLM`, such as dtype, max_model_len and gpu_memory_utilization.
+    """
+
+    def __init__(
+        self, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int], banned_token_ids: Sequence[int] = (),
+        vocab_size: int | None = None, adapters: str | Path | None = None, lora_r: int = 64, **options: Any,
+    ) -> None:  # fmt: skip
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("VLLMEngine needs vLLM: pip install 'vigos[vllm]'") from error
+        self.checks = RolloutChecks(tokenizer, tuple(eos_token_ids), tuple(banned_token_ids), vocab_size)
+        self.base = self.model = model
+        self.adapters = None if adapters is None else Path(adapters)
+        self._adapter: Any = None  # LoRARequest of self.model
+        self._pushed = 0
+        lora = {} if adapters is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_rank(lora_r)}
+        before = {child.pid for child in multiprocessing.active_children()}
+        # Without the model's own generation config, whose repetition penalty and limits would join in.
+        self.llm = LLM(model=model, generation_config="vllm", **(lora | options))
+        self.processes = [c.pid for c in multiprocessing.active_children() if c.pid is not None and c.pid not in before]
+        self._watcher = _end_with_this_process(self.processes)
+
+    @classmethod
+    def for_run(cls, args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
+        """The engine of a training run: in the dtype of its model, as long as its prompts and completions may be."""
+        if args.world_size > 1:
+            raise ValueError(
+                f"rollout_engine must be 'server' with several processes, got 'vllm' with {args.world_size}: let vLLM "
+                "serve from GPUs of its own"
+            )
+        base = base_model(model)
+        text = base.config.get_text_config()
+        length = text.max_position_embeddings
+        if args.max_prompt_length:
+            length = min(length, args.max_prompt_length + args.max_completion_length)
+        defaults = {
+            "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
+            "gpu_memory_utilization": args.rollout_memory, "limit_mm_per_prompt": {"video": 0},
+        }  # fmt: skip
+        return cls(
+            str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
+            banned_token_ids=placeholder_ids(base.config), adapters=Path(str(args.output_dir)) / "rollout_adapters",
+            lora_r=args.lora_r, **(defaults | options),
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"VLLMEngine({self.model!r})"
+
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
+        """See `RolloutEngine.generate`. Raises RolloutError."""
+        from vllm import SamplingParams
+
+        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
+        asked = replace(sampling, n=1) if sampling.temperature == 0 else sampling  # vLLM refuses n > 1 greedy ones
+        parameters = [
+            SamplingParams(
+                n=asked.n, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
+                max_tokens=asked.max_new_tokens, seed=s, detokenize=False,
+                logit_bias=dict.fromkeys(self.checks.banned_token_ids, -100.0) or None,
+            )
+            for s in seeds
+        ]  # fmt: skip
+        inputs = [self._input(prompt) for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, lora_request=self._adapter, use_tqdm=False)
+        completions: list[Tensor] = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            self.checks.same_prompt(prompt, output.prompt_token_ids, str(self))
+            found = [self._completion(c, asked) for c in sorted(output.outputs, key=lambda c: c.index)]
+            completions += found * (sampling.n // asked.n)
+        return completions
+
+    def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
+        """Saves the adapter of a peft model and samples with it from now on; returns its name. Drops the one before.
+
+        Args:
+            weights: the trained parameters by name, whole (`vigos.models.sharding.whole_trained`).
+        """
+        from vllm.lora.request import LoRARequest
+
+        if self.adapters is None:
+            raise ValueError("adapters must be a folder to save them in, got None")
+        name = adapter_name(step)
+        folder = (self.adapters / name).resolve()
+        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+        # A number and a name that were never used: vLLM keeps adapters by the one and cached prefixes by the other.
+        self._pushed += 1
+        self._adapter = LoRARequest(f"{name}-{self._pushed}", self._pushed, str(folder))
+        self.model = name
+        drop_adapters(self.adapters, keep=name)
+        return name
+
+    def close(self) -> None:
+        """Ends vLLM's processes and gives its memory back; without it they end with this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+        self._watcher.communicate()
+
+    def _input(self, prompt: EncodedPrompt) -> dict[str, Any]:
+        """vLLM expands the placeholders itself: it gets one for each image."""
+        if prompt.images is None:
+            return {"prompt_token_ids": prompt.ids.tolist()}
+        if prompt.chat is None:
+            raise ValueError("prompts with images must come from encode_prompt, which keeps the images as they were")
+        ids = collapsed(prompt.ids.tolist(), self.checks.banned_token_ids)
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": list(prompt.chat.images)}}
+
+    def _completion(self, output: Any, sampling: Sampling) -> Tensor:
+        try:
+            return self.checks.completion(output.token_ids, output.finish_reason, sampling.max_new_tokens, str(self))
+        except UnusableCompletion as error:
+            raise RolloutError(f"{self} sampled {error}") from error
+
+
+_WATCH = """
+import contextlib, os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+"""
+
+
+def _end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:
+    """vLLM's engine does not notice when its parent is killed, and would keep its memory from the run that resumes."""
+    command = [sys.executable, "-S", "-c", _WATCH, *map(str, pids)]
+    # Its standard input ends when this process does, however that ends.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _max_rank(lora_r: int) -> int:
+    """The least rank that vLLM offers for adapters of rank `lora_r`."""
+    from vllm.config.lora import MaxLoRARanks
+
+    offered = sorted(get_args(MaxLoRARanks))
+    if lora_r > offered[-1]:
+        raise ValueError(f"lora_r must be at most {offered[-1]} for vLLM, got {lora_r}")
+    return next(rank for rank in offered if rank >= lora_r)

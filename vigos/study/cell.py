@@ -1,0 +1,163 @@
+"""One cell of the study: its data, its training, its evaluation."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vigos.study.plan import ARM, MAX_TOKENS, TEST_SEED
+
+if TYPE_CHECKING:
+    from vigos.eval.evaluate import EvaluationResult
+    from vigos.study.plan import Cell
+    from vigos.train.config import ViGOSConfig
+
+
+def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
+    """Trains the cell's arm in `scratch` and measures it; returns the measured columns of results.csv."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from vigos.data.rows import load_rows
+    from vigos.eval.evaluate import evaluate
+    from vigos.train.trainer import ViGOSTrainer
+    from vigos.world import load_base, world_prompts, write_world
+
+    plan, world, arm = cell.plan, cell.world, ARM[cell.arm]
+    test = write_world(scratch / "test", "test", plan.triplets, TEST_SEED, noise=world.noise)
+    model: Any
+    model, processor = load_base(base)
+    found: dict[str, Any] = {}
+    if arm.kind != "base":
+        train = write_world(
+            scratch / "train", "train", plan.steps * plan.rows_a_step, cell.seed, conflict=world.conflict,
+            label_bias=world.label_bias, noise=world.noise,
+        )  # fmt: skip
+        options = cell_config(cell, scratch / "run")
+        if arm.kind == "sft":
+            model = train_sft(model, processor, train, options)
+        else:
+            trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=train)
+            for printer in (ProgressCallback, PrinterCallback):  # the study says where it is
+                trainer.remove_callback(printer)
+            trainer.train()
+            model = trainer.model
+            rollouts = trainer.sample_rollouts(list(islice(load_rows(train), plan.palr_rows)))
+            groups = trainer.measure_palr(rollouts).summary(resamples=1)["groups"]
+            found = {f"palr_{name}": groups.get(name, {}).get("palr") for name in ("all", "description", "reasoning")}
+    result = evaluate(
+        model, processor, load_rows(test), prompts=world_prompts(), temperature=1.0, max_new_tokens=MAX_TOKENS,
+        batch_size=150, seed=TEST_SEED + cell.seed,
+    )  # fmt: skip
+    return found | outcomes(result)
+
+
+def outcomes(result: EvaluationResult) -> dict[str, Any]:
+    """Shares, and the outcome of every test row as a string of 0 and 1 in the order of the file."""
+    from vigos.study.preconditions import described_ink
+
+    found: dict[str, Any] = {}
+    for metric in ("score", "prior", "valid_rate"):
+        values = list(result.values(metric).values())  # type: ignore[arg-type]
+        found[metric] = sum(values) / len(values)
+        if metric != "valid_rate":
+            found[f"{metric}_items"] = "".join("1" if v else "0" for v in values)
+    named, right, followed = [], [], []
+    for record in result.rows_of("score"):
+        sample, digit = record["samples"][0], _asked(record)
+        ink = described_ink(sample["text"].split("</description>")[0], digit)
+        named.append(ink is not None)
+        if ink is not None:
+            right.append(ink == record["answer"])
+            followed.append(ink == (sample["prediction"] or "").strip())
+    found["named"] = sum(named) / len(named)
+    found["description"] = sum(right) / len(right) if right else None
+    found["follows"] = sum(followed) / len(followed) if followed else None
+    found["tokens"] = result.summary()["tokens_mean"]
+    return found
+
+
+def _asked(record: dict[str, Any]) -> int:
+    """The digit an ink question names: the one in the image whose ink is the answer."""
+    return next(d for d, ink in zip(record["extra"]["digits"], record["extra"]["inks"], strict=True)
+                if ink == record["answer"])  # fmt: skip
+
+
+def cell_config(cell: Cell, folder: Path) -> ViGOSConfig:
+    """The demo's options with the plan's steps and learning rate, the arm's own on top."""
+    from vigos.train.config import ViGOSConfig
+    from vigos.world.prompts import PROMPTS_FILE
+
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "prompts_file": str(PROMPTS_FILE), "max_steps": cell.plan.steps,
+        "per_device_train_batch_size": cell.plan.rows_a_step, "gradient_accumulation_steps": 1,
+        "learning_rate": cell.plan.learning_rate, "warmup_steps": 5, "max_grad_norm": 1.0, "clip_mode": "none",
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": MAX_TOKENS, "lora_r": 32,
+        "lora_alpha": 64, "lora_dropout": 0.0, "completion_steps": 0, "save_merged": False, "save_strategy": "no",
+        "report_to": [], "seed": cell.seed, "data_seed": cell.seed, "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    return ViGOSConfig(**(options | dict(ARM[cell.arm].options)))
+
+
+# --- The off-policy arm -----------------------------------------------------------------------------------------------
+
+
+def stated(row: dict[str, Any]) -> str:
+    """A completion in the format that states the row's reference: the scene as it is, but the asked digit in the ink
+    the reference says; `row` is a line of the world's JSONL."""
+    from vigos.world.digits import INK_NAMES
+    from vigos.world.tasks import completion, describe, reason
+
+    kind, answer, problem = row["kind"], row["answer"], row["problem"]
+    asked = re.split(r"[.] ", problem)[-1]  # the usual fact of an F question comes first
+    digit = next((int(d) for d in re.findall(r"\b\d\b", asked)), None)
+    ink = next((i for i in INK_NAMES if i in asked), None)
+    scene: Any = SimpleNamespace(digits=row["digits"], inks=row["inks"])
+    question: Any = SimpleNamespace(kind=kind, digit=digit, ink=ink)
+    override = {digit: answer} if kind == "ink" and digit is not None else None
+    return completion(describe(scene, override), reason(scene, question, answer), answer)
+
+
+def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfig) -> nn.Module:
+    """LoRA, optimizer, schedule, steps and rows of the other arms; mean cross-entropy of a step's tokens."""
+    from transformers import get_linear_schedule_with_warmup, set_seed
+
+    from vigos.data.rows import load_rows
+    from vigos.method.encode import ScoredSequence, encode_prompt
+    from vigos.models.vision_cache import VisionCache
+    from vigos.scoring.teacher import hidden_states, lm_head
+    from vigos.train.teacher_weights import build_lora
+    from vigos.world import world_prompts
+
+    set_seed(options.seed)
+    tokenizer, prompts = processor.tokenizer, world_prompts()
+    adapted = build_lora(model, options)
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(options.warmup_steps), options.max_steps)
+    records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
+    rows: Any = load_rows(train)
+    head: Any = lm_head(adapted)
+    adapted.train()
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    size = options.per_device_train_batch_size
+    for step in range(options.max_steps):
+        sequences = []
+        for i in order[step * size : (step + 1) * size]:
+            prompt = encode_prompt(processor, prompts, "student", rows[i]["problem"], images=rows[i]["images"])
+            ids = [*tokenizer(stated(records[i]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            sequences.append(ScoredSequence(prompt, torch.tensor(ids), torch.arange(len(ids))))
+        hidden = hidden_states(adapted, sequences, scoring="separate", vision=VisionCache.for_model(model))
+        targets = torch.cat([s.completion_ids for s in sequences])
+        nn.functional.cross_entropy(head(hidden).float(), targets).backward()
+        nn.utils.clip_grad_norm_(weights, options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return adapted.eval()

@@ -1,0 +1,197 @@
+"""`vigos study`: how the methods and their parts compare on the built-in world, as data.
+
+A *cell* is one arm in one world from one base and one training seed, evaluated once, after a fixed number of steps. The
+base is the unit of replication: its seed decides initial weights and warm-up, and everything that happens to one base
+later is correlated. Each cell leaves one JSON file; `results.csv` is all of them, and tables and figures are drawn from
+that file alone (`vigos.study.results`). The test rows are the same for every cell, and nothing is chosen by looking at
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+FORMAT = 1  # of a cell's file
+MAX_TOKENS = 96  # of a completion; they take about 50
+BEND_STEPS = 150  # of warm-up, after which another preference has settled
+DONE = "done.json"  # in the folder of a base that is whole
+TEST_SEED = 1_000  # of the held-out rows, one set for all cells
+
+
+# --- What is compared -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        kind: "base": not trained, under the same prompt; "sft": cross-entropy on completions that state the reference;
+            "trainer": `ViGOSTrainer` with `options`.
+    """
+
+    name: str
+    what: str
+    kind: Literal["base", "sft", "trainer"] = "trainer"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS: tuple[Arm, ...] = (
+    Arm("base", "untrained, under the same prompt", "base"),
+    Arm("sft", "cross-entropy on completions in the format that state the reference", "sft"),
+    Arm("opsd", "plain on-policy self-distillation: one privileged teacher", options={"method": "opsd"}),
+    Arm("vigos", "ViGOS, the paper's prefix, no clip"),
+    Arm("vigos_think", "ViGOS, the released prefix", options={"reasoning_prefix": "think"}),
+    Arm("no_perception", "ViGOS without the perception teacher", options={"lambda_perception": 0.0}),
+    Arm("no_reasoning", "ViGOS without the reasoning teacher", options={"lambda_reasoning": 0.0}),
+    Arm("no_reference", "ViGOS without the reference teacher", options={"lambda_reference": 0.0}),
+    Arm("forward_reference", "ViGOS, forward KL to the reference teacher", options={"reference_kl": "forward"}),
+    Arm("clip_token", "ViGOS, tokens clipped at 0.05", options={"clip_mode": "token", "token_clip": 0.05}),
+    Arm("clip_entry", "ViGOS, vocabulary entries clipped at 0.05", options={"clip_mode": "entry", "entry_clip": 0.05}),
+    Arm("teacher_ema", "ViGOS, moving-average teacher", options={"teacher": "ema", "ema_decay": 0.99}),
+)
+ARM = {arm.name: arm for arm in ARMS}
+
+
+@dataclass(frozen=True)
+class World:
+    """What the data and the base are like.
+
+    Attributes:
+        conflict: share of the training scenes' digits that contradict their usual ink.
+        label_bias: share of the ink questions whose reference says the usual ink whatever the image shows.
+        noise: of the pixels, in training and test images alike.
+        shortcut: factor of how often the base prefers the usual ink; another value is another base.
+    """
+
+    conflict: float = 0.5
+    label_bias: float = 0.0
+    noise: float = 0.05
+    shortcut: float = 1.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Worlds that differ in one knob, and the arms that are compared there."""
+
+    knob: Literal["conflict", "label_bias", "noise", "shortcut"]
+    levels: tuple[float, ...]
+    arms: tuple[str, ...] = ("base", "opsd", "vigos")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole study."""
+
+    name: str
+    arms: tuple[str, ...] = tuple(ARM)
+    axes: tuple[Axis, ...] = ()
+    bases: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 100
+    rows_a_step: int = 32
+    learning_rate: float = 6e-4
+    triplets: int = 200  # of the test rows: one image that agrees with the prior and two that do not
+    palr_rows: int = 64
+    check_triplets: int = 100
+
+    def __post_init__(self) -> None:
+        for name in (*self.arms, *(arm for axis in self.axes for arm in axis.arms)):
+            if name not in ARM:
+                raise ValueError(f"arms must be among {', '.join(ARM)}, got {name!r}")
+        for name in ("steps", "rows_a_step", "triplets", "check_triplets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.bases or not self.seeds:
+            raise ValueError("bases and seeds must each hold at least one number, got none")
+
+    def cells(self) -> list[Cell]:
+        """Every cell once, those of the default world first; the untrained arm has no training seed."""
+        wanted = [(World(), self.arms)]
+        for axis in self.axes:
+            wanted += [(replace(World(), **{axis.knob: level}), axis.arms) for level in axis.levels]
+        found: dict[str, Cell] = {}
+        for seed in self.seeds:  # outermost: a study that was stopped has a whole seed first
+            for world, arms in wanted:
+                for base in self.bases:
+                    for arm in arms:
+                        if arm != "base" or seed == self.seeds[0]:
+                            cell = Cell(arm, _untrained(world) if arm == "base" else world, base, seed, self)
+                            found.setdefault(cell.key, cell)
+        return list(found.values())
+
+
+_SIZES = ("steps", "rows_a_step", "learning_rate", "triplets", "palr_rows")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm in one world from one base and seed."""
+
+    arm: str
+    world: World
+    base: int
+    seed: int
+    plan: Plan
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything its result depends on."""
+        sizes = {name: getattr(self.plan, name) for name in _SIZES}
+        how = {"kind": ARM[self.arm].kind, "options": dict(ARM[self.arm].options)}
+        where = {**asdict(self.world), "base": self.base, "seed": self.seed}
+        return {"format": FORMAT, "arm": self.arm, **how, **where, **sizes}
+
+    @property
+    def key(self) -> str:
+        """Names its file; another setting gives another name, so a changed plan repeats what it changes."""
+        digest = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=5).hexdigest()
+        return f"{self.arm}-base{self.base}-seed{self.seed}-{digest}"
+
+
+def _untrained(world: World) -> World:
+    """The world of the untrained arm: what only the training set knows is left at its default."""
+    return replace(world, conflict=World.conflict, label_bias=World.label_bias)
+
+
+FULL = Plan(
+    "full",
+    axes=(
+        Axis("label_bias", (0.25, 0.5, 0.75, 1.0)),
+        Axis("conflict", (0.1,)),
+        Axis("noise", (0.2,)),
+        Axis("shortcut", (0.7,)),
+    ),
+    bases=(0, 1, 2, 3, 4),
+    seeds=(0, 1),
+)
+# One seed of every arm on the base that ships, and what H1 is about.
+QUICK = replace(FULL, name="quick", axes=(Axis("label_bias", (1.0,)),), bases=(0,), seeds=(0,))
+
+
+def reduced(
+    plan: Plan, *, bases: int | None = None, seeds: int | None = None, steps: int | None = None,
+    axes: Sequence[str] | None = None,
+) -> Plan:  # fmt: skip
+    """A plan with the first `bases` bases and `seeds` seeds, other steps, and the named axes alone (None: as it is).
+
+    Cells of a smaller plan with as many steps are cells of the larger one: a study can grow.
+    """
+    for name, value in (("bases", bases), ("seeds", seeds)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    knobs = [axis.knob for axis in plan.axes]
+    for knob in axes or ():
+        if knob not in knobs:
+            raise ValueError(f"axes must be among {', '.join(knobs)}, got {knob!r}")
+    return replace(
+        plan,
+        bases=plan.bases if bases is None else tuple(range(bases)),
+        seeds=plan.seeds if seeds is None else tuple(range(seeds)),
+        steps=plan.steps if steps is None else steps,
+        axes=plan.axes if axes is None else tuple(axis for axis in plan.axes if axis.knob in axes),
+    )

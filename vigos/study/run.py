@@ -1,0 +1,180 @@
+"""Runs a study: makes the bases, checks them, trains and evaluates every cell, each in a process of its own.
+
+    run_study(QUICK, "runs/study")        # one seed of every arm
+
+A task leaves one file and is left out where that file exists, so a killed study goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vigos.study.plan import BEND_STEPS, DONE, TEST_SEED, Cell, Plan, World
+
+Progress = Callable[[str, int, int], None]  # (what was finished, done, in all)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A function that leaves a file."""
+
+    what: str
+    leaves: Path
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progress | None = None) -> Path:
+    """Makes the bases, checks them, runs every cell that is not done yet; returns `results.csv`.
+
+    Args:
+        folder: gets bases/, checks/, cells/, results.csv and preconditions.csv.
+        jobs: processes side by side, each on one thread.
+    """
+    from vigos.study.results import write_csv
+
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cells, n = plan.cells(), plan.check_triplets
+    bases = sorted({(cell.base, cell.world.shortcut) for cell in cells})
+    worlds = sorted({(cell.base, cell.world.shortcut, cell.world.noise) for cell in cells})
+    stages = [
+        [
+            _Task(f"base {b}", path / DONE, make_base, (path, b))
+            for b in plan.bases
+            if (path := base_folder(folder, b, World.shortcut)) is not None
+        ],
+        [
+            _Task(f"base {b}, shortcut {s:g}", path / DONE, bend_base, (path, straight, b, s))
+            for b, s in bases
+            for path, straight in [(base_folder(folder, b, s), base_folder(folder, b, World.shortcut))]
+            if s != World.shortcut and path is not None
+        ],
+        [
+            *(
+                _Task(f"P1-P5 of base {w[0]}, noise {w[2]:g}", check_file(folder, *w, n), check_base, (folder, *w, n))
+                for w in worlds
+            ),
+            *(_Task(cell.key, cell_file(folder, cell), run_cell, (folder, cell)) for cell in cells),
+        ],
+    ]
+    total = sum(map(len, stages))
+    waiting = [[task for task in stage if not task.leaves.is_file()] for stage in stages]
+    done = total - sum(map(len, waiting))
+    for stage in waiting:
+        for what in _in_processes(stage, jobs):
+            done += 1
+            if progress is not None:
+                progress(what, done, total)
+    rows = [row for w in worlds for row in _read(check_file(folder, *w, n))]
+    write_csv(folder / "preconditions.csv", rows)
+    return write_csv(folder / "results.csv", [_read(cell_file(folder, cell)) for cell in cells])
+
+
+def _in_processes(tasks: list[_Task], jobs: int) -> Iterator[str]:
+    """Runs tasks, each in a process that is used once: what one leaves in memory is nobody else's."""
+    if not tasks:
+        return
+    if sys.platform == "linux":  # a process of its own for each task, without importing everything again
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["vigos.train.trainer", "vigos.eval.evaluate", "vigos.world.warmup"])
+    else:
+        context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread, max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(task.function, *task.arguments): task.what for task in tasks}
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                yield waiting[future]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _write(path: Path, value: Any) -> None:
+    """All or nothing: a file that exists is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def base_folder(folder: Path, seed: int, shortcut: float) -> Path | None:
+    """Where a base lies; None: it is the one that ships."""
+    return None if (seed, shortcut) == (0, 1.0) else folder / "bases" / f"seed{seed}-shortcut{shortcut:g}"
+
+
+def make_base(path: Path, seed: int) -> None:
+    """Warms a base model up from nothing: about 25 minutes on two cores."""
+    from vigos.world.warmup import pretrain
+
+    _write(path / DONE, pretrain(path, seed=seed))
+
+
+def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> None:
+    """Warms a base up a little further, in a world where the usual ink is believed `shortcut` times as often."""
+    from vigos.world import load_base
+    from vigos.world.warmup import Recipe, pretrain
+
+    strength = tuple(min(0.97, shortcut * p) for p in Recipe().prior_strength)
+    recipe = Recipe(
+        seed=seed, see_steps=0, read_steps=0, mixture_steps=BEND_STEPS, learning_rate=1e-3, prior_strength=strength
+    )
+    _write(path / DONE, pretrain(path, recipe=recipe, start=load_base(start)))
+
+
+def check_file(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> Path:
+    """The preconditions of a base at a noise."""
+    return folder / "checks" / f"seed{seed}-shortcut{shortcut:g}-noise{noise:g}-n{triplets}.json"
+
+
+def check_base(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> None:
+    """P1 to P5 of a base at a noise, as rows of preconditions.csv."""
+    from vigos.study.preconditions import check
+
+    found = check(base_folder(folder, seed, shortcut), n=triplets, seed=TEST_SEED, noise=noise, show=False)
+    of = {"base": seed, "shortcut": shortcut, "noise": noise}
+    rows = [
+        {**of, "precondition": key, "measure": name, **value, "met": values.get("met", "")}
+        for key, values in found.items()
+        for name, value in values.items()
+        if name != "met"
+    ]
+    _write(check_file(folder, seed, shortcut, noise, triplets), rows)
+
+
+def cell_file(folder: Path, cell: Cell) -> Path:
+    """The row of results.csv that a cell leaves."""
+    return folder / "cells" / f"{cell.key}.json"
+
+
+def run_cell(folder: Path, cell: Cell) -> None:
+    """Trains and evaluates one cell."""
+    from vigos.study.cell import measure
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(cell, base_folder(folder, cell.base, cell.world.shortcut), Path(scratch))
+    which = {"arm": cell.arm, **asdict(cell.world), "base": cell.base, "seed": cell.seed, "steps": cell.plan.steps}
+    _write(cell_file(folder, cell), which | found | {"seconds": round(time.perf_counter() - started, 1)})

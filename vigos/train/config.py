@@ -1,0 +1,302 @@
+"""`ViGOSConfig`: every option of a training run, on top of `transformers.TrainingArguments`.
+
+    config = ViGOSConfig(output_dir="runs/3b", preset="paper", max_steps=100)
+    config = ViGOSConfig(output_dir="runs/3b", preset="released", normalize="tokens")   # a preset, one line changed
+
+The defaults are the paper's. A preset fills the fields in `PRESETS` that were left at None; after construction none of
+them is None, so what is printed and saved is what ran. The help texts are the command line's and the manual's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from vigos.rollout.engine import Sampling
+
+# What the paper states, and what the code its authors released does instead.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "reasoning_prefix": "student",
+        "span_style": "paper",
+        "normalize": "tokens",
+        "reference_kind": "answer",
+        "description_end_clip": None,
+        "reasoning_start_clip": None,
+    },
+    "released": {
+        "reasoning_prefix": "think",
+        "span_style": "released",
+        "normalize": "active",
+        "reference_kind": "answer",
+        "description_end_clip": 0.05,
+        "reasoning_start_clip": 0.05,
+    },
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of help; argparse reads the text, so it must not hold a per cent sign."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(repr=False)  # the inherited one masks tokens
+class ViGOSConfig(TrainingArguments):
+    """Options of `vigos.ViGOSTrainer`. Fields not named here are those of `transformers.TrainingArguments`."""
+
+    # --- The method ---
+    method: Literal["vigos", "opsd"] = _option(
+        "vigos", "vigos: three teachers, routed; opsd: one privileged teacher over every token, forward KL."
+    )
+    preset: Literal["paper", "released"] = _option(
+        "paper", "Fills options left unset: as the paper states them, or as the published code runs."
+    )
+    lambda_perception: float = _option(1.0, "Weight of the perception term; 0 leaves it out.")
+    lambda_reasoning: float = _option(1.0, "Weight of the reasoning term; 0 leaves it out.")
+    lambda_reference: float = _option(2.0, "Weight of the reference term; 0 leaves it out. opsd has weight 1 always.")
+    reasoning_prefix: Literal["student", "think"] | None = _option(
+        None, "What precedes the reasoning for its teacher: the student's whole prefix, or <think> alone."
+    )
+    span_style: Literal["paper", "released"] | None = _option(
+        None, "paper: the text between the tags is supervised; released: closing tags and the box as well."
+    )
+    validity: Literal["loose", "strict"] = _option(
+        "loose", "strict: a rollout with text between its parts or after the box is invalid too."
+    )
+    invalid_rows: Literal["reference", "others"] = _option(
+        "reference",
+        "Who supervises invalid rollouts: the reference teacher, or (ablation) the perception and reasoning teachers.",
+    )
+    reference_kind: Literal["answer", "solution"] | None = _option(
+        None, "What the privileged teachers read: the answer, or the row's worked solution (solution_column)."
+    )
+    reference_kl: Literal["reverse", "forward"] = _option(
+        "reverse", "Direction of the reference term; reverse: KL(student || teacher), the method's."
+    )
+    divergence: Literal["kl", "jsd"] = _option(
+        "kl", "kl: the method's directions; jsd: generalised Jensen-Shannon for every term."
+    )
+    jsd_beta: float = _option(0.5, "Weight of KL(teacher || mixture) when divergence is jsd; in (0, 1).")
+    divergence_temperature: float = _option(1.0, "Temperature of both distributions in the divergence.")
+    clip_mode: Literal["token", "entry", "none"] = _option(
+        "token", "token: min(divergence, token_clip) a token; entry: each vocabulary entry's term before the sum."
+    )
+    token_clip: float = _option(0.05, "Nats a token may add to the loss (clip_mode token); it has no gradient above.")
+    entry_clip: float = _option(0.05, "Nats a vocabulary entry may add to a token's divergence (clip_mode entry).")
+    description_end_clip: float | None = _option(
+        None, "token_clip of the last supervised description token; unset: the preset's, or token_clip."
+    )
+    reasoning_start_clip: float | None = _option(
+        None, "token_clip of the first supervised reasoning token; unset: the preset's, or token_clip."
+    )
+    normalize: Literal["tokens", "sequence", "active"] | None = _option(
+        None,
+        "Divisor of each term: its tokens in the global batch; mean of per-row means; active: all supervised tokens "
+        "of the micro-batch over all ranks.",
+    )
+
+    # --- Teachers ---
+    teacher: Literal["frozen", "ema", "live"] = _option(
+        "frozen", "Whose weights teach: the initial ones, a moving average of the student's, or the student's own."
+    )
+    ema_decay: float = _option(0.999, "Share of the old average kept at each optimizer step (teacher ema).")
+    teacher_scoring: Literal["tree", "separate"] = _option(
+        "tree", "tree: every distinct prefix runs once; separate: padded batches of whole sequences."
+    )
+    teacher_verify: Literal["first", "never", "always"] = _option(
+        "first", "When tree scores are compared with separate ones; a mismatch warns and switches to separate."
+    )
+    student_scoring: Literal["tree", "separate"] = _option(
+        "tree", "As teacher_scoring, for the student's forward and backward."
+    )
+    token_budget: int = _option(16_384, "Tokens of one scoring forward; a longer sequence gets one of its own.")
+    impl: str = _option(
+        "auto", "Engine of the divergence: auto, reference, cpu, triton, triton_streaming, cuda or cuda_hopper."
+    )
+
+    # --- Rollouts ---
+    temperature: float = _option(1.1, "Sampling temperature of rollouts; 0: greedy.")
+    top_p: float = _option(0.95, "Nucleus of rollouts, in (0, 1].")
+    top_k: int = _option(20, "Candidates of rollouts; 0: no limit.")
+    max_completion_length: int = _option(4096, "Tokens a rollout may have; longer ones are cut and invalid.")
+    num_generations: int = _option(1, "Rollouts of each row.")
+    rollout_batch_size: int | None = _option(None, "Sequences generated at once; unset: those of the optimizer step.")
+    rollout_engine: Literal["transformers", "server", "vllm"] = _option(
+        "transformers",
+        "Who samples: the model's own generate, a server with vLLM's OpenAI-compatible API, or vLLM in this process.",
+    )
+    rollout_url: str | None = _option(None, "Address of the rollout server, up to and including /v1.")
+    rollout_model: str | None = _option(
+        None, "The base model: its name on the rollout server, or folder or hub name for vLLM in this process."
+    )
+    rollout_memory: float = _option(0.3, "Share of the GPU's memory that vLLM in this process takes, in (0, 1].")
+    rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
+    rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
+    rollout_retries: int = _option(4, "Further tries of a request that failed in passing.")
+    async_rollout: int = _option(
+        0, "1: while a step trains, a server samples the next step's rollouts, from weights one step old; 0: never."
+    )
+
+    # --- Data and prompts ---
+    max_prompt_length: int | None = _option(8192, "Rows with a longer student prompt are skipped; 0: no limit.")
+    prompts_file: str | None = _option(None, "YAML with prompt templates; unset: the built-in wording.")
+    problem_column: str = _option("problem", "Column with the question.")
+    images_column: str | None = _option("images", "Column with the image or list of images.")
+    answer_column: str = _option("answer", "Column with the reference answer.")
+    id_column: str = _option("problem_id", "Column with the row's id.")
+    solution_column: str = _option("solution", "Column with the worked solution (reference_kind solution).")
+
+    # --- What is trained ---
+    lora: bool = _option(True, "Train a LoRA adapter; false: full fine-tuning.")
+    lora_r: int = _option(64, "Rank of the adapter.")
+    lora_alpha: int = _option(128, "Scale of the adapter: alpha / r.")
+    lora_dropout: float = _option(0.05, "Dropout in front of the adapter.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={
+            "help": "Linear layers that get an adapter, by the last part of their name; all-linear: all of them."
+        },
+    )
+    train_vision: bool = _option(False, "Adapt or train the vision tower as well, not the language model alone.")
+    train_head: bool = _option(False, "Train the language-model head in full; the teacher keeps the initial one.")
+
+    # --- Records ---
+    completion_steps: int = _option(1, "Write rollouts with spans and per-token divergence every N steps; 0: never.")
+    completion_images: int = _option(
+        256, "Longest side, in pixels, of the images kept beside written rollouts; 0: keep none."
+    )
+    completion_top_k: int = _option(
+        0, "Also write the most likely tokens of student and teacher at each supervised token; 0: none."
+    )
+    palr_steps: int = _option(
+        0,
+        "Measure PALR, the share of the supervision that the answer buys, every N steps; 0: never. See docs/method.md.",
+    )
+    palr_wrong_answers: int = _option(4, "Wrong answers a row that PALR compares with, taken from other rows.")
+    grade_rollouts: bool = _option(True, "Compare the rollouts' answers with the reference and log the accuracy.")
+    save_merged: bool = _option(True, "Also write the final adapter merged into a copy of the model.")
+
+    # --- Faults and speed ---
+    max_dropped_steps: int = _option(
+        3, "Stop after so many steps in a row whose loss or gradient was not finite; such a step changes no weight."
+    )
+    profile: bool = _option(False, "Write a trace and a table of where a step's time goes; takes four steps.")
+
+    # --- TrainingArguments with the paper's values ---
+    learning_rate: float = _option(5e-6, "Peak learning rate.")
+    max_grad_norm: float = _option(0.1, "Gradients are clipped to this norm.")
+    num_train_epochs: float = _option(1.0, "Passes over the data.")
+    per_device_train_batch_size: int = _option(1, "Rows of a micro-batch on each device.")
+    gradient_accumulation_steps: int = _option(32, "Micro-batches of an optimizer step.")
+    logging_steps: float = _option(1, "Log every N optimizer steps.")
+    remove_unused_columns: bool = _option(False, "Must stay false: rows are not model inputs.")
+    dataloader_pin_memory: bool = _option(False, "Rows hold images, not tensors: nothing to pin.")
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_numbers()
+        self._check_combinations()
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight takes part in every forward
+        # Rows are Python objects, which the dispatching loader of iterable datasets cannot slice.
+        if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How rollouts are drawn."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length, self.num_generations)
+
+    @property
+    def lambdas(self) -> tuple[float, float, float]:
+        """Weights of the perception, reasoning and reference terms under `method`."""
+        if self.method == "opsd":
+            return (0.0, 0.0, 1.0)
+        return (self.lambda_perception, self.lambda_reasoning, self.lambda_reference)
+
+    def _check_choices(self) -> None:
+        for name, choices in choices_of(ViGOSConfig).items():
+            value = getattr(self, name)
+            if value is None and name in PRESETS["paper"]:
+                continue
+            if value not in choices:
+                near = get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+    def _check_numbers(self) -> None:
+        positive = ["divergence_temperature", "token_clip", "entry_clip", "token_budget", "lora_r", "lora_alpha"]
+        positive += ["palr_wrong_answers", "max_dropped_steps"]
+        positive += [
+            n
+            for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size")
+            if getattr(self, n) is not None
+        ]
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        at_least_0 = ["lambda_perception", "lambda_reasoning", "lambda_reference", "palr_steps"]
+        for name in (*at_least_0, "completion_steps", "completion_images", "completion_top_k"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        for name in ("ema_decay", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}; its limits are divergence='kl'")
+        if self.max_prompt_length is not None and self.max_prompt_length < 0:
+            raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
+        if not 0 < self.rollout_memory <= 1:
+            raise ValueError(f"rollout_memory must be in (0, 1], got {self.rollout_memory}")
+        if self.async_rollout not in (0, 1):
+            raise ValueError(f"async_rollout must be 0 or 1 (steps ahead), got {self.async_rollout!r}")
+        _ = self.sampling  # checks its own fields
+
+    def _check_combinations(self) -> None:
+        if not any(self.lambdas):
+            raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
+        if (engine := self.rollout_engine) != "transformers":
+            for name in ("rollout_url", "rollout_model") if engine == "server" else ("rollout_model",):
+                if not getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be given with rollout_engine={engine!r}, got {getattr(self, name)!r}"
+                    )
+            if not self.lora:
+                raise ValueError(
+                    f"lora must be true with rollout_engine={engine!r}, which gets the student as an adapter, got False"
+                )
+        if self.lora and self.train_head:
+            raise ValueError(
+                "train_head must be false unless lora=False: an adapter's file cannot hold the head, and the adapter "
+                "alone would not be the trained model"
+            )
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+        if self.lora and not self.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules must name at least one layer, got none; for full training set lora=False"
+            )
+
+
+def choices_of(kind: type) -> dict[str, tuple[str, ...]]:
+    """The fields that a dataclass itself declares and that take one of a few words, with these words."""
+    hints = get_type_hints(kind)
+    found = {}
+    for f in fields(kind):
+        if f.name not in kind.__annotations__:
+            continue
+        options = [hints[f.name], *get_args(hints[f.name])]
+        literal = next((o for o in options if get_origin(o) is Literal), None)
+        if literal is not None:
+            found[f.name] = get_args(literal)
+    return found

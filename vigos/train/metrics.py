@@ -1,0 +1,145 @@
+"""Training metrics as ratios of sums, so that micro-batches, ranks and steps between two logs add up exactly."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vigos.divergence.api import DivergenceOutput
+from vigos.method.spans import REASONS
+from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch
+
+PER_TERM = (
+    "loss",  # mean of min(divergence, clip) as normalised, without lambda: what the term adds to the loss, over lambda
+    "kl",  # mean divergence of its tokens before the clip
+    "token_share",  # its tokens among all completion tokens
+    "clipped_tokens",  # share of its tokens that were clipped
+    "clipped_kl",  # share of its divergence that the clip took away
+    "student_entropy",
+    "teacher_entropy",
+)
+PER_ROLLOUT = (
+    "rollout/valid", "rollout/finished", "rollout/tagless", "rollout/accuracy",
+    *(f"rollout/invalid/{reason}" for reason in REASONS),
+    "length/completion", "length/description", "length/reasoning", "length/answer",
+    "rows/skipped", "steps/dropped",
+    "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
+    "perf/tflops", "perf/mfu",
+    "perf/rollout_wait_s",  # with async_rollout: of perf/rollout_s, what the step stood still for
+)  # fmt: skip
+# In the steps in which it is measured (see vigos.train.palr).
+PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))
+# Added up over ranks, averaged over optimizer steps.
+PER_STEP = (
+    *(f"loss/{term}" for term in TERMS),
+    "rows/skipped", "steps/dropped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
+)  # fmt: skip
+NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
+
+
+class Metrics:
+    """Numerators and denominators by name. Names are fixed, so that ranks can be summed unasked."""
+
+    def __init__(self) -> None:
+        self._index = {name: i for i, name in enumerate(NAMES)}
+        self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)
+
+    def add(self, name: str, numerator: float | Tensor, denominator: float | Tensor = 1.0) -> None:
+        """Adds to the ratio `name`."""
+        i = self._index[name]
+        self._sums[0, i] += float(numerator)
+        self._sums[1, i] += float(denominator)
+
+    def add_step(self, share: float) -> None:
+        """One optimizer step, for what is averaged over steps; `share` of it, one over the number of ranks."""
+        for name in PER_STEP:
+            self.add(name, 0.0, share)
+
+    def add_rollouts(self, rollouts: Sequence[Rollout], correct: Sequence[bool | None]) -> None:
+        """Validity, reasons, lengths and accuracy of the rollouts."""
+        for rollout, right in zip(rollouts, correct, strict=True):
+            spans = rollout.spans
+            self.add("rollout/valid", spans.valid)
+            self.add("rollout/finished", spans.finished)
+            self.add("rollout/tagless", spans.reason == "tagless")
+            for reason in REASONS:
+                self.add(f"rollout/invalid/{reason}", spans.reason == reason)
+            if right is not None:
+                self.add("rollout/accuracy", right)
+            self.add("length/completion", spans.length)
+            for part in ("description", "reasoning", "answer"):
+                start, end = getattr(spans, part)
+                if end > start:
+                    self.add(f"length/{part}", end - start)
+
+    def add_terms(self, batch: RoutedBatch, out: DivergenceOutput, lambdas: Sequence[float], scale: float) -> None:
+        """Losses, divergences, entropies and clipping by term. `scale` is what `route` multiplied the weights with."""
+        term = batch.term.long()
+        divergence = out.divergence.detach().double().cpu()
+        added = torch.minimum(divergence, batch.supervision.clip.double())  # type: ignore[union-attr]
+        columns = torch.stack(
+            [
+                added * batch.supervision.weight.double() / scale,  # type: ignore[union-attr]
+                divergence,
+                torch.ones_like(divergence),
+                out.clipped.double().cpu(),
+                divergence - added,
+                out.student_entropy.double().cpu(),
+                out.teacher_entropy.double().cpu(),
+            ]
+        )
+        sums = torch.zeros(len(columns), len(TERMS), dtype=torch.float64).index_add_(1, term, columns)
+        completion_tokens = sum(rollout.spans.length for rollout in batch.rollouts)
+        for t, name in enumerate(TERMS):
+            loss, kl, tokens, clipped, cut, student_entropy, teacher_entropy = sums[:, t].tolist()
+            self.add(f"loss/{name}", loss / lambdas[t] if lambdas[t] else 0.0, 0.0)
+            self.add(f"kl/{name}", kl, tokens)
+            self.add(f"token_share/{name}", tokens, completion_tokens)
+            self.add(f"clipped_tokens/{name}", clipped, tokens)
+            self.add(f"clipped_kl/{name}", cut, kl)
+            self.add(f"student_entropy/{name}", student_entropy, tokens)
+            self.add(f"teacher_entropy/{name}", teacher_entropy, tokens)
+
+    def state(self) -> list[list[float]]:
+        """What has been added since the last `collect`, for a checkpoint."""
+        return self._sums.tolist()
+
+    def restore(self, sums: list[list[float]]) -> None:
+        """Goes on from a `state`."""
+        self._sums = torch.tensor(sums, dtype=torch.float64)
+
+    def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The ratios since the last call over all ranks (`reduce` sums a tensor over them). What has no denominator is
+        left out, and so are the reasons for which no rollout was invalid."""
+        numerator, denominator = reduce(self._sums).double().cpu()
+        self._sums = torch.zeros_like(self._sums)
+        values = (numerator / denominator).tolist()
+        silent = {i for name, i in self._index.items() if name.startswith("rollout/invalid/") and not numerator[i]}
+        return {name: values[i] for name, i in self._index.items() if denominator[i] > 0 and i not in silent}
+
+
+# Dense bfloat16 TFLOP/s from the data sheets, by what a device's name holds; the first that fits.
+_PEAK_TFLOPS = (
+    ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0),
+    ("4090", 165.0), ("A10G", 70.0), ("L4", 121.0),
+)  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a GPU, TFLOP/s; None for one we have no data sheet of, and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS if part in name), None)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process, GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

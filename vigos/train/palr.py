@@ -1,0 +1,414 @@
+"""PALR: how much of the supervision is bought by the privileged answer rather than by the image.
+
+A rollout is held fixed. For each supervised token y, with p the student and q the teacher that supervises it:
+
+    s    = |log q(y) - log p(y)|                                        how far the teacher moves the student
+    c_A  = [log q(y) - log mean_k q(y | wrong answer k)]+               what knowing the answer buys
+    c_I  = [log q(y) - log q(y | the image of another row)]+            what seeing the image buys
+    PALR = sum s c_A / sum s (c_A + c_I)
+
+c_A is exactly 0 for a teacher that reads no answer. Only the log-probability of the token that was written is needed,
+so the fused engines do the work and no logits are held: of one rollout's S supervised tokens (K + 3) S rows of hidden
+states exist, D wide. The swapped contexts are branches of the prefix tree: wrong answers share the image's forward.
+
+Source: arXiv 2606.19120. There, 3B: reasoning tokens 17.3 % under plain OPSD and 6.3 % under ViGOS, all tokens 5.6 %
+and 3.1 %. How many wrong answers and which other image it took is a choice of ours: compare figures of one program.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vigos.divergence.api import linear_divergence
+from vigos.divergence.supervision import Supervision
+from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, Term, route, teacher_prefill
+from vigos.models.sharding import head_tensors, reshard
+from vigos.scoring.teacher import base_model, hidden_states, lm_head, logit_settings, teacher_mode
+
+if TYPE_CHECKING:
+    from vigos.method.prompts import Prompts
+    from vigos.scoring.teacher import TeacherScorer
+    from vigos.train.config import ViGOSConfig
+    from vigos.train.teacher_weights import TeacherPolicy
+
+PRIVILEGED: tuple[Term, ...] = ("reasoning", "reference")  # the teachers that read the answer
+
+
+# --- What was measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PALR:
+    """The log-probabilities of the supervised tokens of some rollouts, on the CPU.
+
+    Attributes:
+        student, teacher: (R,) float64, nats: log p(y), log q(y).
+        wrong: (R,) log of the teacher's mean probability under the wrong answers; `teacher` itself where it reads none.
+        other_image: (R,) log q(y) with another row's image.
+        term, segment: (R,) int8, indices into `routing.TERMS` and `routing.SEGMENTS`.
+        owner, token: (R,) int64, the rollout (by its place in `measure_palr`'s argument) and the completion's token.
+        rollouts: how many were measured.
+        left_out: how many were not, by reason: "no_image", "no_other_image", "no_wrong_answer", "unsupervised".
+    """
+
+    student: Tensor
+    teacher: Tensor
+    wrong: Tensor
+    other_image: Tensor
+    term: Tensor
+    segment: Tensor
+    owner: Tensor
+    token: Tensor
+    rollouts: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PALR]) -> PALR:
+        """Several measurements as one; `owner` counts on from part to part."""
+        columns = ("student", "teacher", "wrong", "other_image", "term", "segment", "token")
+        sizes = [p.rollouts + sum(p.left_out.values()) for p in parts]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        left_out = sum((Counter(p.left_out) for p in parts), Counter[str]())
+        return cls(
+            **{name: torch.cat([getattr(p, name) for p in parts]) for name in columns},
+            owner=torch.cat([p.owner + start for p, start in zip(parts, starts, strict=True)]),
+            rollouts=sum(p.rollouts for p in parts),
+            left_out=dict(left_out),
+        )
+
+    @property
+    def by_answer(self) -> Tensor:
+        """(R,) s c_A."""
+        return (self.teacher - self.student).abs() * (self.teacher - self.wrong).clamp_min(0.0)
+
+    @property
+    def by_image(self) -> Tensor:
+        """(R,) s c_I."""
+        return (self.teacher - self.student).abs() * (self.teacher - self.other_image).clamp_min(0.0)
+
+    def ratio(self, rows: Tensor | None = None) -> float:
+        """PALR over the rows of a mask (R,); NaN where neither answer nor image buys anything."""
+        answer, image = self.by_answer, self.by_image
+        if rows is not None:
+            answer, image = answer[rows], image[rows]
+        total = float((answer + image).sum())
+        return float(answer.sum()) / total if total > 0 else math.nan
+
+    def groups(self) -> dict[str, Tensor]:
+        """Masks (R,): "all", each segment, and each teacher as "teacher/<term>", as far as they have tokens."""
+        masks = {"all": torch.ones(len(self.term), dtype=torch.bool)}
+        masks |= {name: self.segment == i for i, name in enumerate(SEGMENTS)}
+        masks |= {f"teacher/{name}": self.term == i for i, name in enumerate(TERMS)}
+        return {name: mask for name, mask in masks.items() if mask.any()}
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """For each group the sums of s c_A and of s c_I, which add up over ranks and steps."""
+        answer, image = self.by_answer, self.by_image
+        return {name: (float(answer[mask].sum()), float(image[mask].sum())) for name, mask in self.groups().items()}
+
+    def summary(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+        """For each group its PALR (None where neither buys anything), a 95 % bootstrap interval over rollouts, and its
+        tokens."""
+        found: dict[str, Any] = {"rollouts": self.rollouts, "left_out": dict(self.left_out), "groups": {}}
+        places = {owner: i for i, owner in enumerate(sorted(set(self.owner.tolist())))}
+        owner = torch.tensor([places[o] for o in self.owner.tolist()], dtype=torch.int64)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(max(len(places), 1), (resamples, len(places)), generator=generator)
+        for name, mask in self.groups().items():
+            # (2, rollouts): sums of s c_A and of s c_I
+            sums = torch.stack(
+                [
+                    torch.zeros(len(places), dtype=torch.float64).index_add_(0, owner[mask], column[mask])
+                    for column in (self.by_answer, self.by_image)
+                ]
+            )
+            answer, image = sums[:, drawn].sum(-1)  # (resamples,) each
+            known = answer + image > 0
+            ratios = answer[known] / (answer + image)[known]
+            ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+            interval = ratios.quantile(ends).tolist() if len(ratios) else [0.0, 1.0]
+            ratio = self.ratio(mask)
+            found["groups"][name] = {
+                "palr": None if math.isnan(ratio) else ratio, "palr_interval": interval, "tokens": int(mask.sum()),
+                "by_answer": float(self.by_answer[mask].sum()), "by_image": float(self.by_image[mask].sum()),
+            }  # fmt: skip
+        return found
+
+
+def mixture_logprob(logprobs: Tensor, counts: Tensor) -> Tensor:
+    """Log of the mean probability (R,) over the first `counts` (R,) of each row of log-probabilities (R, K)."""
+    absent = torch.arange(logprobs.shape[1]) >= counts[:, None]
+    return logprobs.masked_fill(absent, -math.inf).logsumexp(-1) - counts.log()
+
+
+# --- What is swapped in -----------------------------------------------------------------------------------------------
+
+
+def draw_wrong_answers(answers: Sequence[str], k: int, *, seed: int = 0) -> list[list[str]]:
+    """For each row up to `k` different answers of other rows that are not its own.
+
+    Answers of its own kind (a number, one letter, words) come first: a colour in place of a number is no rival.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1 wrong answer, got {k}")
+    kinds = [_kind(a) for a in answers]
+    distinct = {_same(a): (a, kind) for a, kind in zip(answers, kinds, strict=True)}
+    found = []
+    for i, (answer, kind) in enumerate(zip(answers, kinds, strict=True)):
+        others = sorted((a, of == kind) for key, (a, of) in distinct.items() if key != _same(answer))
+        rng = random.Random(f"{seed}/{i}/{answer}")
+        rng.shuffle(others)
+        others.sort(key=lambda other: not other[1])
+        found.append([a for a, _ in others[:k]])
+    return found
+
+
+def _same(answer: str) -> str:
+    """Equal for answers that mean the same at a glance."""
+    text = " ".join(answer.split()).casefold()
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
+def _kind(answer: str) -> str:
+    text = answer.strip()
+    try:
+        float(text)
+    except ValueError:
+        return "letter" if len(text) == 1 and text.isalpha() else "words"
+    return "number"
+
+
+def draw_other_images(rollouts: Sequence[Rollout], *, seed: int = 0) -> list[int | None]:
+    """For each rollout another one with as many images and other pixels; None where there is none."""
+    keys = [r.prompts["student"].images.key if r.prompts["student"].images else None for r in rollouts]
+    found: list[int | None] = []
+    for i, rollout in enumerate(rollouts):
+        fits = [
+            j
+            for j, other in enumerate(rollouts)
+            if keys[j] not in (None, keys[i]) and len(other.images) == len(rollout.images)
+        ]
+        found.append(random.Random(f"{seed}/{i}").choice(fits) if fits else None)
+    return found
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_palr(
+    rollouts: Sequence[Rollout],
+    config: ViGOSConfig,
+    *,
+    student: nn.Module,
+    scorer: TeacherScorer,
+    processor: Any,
+    prompts: Prompts,
+    policy: TeacherPolicy | None = None,
+    wrong_answers: int = 4,
+    wrong: Sequence[Sequence[str]] | None = None,
+    idle: ScoredSequence | None = None,
+    seed: int = 0,
+) -> PALR:
+    """Scores rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
+
+    The forwards are those of training: routed as `config` says, in evaluation mode. With a wrapped model every rank has
+    to call this together.
+
+    Args:
+        rollouts: with the prompts of the student and of the teachers that supervise them, as the trainer makes them.
+            Wrong answers and other images are taken from each other, so give it several rows at once.
+        scorer: the teacher; its model may be the student, whose adapter is switched off.
+        policy: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
+        wrong_answers: K, at most, for each row.
+        wrong: the wrong answers of each rollout; None draws them from the other rows' answers.
+        idle: as in `hidden_states`, for ranks without a rollout that can be measured.
+    """
+    if wrong is not None and len(wrong) != len(rollouts):
+        raise ValueError(f"wrong must hold the wrong answers of {len(rollouts)} rollouts, got {len(wrong)}")
+    drawn = draw_wrong_answers([_reference(r) for r in rollouts], wrong_answers, seed=seed) if wrong is None else wrong
+    donors = draw_other_images(rollouts, seed=seed)
+    usable, left_out = _usable(rollouts, drawn, donors)
+    batch = route([rollouts[i] for i in usable], config)
+    left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
+    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config, processor, prompts)
+    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, idle)
+
+    R, K = batch.n_rows, max((len(s.wrong) for s in swapped), default=0)
+    other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
+    counts = torch.zeros(R, dtype=torch.float64)
+    at, row = 0, 0
+    for base, swaps in zip(batch.teacher_sequences, swapped, strict=True):
+        S = len(base.scored)
+        other_image[row : row + S] = swapped_rows[at : at + S]
+        at += S
+        for k in range(len(swaps.wrong)):
+            wrong_rows[row : row + S, k] = swapped_rows[at : at + S]
+            at += S
+        counts[row : row + S] = len(swaps.wrong)
+        row += S
+    mixture = mixture_logprob(wrong_rows, counts) if K else teacher_rows
+    return PALR(
+        student=student_rows,
+        teacher=teacher_rows,
+        wrong=torch.where(counts > 0, mixture, teacher_rows),
+        other_image=other_image,
+        term=batch.term,
+        segment=batch.segment,
+        owner=torch.tensor(usable, dtype=torch.int64)[batch.owner],
+        token=batch.token,
+        rollouts=len(set(batch.owner.tolist())),
+        left_out={reason: n for reason, n in sorted(left_out.items()) if n},
+    )
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """One teacher sequence in its other contexts."""
+
+    other_image: ScoredSequence
+    wrong: list[ScoredSequence]
+
+
+def _reference(rollout: Rollout) -> str:
+    return rollout.answer if rollout.reference is None else rollout.reference
+
+
+def _usable(
+    rollouts: Sequence[Rollout], wrong: Sequence[Sequence[str]], donors: Sequence[int | None]
+) -> tuple[list[int], Counter[str]]:
+    """The rollouts that can be swapped both ways, and how many cannot, by reason."""
+    usable, left_out = [], Counter[str]()
+    for i, rollout in enumerate(rollouts):
+        if not rollout.images:
+            left_out["no_image"] += 1
+        elif donors[i] is None:
+            left_out["no_other_image"] += 1
+        elif not wrong[i]:
+            left_out["no_wrong_answer"] += 1
+        else:
+            usable.append(i)
+    return usable, left_out
+
+
+def _swapped(
+    batch: RoutedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
+    config: ViGOSConfig, processor: Any, prompts: Prompts,
+) -> list[_Swapped]:  # fmt: skip
+    """The other contexts of every teacher sequence of `batch`."""
+    known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of a row share them
+    found = []
+    for base in batch.teacher_sequences:
+        i, role = base.owner
+        term: Term = next(t for t in TERMS if t == role)
+        rollout, (answers, donor) = batch.rollouts[i], swaps[i]
+        assert donor is not None
+        prefill = teacher_prefill(term, config, prompts)
+
+        def encode(
+            answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill
+        ) -> EncodedPrompt:
+            like = source.prompts["student"]
+            key = (term, rollout.problem, answer, like.images.key if like.images else None)
+            if key not in known:
+                known[key] = encode_prompt(
+                    processor, prompts, term, rollout.problem, answer, source.images, prefill, like
+                )
+            return known[key]
+
+        found.append(
+            _Swapped(
+                replace(base, prompt=encode(_reference(rollout), rollouts[donor])),
+                [replace(base, prompt=encode(a, rollout)) for a in answers] if term in PRIVILEGED else [],
+            )
+        )
+    return found
+
+
+def _logprobs(
+    batch: RoutedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
+    policy: TeacherPolicy | None, config: ViGOSConfig, idle: ScoredSequence | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """log p (R,), log q (R,) and the log-probabilities of the swapped sequences, end to end; float64 on the CPU."""
+    extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
+    step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
+    with policy.weights() if policy else nullcontext():
+        hidden, _ = scorer.score(step, idle=idle)  # (R + swapped, D)
+    with teacher_mode(student, adapter="on"):
+        own = hidden_states(
+            student, batch.student_sequences, scoring=config.student_scoring, token_budget=scorer.token_budget,
+            idle=idle,
+        )  # fmt: skip
+    settings = {
+        "temperature": config.divergence_temperature, "impl": config.impl,
+        **logit_settings(base_model(student).config.get_text_config()),
+    }  # fmt: skip
+    head, taught = lm_head(student), lm_head(scorer.model)
+    with head_tensors(student) as (weight, bias), head_tensors(scorer.model) as (teacher_weight, teacher_bias):
+        kept = policy.head_weight(head) if policy and taught is head else None  # a head that trains keeps a copy
+        found = _of_labels(
+            batch, swapped, own.to(weight.dtype), hidden.to(weight.dtype), (weight, bias),
+            (teacher_weight if kept is None else kept, teacher_bias), settings,
+        )  # fmt: skip
+    reshard(student)
+    return found
+
+
+def _of_labels(
+    batch: RoutedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, head: tuple[Tensor, Tensor | None],
+    taught: tuple[Tensor, Tensor | None], settings: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The log-probabilities of `_logprobs`, from hidden states and the heads (weight, bias) they belong to."""
+    R = batch.n_rows
+    if R == 0:
+        return (torch.zeros(0, dtype=torch.float64),) * 3
+    weight = head[0].detach()
+    teacher_weight = weight if taught[0] is head[0] else taught[0].detach()  # one head is read once for both
+    bias, teacher_bias = (None if b is None else b.detach() for b in (head[1], taught[1]))
+    out = linear_divergence(
+        own, weight, hidden[:R], None if teacher_weight is weight else teacher_weight, supervision=batch.supervision,
+        labels=batch.labels, student_bias=bias, teacher_bias=teacher_bias, **settings,
+    )  # fmt: skip
+    lengths = [len(base.scored) for base in batch.teacher_sequences]
+    first, second = _pairs(lengths, [1 + len(swaps.wrong) for swaps in swapped])
+    labels = torch.cat([s.completion_ids[s.scored] for swaps in swapped for s in (swaps.other_image, *swaps.wrong)])
+    rest = linear_divergence(
+        hidden[R:], teacher_weight, hidden[R:], supervision=Supervision(first, second), labels=labels[first],
+        student_bias=teacher_bias, **settings,
+    )  # fmt: skip
+    swapped_logprob = torch.empty(len(labels), dtype=torch.float64)
+    swapped_logprob[first], swapped_logprob[second] = _cpu(rest.student_logprob), _cpu(rest.teacher_logprob)
+    return _cpu(out.student_logprob), _cpu(out.teacher_logprob), swapped_logprob
+
+
+def _pairs(lengths: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows that share a label, two and two: an engine's row gives one label's log-probability under two hidden states.
+
+    Args:
+        lengths, counts: of each teacher sequence, its scored tokens and its swapped contexts, which stand end to end.
+    """
+    first, second, at = [], [], 0
+    for length, count in zip(lengths, counts, strict=True):
+        rows = at + torch.arange(count * length).view(count, length)
+        first.append(rows[::2].flatten())
+        second.append(rows[[min(i + 1, count - 1) for i in range(0, count, 2)]].flatten())
+        at += count * length
+    return torch.cat(first), torch.cat(second)
+
+
+def _cpu(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x.detach().double().cpu()
