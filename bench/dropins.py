@@ -4,8 +4,8 @@
     python bench/dropins.py --tokens 256 --only trl gkd      # larger, fewer
 
 Each codebase runs in a process of its own: the peer's code where it is a package (TRL, Liger), else a straight-line
-statement of what it computes (tests/peer_statements.py), then ours behind the same call; runs alternate, the median
-counts. Forward and backward, the head frozen, as under LoRA. Memory is the peak above what stood before the call: the
+statement of what it computes (tests/helpers/peer_statements.py), then ours behind the same call; runs alternate, median
+counted. Forward and backward, the head frozen, as under LoRA. Memory is the peak above what stood before the call: the
 allocator's on a GPU, resident memory on a CPU. Operands are bf16 and the teacher is near the student (KL around 0.01),
 as in self-distillation; the error is that of the gradient, ||g - exact|| / ||exact||, exact being float64 on the same
 operands. A number is printed only if the loss is right: ours to 1e-4 of float64.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import peer_statements as statements  # noqa: E402
+from helpers import peer_statements as statements  # noqa: E402
 
 Run = Callable[[Tensor], Tensor]  # the student's tensor -> the loss
 

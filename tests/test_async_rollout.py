@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from async_cases import KILLS, ROUNDED, STEPS, Watched, build, sampled_here, trained
-from processes import TESTS, start_ranks, wait_for
+from helpers.async_cases import KILLS, ROUNDED, STEPS, Watched, build, sampled_here, trained
+from helpers.processes import HELPERS, TESTS, start_ranks, wait_for
+from helpers.training import VALID_A, config, rows, tiny_student, trainer
 from safetensors.torch import load_file
-from training import VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
 from vigos.errors import TrainingStopped
@@ -39,8 +39,13 @@ class Server:
     """A `slow_rollout_server.py` that runs."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        command = [sys.executable, str(TESTS / "slow_rollout_server.py")]
+        environment = os.environ | {
+            "PYTHONPATH": str(TESTS),
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        command = [sys.executable, str(HELPERS / "slow_rollout_server.py")]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
@@ -187,7 +192,7 @@ def ranks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have left."""
     folder = tmp_path_factory.mktemp("ranks")
     arguments = ["ranks", str(folder), server.url("delay-0.05,ranks")]
-    processes = start_ranks(TESTS / "async_cases.py", arguments, 2, folder)
+    processes = start_ranks(HELPERS / "async_cases.py", arguments, 2, folder)
     assert wait_for(processes, folder, timeout=200) == [0, 0]
     return folder
 
@@ -261,7 +266,7 @@ def test_the_report_draws_what_a_step_waited_for() -> None:
 def restarted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("restarts")
     arguments = ["restarts", str(folder), server.url("delay-0.1,restarts")]
-    processes = start_ranks(TESTS / "async_cases.py", arguments, 1, folder, env={"WORLD_SIZE": "1", "NO_PROXY": "*"})
+    processes = start_ranks(HELPERS / "async_cases.py", arguments, 1, folder, env={"WORLD_SIZE": "1", "NO_PROXY": "*"})
     codes = wait_for(processes, folder, timeout=400)
     left = time.time()
     for log in sorted(folder.glob("*.log")):
@@ -407,7 +412,7 @@ def test_an_engine_without_weights_of_its_own_is_refused(texts: list[str] | None
 def test_nor_put_in_its_place_later(tmp_path: Path) -> None:
     options = {"rollout_engine": "server", "rollout_url": "http://127.0.0.1:9/v1", "rollout_model": "base"}
     engine = trainer(tiny_student(), config(tmp_path, async_rollout=1, max_steps=3, **options), rows(8))
-    from training import ScriptedEngine
+    from helpers.training import ScriptedEngine
 
     engine.engine = ScriptedEngine([VALID_A])
     with pytest.raises(ValueError, match=r"async_rollout must be 0 with .* got 1 with ScriptedEngine"):

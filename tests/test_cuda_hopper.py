@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cuda_emulation import build, wide_mm
+from helpers.cuda_emulation import build, wide_mm
 from torch import Tensor
 
 import vigos

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import build, wide_mm
+from helpers.cuda_emulation import build, wide_mm
 from torch import Tensor
 
 import vigos

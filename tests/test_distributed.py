@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, RANKS, ZERO_CASES, run
-from processes import TESTS, run_ranks
+from helpers.distributed_cases import CASES, RANKS, ZERO_CASES, run
+from helpers.processes import HELPERS, run_ranks
 from safetensors.torch import load_file
 
 CLOCKS = ("perf/", "epoch", "palr/")  # PALR takes other answers and images from the rows of its rank
@@ -24,7 +24,7 @@ CLOCKS = ("perf/", "epoch", "palr/")  # PALR takes other answers and images from
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which both ranks have left what came out of each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes = run_ranks(TESTS / "distributed_cases.py", [str(folder), *CASES], RANKS, folder, timeout=420)
+    codes = run_ranks(HELPERS / "distributed_cases.py", [str(folder), *CASES], RANKS, folder, timeout=420)
     assert codes == [0] * RANKS
     return folder
 
@@ -35,7 +35,7 @@ def zero_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (pip install 'vigos[deepspeed]')")
     folder = tmp_path_factory.mktemp("zero_ranks")
-    script, cpu = TESTS / "distributed_cases.py", {"DS_ACCELERATOR": "cpu"}
+    script, cpu = HELPERS / "distributed_cases.py", {"DS_ACCELERATOR": "cpu"}
     codes = run_ranks(script, [str(folder), *ZERO_CASES], RANKS, folder, timeout=420, env=cpu)
     assert codes == [0] * RANKS
     return folder

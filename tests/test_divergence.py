@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from divergence_cases import KINDS, assert_close, case, error, peaked_hidden, run
+from helpers.divergence_cases import KINDS, assert_close, case, error, peaked_hidden, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from divergence_cases import case, error
+from helpers.divergence_cases import case, error
 
 import vigos
 

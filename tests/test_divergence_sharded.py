@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from divergence_cases import case, error
+from helpers.divergence_cases import case, error
 
 import vigos
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_images import encoded, jpeg_of_scans
+from helpers.hostile_images import encoded, jpeg_of_scans
 from PIL import Image
 
 from vigos.data.decode import BadImage, ImageLimits

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from fault_ranks import FAULTS, TIMEOUT_S
-from processes import TESTS, start_ranks, wait_for
+from helpers.fault_ranks import FAULTS, TIMEOUT_S
+from helpers.processes import HELPERS, start_ranks, wait_for
+from helpers.training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
 from torch import Tensor
-from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
 from vigos.errors import TrainingStopped, end_process, watching_ranks
@@ -211,7 +211,7 @@ def test_only_what_collectives_say_means_that_a_rank_is_lost() -> None:
 def test_rank_that_is_gone_or_hangs_stops_the_others(tmp_path: Path) -> None:
     """One message on the rank that is left; the one whose memory ran out says what to set."""
     pairs = {
-        how: start_ranks(TESTS / "fault_ranks.py", [how, str(tmp_path / how)], 2, tmp_path / f"{how}-logs")
+        how: start_ranks(HELPERS / "fault_ranks.py", [how, str(tmp_path / how)], 2, tmp_path / f"{how}-logs")
         for how in FAULTS
     }
     for how, processes in pairs.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_images import bmp_of_runs, encoded, jpeg_of_scans, png_of_empty_chunks, tiff_of_scans
+from helpers.hostile_images import bmp_of_runs, encoded, jpeg_of_scans, png_of_empty_chunks, tiff_of_scans
 from PIL import Image
 from torch.utils.data import DataLoader
 

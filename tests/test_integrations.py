@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import peer_statements as statements
 import pytest
 import torch
+from helpers import peer_statements as statements
 from torch import Tensor
 
 from vigos import integrations

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peer_statements as statements
 import pytest
 import torch
+from helpers import peer_statements as statements
 from torch import Tensor
 
 from vigos.integrations import _patching

@@ -7,9 +7,9 @@ import weakref
 from contextlib import contextmanager
 from typing import Any
 
-import peer_statements as statements
 import pytest
 import torch
+from helpers import peer_statements as statements
 from torch import Tensor
 
 from vigos.integrations import _patching

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.processes import HELPERS
 
 from vigos.data.rows import load_rows
 from vigos.eval.evaluate import evaluate
@@ -18,7 +19,7 @@ from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    script = Path(__file__).with_name("judge_server_process.py")
+    script = HELPERS / "judge_server_process.py"
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"

@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_trainer import chat, full_log_probs
-from torch import Tensor
-from training import (
+from helpers.training import (
     CUT_OFF,
     TAGLESS,
     VALID_A,
@@ -28,6 +25,9 @@ from training import (
     tiny_student,
     trainer,
 )
+from PIL import Image
+from test_trainer import chat, full_log_probs
+from torch import Tensor
 
 from vigos.cli import Source, main
 from vigos.data.rows import load_rows

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tiny_models import IMAGE, prompt, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import IMAGE, prompt, words
 
 from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
 from vigos.scoring.prefix_tree import PrefixTree, fed_ids

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.training import picture, rows
 from PIL import Image
-from training import picture, rows
 
 from vigos.cli import main
 from vigos.data.rows import BadRow, RowDataset, load_rows

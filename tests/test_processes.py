@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import run_ranks
+from helpers.processes import run_ranks
 
 CRASH = """
 import ctypes, signal, sys, time

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import chat, full_log_probs
-from training import (
+from helpers.training import (
     CUT_OFF,
     PROMPTS,
     TAGLESS,
@@ -29,6 +28,7 @@ from training import (
     tiny_student,
     trainer,
 )
+from test_trainer import chat, full_log_probs
 
 from vigos.cli import main
 from vigos.eval.evaluate import evaluate

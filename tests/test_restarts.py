@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import TESTS, start_ranks, wait_for
-from restart_cases import KILLS, STEPS
+from helpers.processes import HELPERS, start_ranks, wait_for
+from helpers.restart_cases import KILLS, STEPS
 from safetensors.torch import load_file
 
 from vigos.train.checkpoint import EXIT_CODE, checkpoints, last_checkpoint, publish, rotate
@@ -21,7 +21,7 @@ CLOCKS = ("perf/", "train_")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("restarts")
-    processes = start_ranks(TESTS / "restart_cases.py", [str(folder)], 1, folder, env={"WORLD_SIZE": "1"})
+    processes = start_ranks(HELPERS / "restart_cases.py", [str(folder)], 1, folder, env={"WORLD_SIZE": "1"})
     codes = wait_for(processes, folder, timeout=400)
     for log in sorted(folder.glob("*.log")):
         print(log.name, log.read_text()[-600:])

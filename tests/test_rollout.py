@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import prompt, tiny_model, words
+from helpers.tiny_models import prompt, tiny_model, words
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
@@ -205,7 +205,7 @@ def test_adapter_takes_part() -> None:
 
 
 def test_ids_come_from_the_model_and_its_tokenizer() -> None:
-    from training import processor, tiny_student
+    from helpers.training import processor, tiny_student
 
     model, tokenizer = tiny_student(), processor().tokenizer
     model.generation_config.eos_token_id = [5, tokenizer.eos_token_id]

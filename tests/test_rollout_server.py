@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.processes import HELPERS
 
 from vigos.data.rows import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
@@ -23,7 +24,7 @@ from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
-SCRIPT = Path(__file__).with_name("rollout_server_process.py")
+SCRIPT = HELPERS / "rollout_server_process.py"
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=20, max_new_tokens=40, n=2)
 
 

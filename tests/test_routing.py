@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import config
 from torch import Tensor
-from training import config
 
 import vigos.method.supervise as routing
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL

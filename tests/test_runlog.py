@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import config, tiny_student
+from helpers.training import config, tiny_student
 from transformers import IntervalStrategy
 
 from vigos.data.rows import BadRow

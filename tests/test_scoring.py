@@ -11,8 +11,20 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.tiny_models import (
+    FAMILIES,
+    HIDDEN,
+    IMAGE,
+    LAYERS,
+    SIZES,
+    VOCAB,
+    images,
+    mixed_rows,
+    prompt,
+    tiny_model,
+    words,
+)
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, HIDDEN, IMAGE, LAYERS, SIZES, VOCAB, images, mixed_rows, prompt, tiny_model, words
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

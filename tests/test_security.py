@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_images import jpeg_of_scans, tiff_of_scans
-from training import VALID_A, VALID_B, config, rows, tiny_student, trainer
+from helpers.hostile_images import jpeg_of_scans, tiff_of_scans
+from helpers.training import VALID_A, VALID_B, config, rows, tiny_student, trainer
 
 from vigos.data.rows import load_rows
 from vigos.launch import load_model

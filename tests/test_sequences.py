@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.training import processor
 from PIL import Image
-from training import processor
 
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.world import world_prompts

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import CUT_OFF, VALID_A, completion_ids, config, processor
 from rich.console import Console
 from scipy import stats
-from training import CUT_OFF, VALID_A, completion_ids, config, processor
 
 from vigos.cli import main
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL

@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from processes import TESTS, run_ranks
+from helpers.processes import HELPERS, run_ranks
+from helpers.tensor_parallel_cases import CASES, RANKS, run, save_students
+from helpers.tiny_models import tiny_model
+from helpers.training import tiny_student
 from safetensors.torch import load_file
-from tensor_parallel_cases import CASES, RANKS, run, save_students
 from test_distributed import CLOCKS, largest_gap
-from tiny_models import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from training import tiny_student
 
 from vigos.models.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head, layout_of
 
@@ -47,7 +47,7 @@ def copies(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two groups, whose copies of the model FSDP2 cuts into pieces."""
     folder = tmp_path_factory.mktemp("copies")
     arguments = [str(models), str(folder), str(RANKS), *COPIES]
-    codes = run_ranks(TESTS / "tensor_parallel_cases.py", arguments, 2 * RANKS, folder, timeout=420)
+    codes = run_ranks(HELPERS / "tensor_parallel_cases.py", arguments, 2 * RANKS, folder, timeout=420)
     assert codes == [0] * 2 * RANKS
     return folder
 
@@ -57,7 +57,7 @@ def ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which both ranks have left what came out of each case."""
     folder = tmp_path_factory.mktemp("ranks")
     arguments = [str(models), str(folder), str(RANKS), *CASES]
-    codes = run_ranks(TESTS / "tensor_parallel_cases.py", arguments, RANKS, folder, timeout=420)
+    codes = run_ranks(HELPERS / "tensor_parallel_cases.py", arguments, RANKS, folder, timeout=420)
     assert codes == [0] * RANKS
     return folder
 

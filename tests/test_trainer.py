@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from training import (
+from helpers.training import (
     CUT_OFF,
     PROMPTS,
     TAGLESS,
@@ -27,6 +26,7 @@ from training import (
     tiny_student,
     trainer,
 )
+from torch import Tensor
 
 from vigos.data.rows import ImageLimits, load_rows
 from vigos.scoring.teacher import lm_head
@@ -726,7 +726,7 @@ def test_run_without_a_valid_rollout_says_so(tmp_path: Path, caplog: pytest.LogC
 
 
 def text_model() -> tuple[Any, Any]:
-    from tiny_models import tiny_model
+    from helpers.tiny_models import tiny_model
 
     tokenizer = copy.deepcopy(processor().tokenizer)
     tokenizer.chat_template = processor().chat_template

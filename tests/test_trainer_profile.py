@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
+from helpers.training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 
 from vigos.train.metrics import peak_tflops
 from vigos.train.profiling import NAMES, Phases, table

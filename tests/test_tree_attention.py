@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers.tiny_models import mixed_rows, tiny_model, words
 from test_prefix_tree import sequence
-from tiny_models import mixed_rows, tiny_model, words
 
 import vigos.scoring.tree_attention as tree_attention
 from vigos.scoring.prefix_tree import PrefixTree

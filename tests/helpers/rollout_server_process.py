@@ -1,6 +1,6 @@
 """A real HTTP server that speaks vLLM's chat API with the built-in model behind it; misbehaves on request.
 
-    python tests/rollout_server_process.py          # prints its port; serves until it is killed
+    python tests/helpers/rollout_server_process.py          # prints its port; serves until it is killed
 
 The path says how it behaves: /good/v1, /hang/v1, ... Each sample is drawn by `TransformersEngine`, so that a completion
 from here equals one from the model at hand, given the same seed.

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a chip without having it, and says what each needs: one line of JSON a variant.
 
-    python tests/triton_aot.py 90 [KERNEL ...]
+    python tests/helpers/triton_aot.py 90 [KERNEL ...]
 
 Run as a process of its own (tests/test_triton_aot.py does): elsewhere the kernels may be in Triton's interpreter.
 A variant is what a launcher would pass: `*dtype` and `i32` arguments, with `:16` where address or value is a multiple

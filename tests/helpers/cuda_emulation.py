@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(into: Path) -> ModuleType:
@@ -26,7 +26,7 @@ def build(into: Path) -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     csrc = ROOT / "csrc"
     headers = [csrc / "numerics.h", *sorted((csrc / "cuda").glob("*.h")), *sorted((csrc / "cuda").glob("*.cuh"))]
-    sources = [ROOT / "tests/cuda_emulator.cpp", csrc / "cuda/register.cpp"]
+    sources = [ROOT / "tests/helpers/cuda_emulator.cpp", csrc / "cuda/register.cpp"]
     text = b"".join(path.read_bytes() for path in sources + headers) + sys.version.encode()
     library = into / f"cuda_emulator-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not library.exists():

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_cases import ByRow, data, whole
-from tiny_models import tiny_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import config, processor, tiny_student, trainer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM, TrainerCallback
 
+from helpers.distributed_cases import ByRow, data, whole
+from helpers.tiny_models import tiny_model
+from helpers.training import config, processor, tiny_student, trainer
 from vigos.errors import TrainingStopped, end_process
 from vigos.models.sharding import sharding_of
 from vigos.models.tensor_parallel import Replicas, check_dropout, layout_of

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training import PROMPTS, config, processor, rows, tiny_student
 from transformers import TrainerCallback
 
+from helpers.training import PROMPTS, config, processor, rows, tiny_student
 from vigos.train.checkpoint import EXIT_CODE, CheckpointError, checkpoints, last_checkpoint
 from vigos.train.trainer import ViGOSTrainer
 

@@ -14,11 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import TESTS
 from torch import Tensor
-from training import CUT_OFF, TAGLESS, VALID_A, VALID_B, completion_ids, config, processor, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
+from helpers.processes import TESTS
+from helpers.training import (
+    CUT_OFF,
+    TAGLESS,
+    VALID_A,
+    VALID_B,
+    completion_ids,
+    config,
+    processor,
+    rows,
+    tiny_student,
+    trainer,
+)
 from vigos.errors import end_process
 from vigos.method.encode import EncodedPrompt
 from vigos.models.sharding import made_whole, sharding_of, whole_trained

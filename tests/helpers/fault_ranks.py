@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 from transformers import TrainerCallback
 
+from helpers.training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 from vigos.errors import TrainingStopped, end_process
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}

@@ -19,7 +19,7 @@ import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from rollout_server_process import ADAPTERS, Handler
+from helpers.rollout_server_process import ADAPTERS, Handler
 
 ASKED: list[dict[str, Any]] = []
 LOCK = threading.Lock()

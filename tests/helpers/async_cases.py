@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restart_cases import At, child, resume, step_of, until, wait
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from helpers.restart_cases import At, child, resume, step_of, until, wait
 from vigos.data.rows import load_rows
 from vigos.errors import TrainingStopped, end_process
 from vigos.rollout.engine import TransformersEngine

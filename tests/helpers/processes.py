@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent  # programs that tests start
+TESTS = HELPERS.parent
 
 
 def start_ranks(
