@@ -27,7 +27,7 @@ from typing import Any
 from measure import RESULTS, Table, machine
 from PIL import Image
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import vigos
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.method.encode import encode_prompt
 from vigos.method.prompts import Prompts, Role
 

@@ -23,7 +23,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import pad
 
 import vigos
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.integrations import trl as trl_patch
 from vigos.rollout.engine import placeholder_ids
 from vigos.world import load_base, world_prompts, write_world

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vigos.data.rows import BadRow, RowDataset, RowStream, check_usable, load_rows
+from vigos.data.examples import BadExample, ExampleDataset, ExampleStream, check_usable, load_rows
 
 SIZE = (24, 16)
 
@@ -52,7 +52,7 @@ def one(folder, **changes):
 
 
 def reason_of(folder, **changes):
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadExample) as caught:
         one(folder, **changes)
     assert caught.value.row_id in ("r0", "0")
     assert str(caught.value).startswith(f"row {caught.value.row_id}: {caught.value.reason}: ")
@@ -113,7 +113,7 @@ def test_every_source_gives_the_same_rows(folder, tmp_path_factory, monkeypatch)
     for name, source, options in sources(folder):
         for streaming in {options.get("streaming", False), True}:
             rows = load_rows(source, **(options | {"streaming": streaming}))
-            assert isinstance(rows, RowStream if streaming else RowDataset)
+            assert isinstance(rows, ExampleStream if streaming else ExampleDataset)
             got = list(rows)
             assert [r["problem_id"] for r in got] == ["r0", "r1", "r2"], name
             assert [r["answer"] for r in got] == ["0", "1", "2"]
@@ -320,7 +320,7 @@ def test_damaged_files_are_bad_rows_and_nothing_else(kind, data):
         content[place] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(1, len(content)) | st.just(len(content)))]
     (row,) = load_rows([record(0) | {"images": [bytes(content)]}], bad_rows="return")
-    assert isinstance(row, BadRow) or row["images"][0].mode == "RGB"
+    assert isinstance(row, BadExample) or row["images"][0].mode == "RGB"
 
 
 def test_limits_are_arguments(folder):
@@ -337,7 +337,7 @@ def test_paths_outside_the_root_can_be_allowed(folder, tmp_path_factory):
     picture().save(outside)
     assert one(folder, images=[str(outside)], options={"allow_outside_root": True})["images"]
     assert one(folder, images=["x.png"], options={"data_root": outside.parent})["images"]
-    with pytest.raises(BadRow, match="needs data_root"):
+    with pytest.raises(BadExample, match="needs data_root"):
         load_rows([record(0, [str(outside)])])[0]
     with pytest.raises(ValueError, match=r"data_root must be a folder, got '.*gone'"):
         load_rows([record()], data_root=folder / "gone")
@@ -357,7 +357,7 @@ def test_broken_lines_and_records_cost_one_row(folder):
         assert got[1].row_id == "1"
         assert "has problem" not in got[1].detail
         assert "no field 'answer'; it has problem" in got[3].detail
-    with pytest.raises(BadRow, match="row 1: malformed_row"):
+    with pytest.raises(BadExample, match="row 1: malformed_row"):
         load_rows(folder / "x.jsonl")[1]
 
 
@@ -367,9 +367,16 @@ def test_bad_rows_travel_through_data_loader_workers(folder):
         rows = load_rows(path, bad_rows="return", streaming=streaming)
         loader = DataLoader(rows, batch_size=2, num_workers=2, collate_fn=list)
         got = [row for batch in loader for row in batch]
-        bad = [row for row in got if isinstance(row, BadRow)]
+        bad = [row for row in got if isinstance(row, BadExample)]
         assert sorted(row.row_id for row in bad) == ["r0", "r3", "r6", "r9"]
-        assert sorted(r["problem_id"] for r in got if not isinstance(r, BadRow)) == ["r1", "r2", "r4", "r5", "r7", "r8"]
+        assert sorted(r["problem_id"] for r in got if not isinstance(r, BadExample)) == [
+            "r1",
+            "r2",
+            "r4",
+            "r5",
+            "r7",
+            "r8",
+        ]
     again = pickle.loads(pickle.dumps(bad[0]))
     assert (again.row_id, again.reason, again.detail) == (bad[0].row_id, "missing_image", bad[0].detail)
 
@@ -466,7 +473,7 @@ def test_check_usable(folder):
         ):
             check_usable(nothing)
     with pytest.raises(ValueError, match="the dataset has no rows"):
-        check_usable(RowDataset([], rows.reader, "raise"))
+        check_usable(ExampleDataset([], rows.reader, "raise"))
 
 
 def test_importing_needs_no_optional_package():
@@ -474,5 +481,5 @@ def test_importing_needs_no_optional_package():
     import sys
 
     code = "import sys; sys.modules.update(dict.fromkeys(['PIL', 'datasets', 'transformers'])); "
-    code += "import vigos.data.rows, vigos.method.spans"
+    code += "import vigos.data.examples, vigos.method.spans"
     subprocess.run([sys.executable, "-c", code], check=True)

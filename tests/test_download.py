@@ -23,7 +23,7 @@ from PIL import Image
 
 from vigos.data.decode import BadImage, ImageLimits
 from vigos.data.download import fetch_image, is_public
-from vigos.data.rows import BadRow, load_rows
+from vigos.data.examples import BadExample, load_rows
 
 PICTURE = encoded(Image.new("RGB", (32, 32), "red"))
 QUICK = ImageLimits(max_bytes=2**20, download_seconds=1.0)
@@ -283,10 +283,12 @@ def test_rows_with_addresses(server: Server, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, records)))
 
     off = load_rows(tmp_path / "rows.jsonl")
-    with pytest.raises(BadRow, match=r"row picture: remote_image: .* set allow_remote_images to fetch them"):
+    with pytest.raises(BadExample, match=r"row picture: remote_image: .* set allow_remote_images to fetch them"):
         off[0]
     on = load_rows(tmp_path / "rows.jsonl", allow_remote_images=True)
-    with pytest.raises(BadRow, match=r"row picture: private_address: .*127\.0\.0\.1, which is not a public address"):
+    with pytest.raises(
+        BadExample, match=r"row picture: private_address: .*127\.0\.0\.1, which is not a public address"
+    ):
         on[0]
     assert server.seen == []
 
@@ -312,5 +314,5 @@ def test_the_command_line_allows_it(tmp_path: Path) -> None:
         source, config = parse_run(None, [*flags, *more])
         assert isinstance(source, Source)
         row = build_trainer(source, config).train_dataset[1]
-        assert isinstance(row, BadRow)
+        assert isinstance(row, BadExample)
         assert row.reason == reason

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.eval.evaluate import (
     EvaluationResult,
     bootstrap_interval,
@@ -438,7 +438,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers, vigos.rollout.engine, vigos.eval.evaluate
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.world import load_base
 
 torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from vigos.data import decode as decoding
 from vigos.data.benchmarks import load_benchmark
 from vigos.data.decode import MAX_EXIF, WEBP_HERE, ImageLimits, decode, to_rgb
+from vigos.data.examples import BadExample, load_rows
 from vigos.data.images import BadImage, ImageLoader
-from vigos.data.rows import BadRow, load_rows
 
 # Each would take between 3 s and a minute.
 HOSTILE: dict[str, Callable[[], bytes]] = {
@@ -90,7 +90,7 @@ def test_rows_that_take_too_long_are_counted_in_workers_too(tmp_path: Path) -> N
     wanted = ["decode_too_slow", (255, 0, 0), "decode_too_slow", (255, 0, 0)] * 2
     for workers in (0, 2):
         found = [row for batch in DataLoader(rows, batch_size=2, num_workers=workers, collate_fn=list) for row in batch]
-        assert [r.reason if isinstance(r, BadRow) else r["images"][0].getpixel((1, 1)) for r in found] == wanted
+        assert [r.reason if isinstance(r, BadExample) else r["images"][0].getpixel((1, 1)) for r in found] == wanted
 
 
 def test_decode_seconds_is_checked() -> None:
@@ -270,7 +270,7 @@ def test_benchmarks_have_the_same_bounds(tree: Path) -> None:
     assert rows.reader.images.limits == ImageLimits()
     images = replace(rows.reader.images, limits=ImageLimits(decode_seconds=0.2))
     rows.reader = replace(rows.reader, images=images)
-    found = [row.reason if isinstance(row, BadRow) else "ok" for row in rows]
+    found = [row.reason if isinstance(row, BadExample) else "ok" for row in rows]
     assert found == ["ok", "outside_root", "remote_image", "decode_too_slow"]
     allowed = load_benchmark("realworldqa", tree / "rows.jsonl", allow_outside_root=True)
     assert allowed[1]["images"][0].size == (32, 32)

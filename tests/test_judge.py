@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.processes import HELPERS
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.eval.evaluate import evaluate
 from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError
 

@@ -30,7 +30,7 @@ from test_trainer import chat, full_log_probs
 from torch import Tensor
 
 from vigos.cli import Source, main
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.launch import palr_from_source
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import TERMS, Rollout, route

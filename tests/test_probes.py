@@ -11,20 +11,20 @@ from helpers.training import picture, rows
 from PIL import Image
 
 from vigos.cli import main
-from vigos.data.rows import BadRow, RowDataset, load_rows
-from vigos.eval.probes import PROBES, ProbedRows, blurred, probe
+from vigos.data.examples import BadExample, ExampleDataset, load_rows
+from vigos.eval.probes import PROBES, ProbedExamples, blurred, probe
 from vigos.world import load_base, world_prompts, write_world
 
 
-def dataset(n: int = 6) -> RowDataset:
+def dataset(n: int = 6) -> ExampleDataset:
     found = load_rows(rows(n))
-    assert isinstance(found, RowDataset)
+    assert isinstance(found, ExampleDataset)
     return found
 
 
 def test_images_alone_are_changed() -> None:
     data = dataset()
-    removed, softened, swapped = (ProbedRows(data, name, seed=3) for name in PROBES)
+    removed, softened, swapped = (ProbedExamples(data, name, seed=3) for name in PROBES)
     for i, row in enumerate(data):
         for other in (removed[i], softened[i], swapped[i]):
             assert {k: v for k, v in other.items() if k != "images"} == {k: v for k, v in row.items() if k != "images"}
@@ -34,7 +34,7 @@ def test_images_alone_are_changed() -> None:
         shown = next(j for j, r in enumerate(data) if r["images"][0].tobytes() == swapped[i]["images"][0].tobytes())
         assert data[shown]["answer"] != row["answer"]
         assert swapped[i]["images"][0].tobytes() == swapped[i]["images"][0].tobytes()
-    assert [r["images"][0].tobytes() for r in ProbedRows(data, "swapped", seed=3)] == [
+    assert [r["images"][0].tobytes() for r in ProbedExamples(data, "swapped", seed=3)] == [
         r["images"][0].tobytes() for r in swapped
     ]
 
@@ -43,19 +43,19 @@ def test_a_swap_needs_another_row_with_as_many_images() -> None:
     pair = rows(2)
     pair[0]["images"] = [picture(1), picture(2)]
     data = load_rows(pair)
-    assert isinstance(data, RowDataset)
-    with pytest.raises(BadRow, match=r"no other row has 2 image\(s\) to swap in"):
-        ProbedRows(data, "swapped")[0]
+    assert isinstance(data, ExampleDataset)
+    with pytest.raises(BadExample, match=r"no other row has 2 image\(s\) to swap in"):
+        ProbedExamples(data, "swapped")[0]
     same = [row | {"answer": "red"} for row in rows(2)]
     data = load_rows(same)
-    assert isinstance(data, RowDataset)
-    assert ProbedRows(data, "swapped")[0]["images"][0].tobytes() == data[1]["images"][0].tobytes()
+    assert isinstance(data, ExampleDataset)
+    assert ProbedExamples(data, "swapped")[0]["images"][0].tobytes() == data[1]["images"][0].tobytes()
 
 
 def test_wrong_names_and_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="probe must be one of removed, blurred, swapped, got 'mirrored'"):
-        ProbedRows(dataset(), "mirrored")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"rows must be a RowDataset from load_rows \(not a stream\), got list"):
+        ProbedExamples(dataset(), "mirrored")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rows must be a ExampleDataset from load_rows \(not a stream\), got list"):
         probe(None, None, rows(2))  # type: ignore[arg-type]
 
 
@@ -71,7 +71,7 @@ def test_the_builtin_model_looks(tmp_path: Path) -> None:
     path = write_world(tmp_path / "w", "test", n=24)
     model, processor = load_base()
     data = load_rows(path)
-    assert isinstance(data, RowDataset)
+    assert isinstance(data, ExampleDataset)
     options = {"prompts": world_prompts(), "max_new_tokens": 64, "batch_size": 72}
     intact, found = probe(model, processor, data, folder=tmp_path, probes=("removed", "swapped"), **options)
     swapped = found["swapped"]
@@ -83,7 +83,7 @@ def test_the_builtin_model_looks(tmp_path: Path) -> None:
     assert swapped.comparison.difference < -0.3
     grey = Image.new("RGB", data[0]["images"][0].size, (128, 128, 128))
     blind = load_rows([{k: row[k] for k in ("problem", "answer", "problem_id")} | {"images": [grey]} for row in data])
-    assert isinstance(blind, RowDataset)
+    assert isinstance(blind, ExampleDataset)
     same = probe(model, processor, blind, probes=("swapped",), **options)[1]["swapped"].comparison
     assert (same.difference, same.better, same.worse, same.p_value) == (0.0, 0, 0, 1.0)
     again, _ = probe(model, processor, data, folder=tmp_path, probes=(), **options)

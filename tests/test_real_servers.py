@@ -23,7 +23,7 @@ import pytest
 import requests
 import torch
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling, TransformersEngine

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.processes import HELPERS
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling, TransformersEngine

@@ -12,7 +12,7 @@ import torch
 from helpers.training import config, tiny_student
 from transformers import IntervalStrategy
 
-from vigos.data.rows import BadRow
+from vigos.data.examples import BadExample
 from vigos.train.run_folder import RunLog, _plain
 from vigos.train.teacher_weights import TEACHER_FILE, TeacherPolicy
 
@@ -36,7 +36,7 @@ def test_resuming_forgets_what_the_checkpoint_has_not_seen(tmp_path: Path) -> No
         (tmp_path / "completions").mkdir(exist_ok=True)
         (tmp_path / "completions" / f"step-{step:06d}.jsonl").write_text("{}\n")
         (tmp_path / "completions" / f"step-{step:06d}-rank1.jsonl").write_text("{}\n")
-    log.write_skipped(1, BadRow("r9", "missing_image", "no such file"))
+    log.write_skipped(1, BadExample("r9", "missing_image", "no such file"))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     begin(log, 2)

@@ -18,7 +18,7 @@ import torch
 from helpers.hostile_images import jpeg_of_scans, tiff_of_scans
 from helpers.training import VALID_A, VALID_B, config, rows, tiny_student, trainer
 
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.launch import load_model
 from vigos.world import checkpoint_path
 

@@ -13,7 +13,7 @@ from vigos.method.encode import encode_prompt
 from vigos.method.spans import parse_rollout
 from vigos.study.preconditions import check, described_ink, print_check, sample, wilson
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world
-from vigos.world.batch import Example, FastEncoder, image_features, scored_logits
+from vigos.world.batch import FastEncoder, ScoredText, image_features, scored_logits
 from vigos.world.build import SPECIAL_TOKENS, build_model, build_processor, build_tokenizer
 from vigos.world.digits import CELL, INK_NAMES, INKS, Scene, draw_scene, handwriting, render
 from vigos.world.tasks import KINDS, USUAL_INK, WORDINGS, ask, completion, describe, draw_digits, reason, triplet
@@ -90,7 +90,7 @@ def test_files_are_png_and_jsonl_as_a_user_brings_them(tmp_path):
         with Image.open(tmp_path / row["images"][0]) as image:
             assert (image.format, image.mode) == ("PNG", "RGB")
             assert image.size == (CELL * len(row["digits"]), CELL)
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
 
     loaded = next(iter(load_rows(path)))
     assert loaded["problem"] == rows[0]["problem"]
@@ -306,7 +306,7 @@ def test_fast_batches_equal_the_processor_and_the_model(base, role):
             ).logits
         scored = [i % 2 == 0 for i in range(len(ids))]
         expected.append(logits[0, len(slow.ids) - 1 : -1][torch.tensor(scored)])
-        examples.append(Example(place, fast, ids, scored))
+        examples.append(ScoredText(place, fast, ids, scored))
     with torch.no_grad():
         features = image_features(model.model.visual, patches, grid)
         logits, targets = scored_logits(model, features, examples)
@@ -320,7 +320,7 @@ def test_fast_batches_refuse_what_they_cannot_hold(base):
         encoder.patches([np.zeros((20, 28, 3), dtype=np.uint8)])
     with pytest.raises(ValueError, match="grid"):
         image_features(model.model.visual, torch.zeros(1, 400, 294), (20, 20))
-    two = [Example(0, encoder.prompt("perception", size=size), [5], [True]) for size in (SIZE, (CELL, 3 * CELL))]
+    two = [ScoredText(0, encoder.prompt("perception", size=size), [5], [True]) for size in (SIZE, (CELL, 3 * CELL))]
     with pytest.raises(ValueError, match="same place"):
         scored_logits(model, torch.zeros(1, 8, 128), two)
 

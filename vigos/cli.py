@@ -354,7 +354,7 @@ def probe_command(
     data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
 ) -> None:
     """Does it look? Accuracy with the image removed, blurred, or swapped for another row's, against the intact one."""
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.eval.probes import probe, summarise
     from vigos.launch import load_student
 

@@ -79,7 +79,7 @@ def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
 
 def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
     """Model, processor, rows and prompts of `source` in a trainer; `adapter` is put on the model and trained on."""
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
 
     model: Any
@@ -221,7 +221,7 @@ def evaluate_from_source(
     With `server_url` the answers come from `server_model` there; `model` then names configuration and processor alone.
     """
     from vigos.data.benchmarks import load_benchmark
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.eval.evaluate import evaluate
     from vigos.eval.judge import Judge
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from helpers.restart_cases import At, child, resume, step_of, until, wait
-from vigos.data.rows import load_rows
+from vigos.data.examples import load_rows
 from vigos.errors import TrainingStopped, end_process
 from vigos.rollout.engine import TransformersEngine
 from vigos.rollout.prefetch import Request

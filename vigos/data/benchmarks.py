@@ -17,7 +17,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from vigos.data.rows import RowDataset, RowStream, load_rows
+from vigos.data.examples import ExampleDataset, ExampleStream, load_rows
 
 Record = Mapping[str, Any]
 READ_THE_IMAGE = "Answer the question in the image."
@@ -154,7 +154,7 @@ BENCHMARKS = {
 
 def load_benchmark(
     name: str, path: str | Path, *, allow_outside_root: bool = False, allow_remote_images: bool = False
-) -> RowDataset | RowStream:
+) -> ExampleDataset | ExampleStream:
     """Rows of a published benchmark.
 
     Args:

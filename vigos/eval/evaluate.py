@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vigos.data.rows import BadRow, Row, RowDataset, RowStream, load_rows
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, load_rows
 from vigos.eval.grading import extract_boxed, grade
 from vigos.eval.judge import Judge, JudgeError
 from vigos.eval.results import FORMAT, Comparison, EvaluationResult, Metric, append_lines, compare, resume_records
@@ -75,7 +75,7 @@ def evaluate(
     Args:
         model: None where `engine` holds the model.
         processor: a transformers processor, or a tokenizer for a text-only model.
-        rows: a `RowDataset` or `RowStream`, or whatever `load_rows` opens.
+        rows: a `ExampleDataset` or `ExampleStream`, or whatever `load_rows` opens.
         prompts: default `Prompts()`; only the student's is used.
         k, n: `n` samples a row (default k) give pass@k and avg@n. More than one need a temperature.
         engine: a `RolloutEngine`; None: `TransformersEngine` on `model`.
@@ -151,7 +151,7 @@ def evaluate(
         batch_keys = [keys.of(row) for row in batch]
         encoded = [_encode(processor, prompts, row) for row in batch]
         asked = [
-            (key, prompt) for key, prompt in zip(batch_keys, encoded, strict=True) if not isinstance(prompt, BadRow)
+            (key, prompt) for key, prompt in zip(batch_keys, encoded, strict=True) if not isinstance(prompt, BadExample)
         ]
         completions = iter(
             engine.generate([p for _, p in asked], sampling, [_row_seed(seed, key) for key, _ in asked])
@@ -161,10 +161,10 @@ def evaluate(
         lines = []
         for key, row, prompt in zip(batch_keys, batch, encoded, strict=True):
             record: dict[str, Any] = {"key": key}
-            if isinstance(prompt, BadRow):
+            if isinstance(prompt, BadExample):
                 record |= {"problem_id": prompt.row_id, "skipped": {"reason": prompt.reason, "detail": prompt.detail}}
             else:
-                assert not isinstance(row, BadRow)
+                assert not isinstance(row, BadExample)
                 record |= {"problem_id": row["problem_id"], "answer": row["answer"], "extra": _plain(row["extra"])}
                 sampled = [next(completions) for _ in range(n)]
                 try:
@@ -209,21 +209,21 @@ class _KeyMaker:
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
 
-    def of(self, row: Row | BadRow) -> str:
-        row_id = row.row_id if isinstance(row, BadRow) else row["problem_id"]
+    def of(self, row: Example | BadExample) -> str:
+        row_id = row.row_id if isinstance(row, BadExample) else row["problem_id"]
         self.seen[row_id] += 1
         return row_id if self.seen[row_id] == 1 else f"{row_id}#{self.seen[row_id]}"
 
 
-def _quiet(rows: Any) -> tuple[Iterator[Row | BadRow], int | None]:
-    """The rows, those that cannot be used as `BadRow` in their place, and how many there are if that is known."""
-    dataset = copy.copy(rows) if isinstance(rows, RowDataset | RowStream) else load_rows(rows)
+def _quiet(rows: Any) -> tuple[Iterator[Example | BadExample], int | None]:
+    """The rows, those that cannot be used as `BadExample` in their place, and how many there are if that is known."""
+    dataset = copy.copy(rows) if isinstance(rows, ExampleDataset | ExampleStream) else load_rows(rows)
     dataset.bad_rows = "return"
-    return iter(dataset), len(dataset) if isinstance(dataset, RowDataset) else None
+    return iter(dataset), len(dataset) if isinstance(dataset, ExampleDataset) else None
 
 
-def _encode(processor: Any, prompts: Prompts, row: Row | BadRow) -> EncodedPrompt | BadRow:
-    if isinstance(row, BadRow):
+def _encode(processor: Any, prompts: Prompts, row: Example | BadExample) -> EncodedPrompt | BadExample:
+    if isinstance(row, BadExample):
         return row
     if row["images"] and not hasattr(processor, "image_processor"):
         raise ValueError(
@@ -233,7 +233,7 @@ def _encode(processor: Any, prompts: Prompts, row: Row | BadRow) -> EncodedPromp
     try:
         return encode_prompt(processor, prompts, "student", row["problem"], images=row["images"])
     except ValueError as error:  # the image processor's own limits
-        return BadRow(row["problem_id"], "not_encodable", str(error))
+        return BadExample(row["problem_id"], "not_encodable", str(error))
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:

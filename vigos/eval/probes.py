@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from vigos.data.rows import BadRow, Row, RowDataset, RowStream
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream
 from vigos.eval.evaluate import Comparison, EvaluationResult, compare, evaluate
 
 if TYPE_CHECKING:
@@ -36,25 +36,25 @@ class Probed:
     comparison: Comparison
 
 
-class ProbedRows(RowDataset):
+class ProbedExamples(ExampleDataset):
     """The rows of a dataset with their images removed, blurred or swapped; everything else is theirs.
 
     Args:
         rows: read by number, since a swapped image comes from somewhere else in the file.
         probe: what happens to the images. "removed" leaves a prompt of text alone.
         seed: of the swaps. A row gets the images of a row with as many of them, and with another answer if one of the
-            first `TRIES` drawn has one. Without any such row it is a `BadRow`.
+            first `TRIES` drawn has one. Without any such row it is a `BadExample`.
     """
 
-    def __init__(self, rows: RowDataset, probe: Probe, *, seed: int = 0) -> None:
+    def __init__(self, rows: ExampleDataset, probe: Probe, *, seed: int = 0) -> None:
         if probe not in PROBES:
             raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
         super().__init__(rows.records, rows.reader, rows.bad_rows)
         self.probe, self.seed = probe, seed
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Example:
         row: Any = super().__getitem__(index)
-        if isinstance(row, BadRow) or not row["images"]:
+        if isinstance(row, BadExample) or not row["images"]:
             return row
         if self.probe == "removed":
             return row | {"images": []}
@@ -63,12 +63,14 @@ class ProbedRows(RowDataset):
         images = self._others(index % len(self), row)
         if images is not None:
             return row | {"images": images}
-        bad = BadRow(row["problem_id"], "no_other_image", f"no other row has {len(row['images'])} image(s) to swap in")
+        bad = BadExample(
+            row["problem_id"], "no_other_image", f"no other row has {len(row['images'])} image(s) to swap in"
+        )
         if self.bad_rows == "return":
             return bad  # type: ignore[return-value]
         raise bad
 
-    def _others(self, index: int, row: Row) -> list[Image] | None:
+    def _others(self, index: int, row: Example) -> list[Image] | None:
         """Images of another row: of one with another answer, else of any with as many images."""
         rng = random.Random(f"{self.seed}/{row['problem_id']}")
         candidates = rng.sample(range(len(self)), min(len(self), TRIES))
@@ -78,9 +80,9 @@ class ProbedRows(RowDataset):
                 continue
             try:
                 found: Any = super().__getitem__(other)
-            except BadRow:
+            except BadExample:
                 continue
-            if isinstance(found, BadRow) or len(found["images"]) != len(row["images"]):
+            if isinstance(found, BadExample) or len(found["images"]) != len(row["images"]):
                 continue
             if found["answer"] != row["answer"]:
                 return found["images"]
@@ -98,7 +100,7 @@ def blurred(image: Image) -> Image:
 def probe(
     model: Any,
     processor: Any,
-    rows: RowDataset | RowStream,
+    rows: ExampleDataset | ExampleStream,
     *,
     probes: Sequence[Probe] = PROBES,
     folder: str | Path | None = None,
@@ -114,13 +116,13 @@ def probe(
         progress: called with (name, rows done, rows in all).
         options: of `vigos.eval.evaluate.evaluate`: prompts, k, temperature, max_new_tokens, batch_size, …
     """
-    if not isinstance(rows, RowDataset):
-        raise ValueError(f"rows must be a RowDataset from load_rows (not a stream), got {type(rows).__name__}")
+    if not isinstance(rows, ExampleDataset):
+        raise ValueError(f"rows must be a ExampleDataset from load_rows (not a stream), got {type(rows).__name__}")
     for name in probes:
         if name not in PROBES:
             raise ValueError(f"probes must be among {', '.join(PROBES)}, got {name!r}")
 
-    def run(name: str, data: RowDataset) -> EvaluationResult:
+    def run(name: str, data: ExampleDataset) -> EvaluationResult:
         records = None if folder is None else Path(folder) / f"{name}.jsonl"
         tick = None if progress is None else lambda done, total: progress(name, done, total)
         return evaluate(model, processor, data, records=records, seed=seed, progress=tick, **options)
@@ -128,7 +130,7 @@ def probe(
     intact = run("intact", rows)
     found: dict[Probe, Probed] = {}
     for name in probes:
-        result = run(name, ProbedRows(rows, name, seed=seed))
+        result = run(name, ProbedExamples(rows, name, seed=seed))
         found[name] = Probed(result, compare(intact, result))
     return intact, found
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.data.rows import BadRow, Row
+from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt
 from vigos.rollout.engine import RolloutEngine, Sampling
 from vigos.rollout.threads import Background
@@ -57,9 +57,9 @@ class Request:
 
     step: int
     micro_batches: int
-    rows: Sequence[tuple[int, Row, EncodedPrompt]]
+    rows: Sequence[tuple[int, Example, EncodedPrompt]]
     seeds: Sequence[int]
-    bad: Sequence[BadRow]
+    bad: Sequence[BadExample]
 
     @property
     def prompts(self) -> list[EncodedPrompt]:

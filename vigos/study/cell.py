@@ -24,7 +24,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
     """Trains the cell's arm in `scratch` and measures it; returns the measured columns of results.csv."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.eval.evaluate import evaluate
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts, write_world
@@ -128,7 +128,7 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
     """LoRA, optimizer, schedule, steps and rows of the other arms; mean cross-entropy of a step's tokens."""
     from transformers import get_linear_schedule_with_warmup, set_seed
 
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.method.encode import ScoredSequence, encode_prompt
     from vigos.models.vision_cache import VisionCache
     from vigos.scoring.teacher import hidden_states, lm_head

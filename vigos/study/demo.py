@@ -85,7 +85,7 @@ def run_demo(
     from rich.console import Console
     from rich.table import Table
 
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts, write_world
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vigos.method.spans import parse_rollout
-from vigos.world.batch import Example, FastEncoder, Prompt, image_features, scored_logits
+from vigos.world.batch import FastEncoder, Prompt, ScoredText, image_features, scored_logits
 from vigos.world.digits import CELL, INK_NAMES, Split, render
 from vigos.world.prompts import world_prompts
 from vigos.world.tasks import USUAL_INK, triplet
@@ -230,7 +230,7 @@ def _answer_tokens(model: Any, encoder: FastEncoder, rows: list[Any], size: tupl
                 "reasoning", question.problem, question.answer, size=size, prefill=encoder.prompts.prefill
             )
             cut = spans.answer[0] + 1
-            examples.append(Example(place, prompt, ids[:cut], [False] * (cut - 1) + [True]))
+            examples.append(ScoredText(place, prompt, ids[:cut], [False] * (cut - 1) + [True]))
         logits: Tensor = scored_logits(model, features, examples)[0]
         wanted = [encoder.text(row[1].answer)[0] for row in group]
         right += (logits.argmax(-1) == torch.tensor(wanted)).tolist()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.data.rows import BadRow, Row
+from vigos.data.examples import BadExample, Example
 from vigos.errors import free_memory
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
@@ -86,7 +86,9 @@ class RolloutTrainer(RobustTrainer):
 
     # --- The rollouts of a step -----------------------------------------------------------------------------------
 
-    def step_rollouts(self, epoch_iterator: Iterator[list[Row | BadRow]], num_batches: int) -> list[list[Rollout]]:
+    def step_rollouts(
+        self, epoch_iterator: Iterator[list[Example | BadExample]], num_batches: int
+    ) -> list[list[Rollout]]:
         """Those of each micro-batch of the next optimizer step; none at the end of an epoch.
 
         With `async_rollout`, sampling those of the step after it has begun when this returns.
@@ -111,21 +113,21 @@ class RolloutTrainer(RobustTrainer):
             self._begin(following)
         return self._rollouts(request, completions)
 
-    def sample_rollouts(self, rows: Sequence[Row | BadRow]) -> list[Rollout]:
+    def sample_rollouts(self, rows: Sequence[Example | BadExample]) -> list[Rollout]:
         """The student's rollouts of some rows, as a step of training would draw them."""
         request = self._request([list(rows)], self.state.global_step)
         return self._rollouts(request, self._completions(request))[0]
 
-    def _request(self, micro_batches: Sequence[list[Row | BadRow]], step: int) -> Request:
+    def _request(self, micro_batches: Sequence[list[Example | BadExample]], step: int) -> Request:
         args, ranks, rank = self.args, self.replicas.count, self.replicas.index
-        rows: list[tuple[int, Row, EncodedPrompt]] = []
+        rows: list[tuple[int, Example, EncodedPrompt]] = []
         seeds: list[int] = []
-        unusable: list[BadRow] = []
+        unusable: list[BadExample] = []
         for k, members in enumerate(micro_batches):
             for j, row in enumerate(members):
                 try:
                     prompt = self._student_prompt(row)
-                except BadRow as bad:
+                except BadExample as bad:
                     unusable.append(bad)
                     continue
                 rows.append((k, row, prompt))  # type: ignore[arg-type]
@@ -174,7 +176,7 @@ class RolloutTrainer(RobustTrainer):
         for i, (k, row, prompt) in enumerate(request.rows):
             try:
                 rollouts = self._parse(row, prompt, completions[i * n : (i + 1) * n])
-            except BadRow as bad:
+            except BadExample as bad:
                 self._skip(bad)
                 continue
             groups[k] += rollouts
@@ -251,8 +253,8 @@ class RolloutTrainer(RobustTrainer):
 
     # --- Rows, prompts, spans -------------------------------------------------------------------------------------
 
-    def _student_prompt(self, row: Row | BadRow) -> EncodedPrompt:
-        if isinstance(row, BadRow):
+    def _student_prompt(self, row: Example | BadExample) -> EncodedPrompt:
+        if isinstance(row, BadExample):
             raise row
         row_id, limit = row["problem_id"], self.args.max_prompt_length
         if row["images"] and not self.has_vision:
@@ -264,11 +266,11 @@ class RolloutTrainer(RobustTrainer):
         prompt = self._encode("student", row)
         if limit and len(prompt.ids) > limit:
             detail = f"the student's prompt has {len(prompt.ids)} tokens, max_prompt_length is {limit}"
-            raise BadRow(row_id, "prompt_too_long", detail)
+            raise BadExample(row_id, "prompt_too_long", detail)
         return prompt
 
     def _encode(
-        self, role: Role, row: Row, prefill: str | None = None, like: EncodedPrompt | None = None
+        self, role: Role, row: Example, prefill: str | None = None, like: EncodedPrompt | None = None
     ) -> EncodedPrompt:
         try:
             return encode_prompt(
@@ -276,15 +278,15 @@ class RolloutTrainer(RobustTrainer):
                 like,
             )  # fmt: skip
         except ValueError as error:  # the image processor's own limits
-            raise BadRow(row["problem_id"], "not_encodable", str(error)) from error
+            raise BadExample(row["problem_id"], "not_encodable", str(error)) from error
 
-    def _reference(self, row: Row) -> str:
+    def _reference(self, row: Example) -> str:
         """What the privileged teachers read."""
         if self.args.reference_kind == "solution":
             return str(row["extra"].get(self.args.solution_column) or row["answer"])
         return row["answer"]
 
-    def _parse(self, row: Row, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
+    def _parse(self, row: Example, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
         """The rollouts of a row, with the prompts of the teachers that they meet: encoded once, and only if needed."""
         args = self.args
         prompts: dict[Role, EncodedPrompt] = {"student": prompt}
@@ -316,7 +318,7 @@ class RolloutTrainer(RobustTrainer):
             )
         return rollouts
 
-    def _skip(self, bad: BadRow) -> None:
+    def _skip(self, bad: BadExample) -> None:
         self.skipped[bad.reason] += 1
         self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
         logger.warning("skipped %s", bad)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from vigos.data.rows import BadRow
+    from vigos.data.examples import BadExample
     from vigos.divergence.api import DivergenceOutput
     from vigos.train.config import ViGOSConfig
 
@@ -106,7 +106,7 @@ class RunLog(TrainerCallback):
         if self.rank == 0 and logs:
             self._append("metrics.jsonl", {"step": state.global_step, **logs})
 
-    def write_skipped(self, step: int, row: BadRow) -> None:
+    def write_skipped(self, step: int, row: BadExample) -> None:
         """One row that was left out, to `skipped.jsonl`."""
         self._append("skipped.jsonl", {"step": step, "row": row.row_id, "reason": row.reason, "detail": row.detail})
 

@@ -1,7 +1,7 @@
 """`ViGOSTrainer`: visually grounded on-policy self-distillation on top of `transformers.Trainer`.
 
     from vigos.train.config import ViGOSConfig
-    from vigos.data.rows import load_rows
+    from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from vigos.data.rows import BadRow, Row, RowDataset, RowStream, check_usable, load_rows
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
 from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
@@ -71,7 +71,7 @@ class ViGOSTrainer(RolloutTrainer):
             already carries a peft adapter trains that adapter.
         args: every option, see `ViGOSConfig`.
         processing_class: the model's processor, or the tokenizer of a text-only model.
-        train_dataset: from `vigos.data.rows.load_rows`, or anything that it opens (a path, a list of dicts, a
+        train_dataset: from `vigos.data.examples.load_rows`, or anything that it opens (a path, a list of dicts, a
             `datasets.Dataset`).
         prompts: templates of the four roles; None takes `args.prompts_file`, or the built-in wording.
         rollout_engine: samples the completions; None uses the model's own `generate`.
@@ -147,7 +147,7 @@ class ViGOSTrainer(RolloutTrainer):
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Row | BadRow]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[list[Example | BadExample]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, RoutedBatch]], Tensor | None]:
         """The rollouts of all micro-batches of an optimizer step, made ready to be computed.
 
@@ -291,7 +291,7 @@ class ViGOSTrainer(RolloutTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, then the final adapter and the merged copy in the run folder."""
         rows = self.train_dataset
-        if isinstance(rows, RowDataset | RowStream):
+        if isinstance(rows, ExampleDataset | ExampleStream):
             check_usable(rows, UNUSABLE_ROWS)
         self.runlog.write_config(self.args, model=base_model(self.model).config.name_or_path)
         if last_checkpoint(str(self.args.output_dir)) and not (args or kwargs.get("resume_from_checkpoint")):
@@ -394,9 +394,9 @@ def _rows(rows: list[Any]) -> Any:
     return rows
 
 
-def _as_rows(dataset: Any, args: ViGOSConfig) -> RowDataset | RowStream:
-    """Rows that come back as `BadRow` where they cannot be used, so that one bad image does not end a run."""
-    if isinstance(dataset, RowDataset | RowStream):
+def _as_rows(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStream:
+    """Rows that come back as `BadExample` where they cannot be used, so that one bad image does not end a run."""
+    if isinstance(dataset, ExampleDataset | ExampleStream):
         rows = copy.copy(dataset)
         rows.bad_rows = "return"
         return rows

@@ -29,7 +29,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Example:
+class ScoredText:
     """One sequence to learn from: `scored[i]` says whether `completion[i]` is learned or only read."""
 
     image: int  # row of the batch's images
@@ -141,7 +141,7 @@ def image_features(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tenso
     return visual.merger(hidden.reshape(batch * count, -1)).view(batch, count // merge**2, -1)
 
 
-def scored_logits(model: Any, features: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def scored_logits(model: Any, features: Tensor, examples: Sequence[ScoredText]) -> tuple[Tensor, Tensor]:
     """Logits (S, V) that predict the scored completion tokens of all examples, and those tokens (S,).
 
     Args:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vigos.method.prompts import BOX_CLOSE, DESCRIPTION_CLOSE, DESCRIPTION_OPEN, THINK_CLOSE, THINK_OPEN
-from vigos.world.batch import Example, FastEncoder, image_features, scored_logits
+from vigos.world.batch import FastEncoder, ScoredText, image_features, scored_logits
 from vigos.world.digits import CELL, INK_NAMES, Scene, Split, draw_scene, render
 from vigos.world.prompts import world_prompts
 from vigos.world.tasks import (
@@ -105,9 +105,9 @@ class Mixture:
     def image(self, scene: Scene) -> np.ndarray:
         return render(scene, self.rng, cell=self.recipe.cell, noise=self.recipe.noise)
 
-    def caption(self, image: int, scene: Scene) -> Example:
+    def caption(self, image: int, scene: Scene) -> ScoredText:
         ids = [*self.encoder.text(describe(scene)), self.encoder.eos]
-        return Example(image, self.encoder.prompt("perception", size=self.size), ids, [True] * len(ids))
+        return ScoredText(image, self.encoder.prompt("perception", size=self.size), ids, [True] * len(ids))
 
     def believed(self, question: Question) -> str:
         """The answer the biased student gives."""
@@ -119,7 +119,7 @@ class Mixture:
         digit = question.digit
         return describe(scene, {digit: answer} if question.kind == "ink" and digit is not None else None)
 
-    def example(self, image: int, scene: Scene, context: str) -> Example:
+    def example(self, image: int, scene: Scene, context: str) -> ScoredText:
         """One example of `context`, a key of MIXTURE."""
         rng, encoder = self.rng, self.encoder
         question = ask_any(rng, scene, self.split, self.recipe.kind_weights)
@@ -160,14 +160,14 @@ class Mixture:
             return self._example(image, where, "", text[text.index(THINK_OPEN) + len(THINK_OPEN) :])
         raise ValueError(f"context must be one of {', '.join(MIXTURE)}, got {context!r}")
 
-    def _example(self, image: int, prompt: Any, read: str, written: str) -> Example:
+    def _example(self, image: int, prompt: Any, read: str, written: str) -> ScoredText:
         # What is read and what is written are one text of one author: tokenised together, merges included.
         ids = [*self.encoder.text(read + written), self.encoder.eos]
         unscored = 0
         if read:
             content = self.encoder.text(read)
             unscored = next((i for i, (a, b) in enumerate(zip(content, ids, strict=False)) if a != b), len(content))
-        return Example(image, prompt, ids, [False] * unscored + [True] * (len(ids) - unscored))
+        return ScoredText(image, prompt, ids, [False] * unscored + [True] * (len(ids) - unscored))
 
     def contexts(self, count: int, shares: dict[str, float]) -> list[str]:
         weights = np.asarray(list(shares.values()))

@@ -3,7 +3,7 @@
     rows = load_rows("train.jsonl")  # also .json, .parquet, a folder, a `datasets` folder or hub name
     rows[0]  # {"problem": …, "images": [PIL.Image], "answer": …, "problem_id": …, "extra": {…}}
 
-Images are opened when a row is asked for, within bounds. A row that cannot be used is a `BadRow` that says which row
+Images are opened when an example is asked for, within bounds. One that cannot be used is a `BadExample` that says which
 and why: raised, or returned in the row's place (`bad_rows="return"`), so that a data loader goes on and its caller
 counts it.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OnBadRow = Literal["raise", "return"]
 
 
-class Row(TypedDict):
+class Example(TypedDict):
     """One row. `extra` holds every column that has no name of its own here."""
 
     problem: str
@@ -41,7 +41,7 @@ class Row(TypedDict):
     extra: dict[str, Any]
 
 
-class BadRow(ValueError):
+class BadExample(ValueError):
     """A row that cannot be used.
 
     Attributes:
@@ -79,16 +79,16 @@ class _Reader:
         value = record.get(self.columns.id) if self.columns.id else None
         return str(number if value is None else value)
 
-    def read(self, record: Any, number: int | str) -> Row:
+    def read(self, record: Any, number: int | str) -> Example:
         if not isinstance(record, Mapping):
-            raise BadRow(str(number), "malformed_row", f"expected an object with named fields, got {short(record)}")
+            raise BadExample(str(number), "malformed_row", f"expected an object with named fields, got {short(record)}")
         row_id, columns = self.row_id(record, number), self.columns
         for name in (columns.problem, columns.answer):
             if name not in record:
-                raise BadRow(row_id, "missing_field", f"no field {name!r}; it has {', '.join(map(str, record))}")
+                raise BadExample(row_id, "missing_field", f"no field {name!r}; it has {', '.join(map(str, record))}")
         problem = record[columns.problem]
         if not isinstance(problem, str) or not problem.strip():
-            raise BadRow(row_id, "empty_problem", f"{columns.problem} must be text, got {short(problem)}")
+            raise BadExample(row_id, "empty_problem", f"{columns.problem} must be text, got {short(problem)}")
         answer = self._answer(record[columns.answer], row_id)
         entries = record.get(columns.images) if columns.images else None
         if entries is None:
@@ -99,20 +99,20 @@ class _Reader:
         try:
             images = [self.images.load(entry) for entry in entries]
         except BadImage as error:
-            raise BadRow(row_id, error.reason, error.detail) from error
+            raise BadExample(row_id, error.reason, error.detail) from error
         used = {columns.problem, columns.images, columns.answer, columns.id}
         extra = {key: value for key, value in record.items() if key not in used}
-        return Row(problem=problem, images=images, answer=answer, problem_id=row_id, extra=extra)
+        return Example(problem=problem, images=images, answer=answer, problem_id=row_id, extra=extra)
 
     def _answer(self, value: Any, row_id: str) -> str:
         column = self.columns.answer
         if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN: a null in pandas
-            raise BadRow(row_id, "empty_answer", f"{column} is {short(value)}")
+            raise BadExample(row_id, "empty_answer", f"{column} is {short(value)}")
         if not isinstance(value, str | int | float):
-            raise BadRow(row_id, "bad_answer", f"{column} must be text or a number, got {short(value)}")
+            raise BadExample(row_id, "bad_answer", f"{column} must be text or a number, got {short(value)}")
         answer = str(value).strip()
         if not braces_balance(answer):
-            raise BadRow(row_id, "unbalanced_answer", f"the braces of {column} {short(answer)} do not match")
+            raise BadExample(row_id, "unbalanced_answer", f"the braces of {column} {short(answer)} do not match")
         return answer
 
     def _without_placeholders(self, problem: str, count: int, row_id: str) -> str:
@@ -121,14 +121,14 @@ class _Reader:
             return problem
         if problem.count(mark) > count:
             detail = f"the problem names {problem.count(mark)} images ({mark}), the row has {count}"
-            raise BadRow(row_id, "image_count", detail)
+            raise BadExample(row_id, "image_count", detail)
         return re.sub(rf"[ \t]*\n?{re.escape(mark)}\n?[ \t]*", " ", problem).strip()
 
 
 # --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
-class RowDataset(torch.utils.data.Dataset[Row]):
+class ExampleDataset(torch.utils.data.Dataset[Example]):
     """Rows by number. `rows[i]` opens the images of row i and no others."""
 
     def __init__(self, records: Records, reader: _Reader, bad_rows: OnBadRow) -> None:
@@ -141,24 +141,24 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Row:
-        """Row `index` (negative: from the end); with bad_rows="return" the `BadRow` itself if it cannot be used."""
+    def __getitem__(self, index: int) -> Example:
+        """Row `index` (negative: from the end); with bad_rows="return" the `BadExample` itself if it cannot be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return _read(self.reader, self.records[index % len(self)], index % len(self), self.bad_rows)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
 
-class RowStream(torch.utils.data.IterableDataset[Row]):
+class ExampleStream(torch.utils.data.IterableDataset[Example]):
     """Rows in order, never all at once. The workers of a `DataLoader` share the rows between them."""
 
     def __init__(self, records: Any, columns: list[str], reader: _Reader, bad_rows: OnBadRow, shards: bool) -> None:
         self.records, self.columns, self.reader, self.bad_rows = records, columns, reader, bad_rows
         self.shards = shards  # the source divides itself among workers
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Example]:
         worker = torch.utils.data.get_worker_info()
         for number, record in enumerate(self.records):
             name: int | str = number
@@ -170,12 +170,12 @@ class RowStream(torch.utils.data.IterableDataset[Row]):
             yield _read(self.reader, record, name, self.bad_rows)
 
 
-def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -> Row:
+def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -> Example:
     try:
         if isinstance(record, ValueError):
-            raise BadRow(str(number), "malformed_row", f"not JSON: {record}")
+            raise BadExample(str(number), "malformed_row", f"not JSON: {record}")
         return reader.read(record, number)
-    except BadRow as error:
+    except BadExample as error:
         if bad_rows == "raise":
             raise
         return error  # type: ignore[return-value]
@@ -199,7 +199,7 @@ def load_rows(
     decode_seconds: float = ImageLimits.decode_seconds,
     image_placeholder: str | None = "<image>",
     bad_rows: OnBadRow = "raise",
-) -> RowDataset | RowStream:
+) -> ExampleDataset | ExampleStream:
     """Opens a dataset. Nothing is decoded until a row is asked for.
 
     Args:
@@ -211,14 +211,14 @@ def load_rows(
         id_column: where the dataset has no such column, rows are numbered.
         split: for folders and hub names that have several.
         config_name: for hub names that have several configurations.
-        streaming: read in order and give a `RowStream` instead of a `RowDataset`.
+        streaming: read in order and give a `ExampleStream` instead of a `ExampleDataset`.
         data_root: folder that image paths are relative to and must stay in; default: the folder of the source.
         allow_outside_root: permit image paths (and links) that lead out of it.
         allow_remote_images: download images that are http or https addresses, from public addresses alone and each
             time a row is asked for; see `vigos.data.download`.
         max_pixels, min_side, decode_seconds: see `ImageLimits`.
         image_placeholder: mark taken out of problems, since images always come first here; None: leave problems alone.
-        bad_rows: "raise" a `BadRow` when such a row is asked for, or "return" it in the row's place.
+        bad_rows: "raise" a `BadExample` when such a row is asked for, or "return" it in the row's place.
     """
     if bad_rows not in get_args(OnBadRow):
         raise ValueError(f"bad_rows must be one of {', '.join(get_args(OnBadRow))}, got {bad_rows!r}")
@@ -239,12 +239,12 @@ def load_rows(
     wanted = _match_columns(opened.columns, problem_column, images_column, answer_column, id_column, source)
     reader = _Reader(wanted, images, image_placeholder)
     if streaming:
-        return RowStream(opened.records, opened.columns, reader, bad_rows, opened.shards)
-    return RowDataset(opened.records, reader, bad_rows)
+        return ExampleStream(opened.records, opened.columns, reader, bad_rows, opened.shards)
+    return ExampleDataset(opened.records, reader, bad_rows)
 
 
-def check_usable(rows: RowDataset | RowStream, probe: int = 64) -> Counter[str]:
-    """Reads up to `probe` rows (spread over a `RowDataset`, the first ones of a `RowStream`) before hours are spent.
+def check_usable(rows: ExampleDataset | ExampleStream, probe: int = 64) -> Counter[str]:
+    """Reads up to `probe` examples (spread over an `ExampleDataset`, the first of a stream) before hours are spent.
 
     Returns:
         how many of them are "ok", and how many were refused for which reason.
@@ -253,10 +253,10 @@ def check_usable(rows: RowDataset | RowStream, probe: int = 64) -> Counter[str]:
         ValueError: none of them is usable, or there are none.
     """
     counts: Counter[str] = Counter()
-    first: BadRow | None = None
+    first: BadExample | None = None
     for row in _probed(rows, probe):
-        counts["ok" if not isinstance(row, BadRow) else row.reason] += 1
-        first = first or (row if isinstance(row, BadRow) else None)
+        counts["ok" if not isinstance(row, BadExample) else row.reason] += 1
+        first = first or (row if isinstance(row, BadExample) else None)
     if not counts:
         raise ValueError("the dataset has no rows")
     if not counts["ok"]:
@@ -265,9 +265,9 @@ def check_usable(rows: RowDataset | RowStream, probe: int = 64) -> Counter[str]:
     return counts
 
 
-def _probed(rows: RowDataset | RowStream, probe: int) -> Iterator[Row | BadRow]:
-    if isinstance(rows, RowStream):
-        quiet = RowStream(rows.records, rows.columns, rows.reader, "return", rows.shards)
+def _probed(rows: ExampleDataset | ExampleStream, probe: int) -> Iterator[Example | BadExample]:
+    if isinstance(rows, ExampleStream):
+        quiet = ExampleStream(rows.records, rows.columns, rows.reader, "return", rows.shards)
         yield from (row for _, row in zip(range(probe), quiet, strict=False))
     else:
         n = min(probe, len(rows))
