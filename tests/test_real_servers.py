@@ -30,6 +30,7 @@ from vigos.rollout.engine import Sampling, TransformersEngine
 from vigos.rollout.server import RolloutServerError, ServerEngine
 from vigos.rollout.vllm import VLLMEngine
 from vigos.train.config import ViGOSConfig
+from vigos.train.rollouts import vllm_engine
 from vigos.train.teacher_weights import build_lora
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
@@ -166,7 +167,7 @@ def make(
         output_dir=str(folder), use_cpu=True, report_to=[], lora_r=4, rollout_engine="vllm", rollout_model=servable
     )
     options = {"max_model_len": CONTEXT, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True}
-    engine = VLLMEngine.for_run(config, base[0], base[1].tokenizer, **options)
+    engine = vllm_engine(config, base[0], base[1].tokenizer, **options)
 
     def again(banned: tuple[int, ...] = (6, 7), adapters: str = "adapters") -> VLLMEngine:
         engine.checks = dataclasses.replace(engine.checks, banned_token_ids=banned)

@@ -28,6 +28,7 @@ except ImportError:  # the base install has torch and triton alone
     sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
 
 if TYPE_CHECKING:
+    from vigos.launch import Source
     from vigos.train.config import ViGOSConfig
 
 app = typer.Typer(
@@ -67,33 +68,6 @@ def demo(
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Source:
-    """What is trained on what; the rest of the configuration is `ViGOSConfig`."""
-
-    model: str = dataclasses.field(default="", metadata={"help": "Model folder or hub name."})
-    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
-    data_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder that image paths are relative to."}
-    )
-    allow_outside_root: bool = dataclasses.field(
-        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
-    )
-    allow_remote_images: bool = dataclasses.field(
-        default=False, metadata={"help": "Download images given as http or https addresses, each time they are read."}
-    )
-    streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
-    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
-    attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
-    trust_remote_code: bool = dataclasses.field(
-        default=False, metadata={"help": "Run code from the model's repository."}
-    )
-    tensor_parallel: int = dataclasses.field(
-        default=1, metadata={"help": "Ranks that hold one copy of the model in slices; the rest hold further copies."}
-    )
-    resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
-
-
 def unknown_key(key: str, known: list[str], where: str) -> UsageError:
     """An error that names the nearest known key."""
     near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
@@ -105,6 +79,7 @@ def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfi
     import yaml
     from transformers import HfArgumentParser
 
+    from vigos.launch import Source
     from vigos.train.config import ViGOSConfig
 
     known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
@@ -144,6 +119,7 @@ def train(
     list_options: Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")] = False,
 ) -> None:
     """Train with ViGOS. Every field of the configuration is a flag: --learning-rate 5e-6, --preset released, …"""
+    from vigos.launch import Source
     from vigos.train.config import ViGOSConfig
 
     if list_options:

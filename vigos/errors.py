@@ -1,45 +1,17 @@
-"""What a run does when a step goes wrong: non-finite numbers, memory that runs out, ranks that are gone."""
+"""Errors that end a run, and how a rank leaves whose peers are gone."""
 
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-LEAST_TOKEN_BUDGET = 256  # below it a pack holds a single sequence anyway
+from typing import NoReturn
 
 
 class TrainingStopped(RuntimeError):
     """A run that cannot go on, with what to do about it."""
-
-
-def gradients_finite(model: nn.Module) -> Tensor:
-    """() bool on the model's device: every gradient on this rank is finite, and so is its norm."""
-    import torch
-
-    from vigos.models.sharding import local
-
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if not gradients:
-        return torch.tensor(True)
-    norms = torch._foreach_norm([g for g in gradients if g.numel()] or gradients)
-    return torch.isfinite(torch.stack([n.float() for n in norms])).all()
-
-
-def free_memory() -> None:
-    """After an allocation failed: gives back what nobody holds any more."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # How torch says that a peer has gone or is late; gloo has no exception type of its own.

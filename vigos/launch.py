@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -14,13 +15,39 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vigos.cli import Source
     from vigos.method.prompts import Prompts
     from vigos.rollout.server import ServerEngine
     from vigos.train.config import ViGOSConfig
     from vigos.train.trainer import ViGOSTrainer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Source:
+    """What is trained on what; the rest of the configuration is `ViGOSConfig`."""
+
+    model: str = dataclasses.field(default="", metadata={"help": "Model folder or hub name."})
+    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
+    data_root: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder that image paths are relative to."}
+    )
+    allow_outside_root: bool = dataclasses.field(
+        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
+    )
+    allow_remote_images: bool = dataclasses.field(
+        default=False, metadata={"help": "Download images given as http or https addresses, each time they are read."}
+    )
+    streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
+    attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Run code from the model's repository."}
+    )
+    tensor_parallel: int = dataclasses.field(
+        default=1, metadata={"help": "Ranks that hold one copy of the model in slices; the rest hold further copies."}
+    )
+    resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
 
 
 def load_model(

@@ -16,17 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
 from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed, drop_adapters
-from vigos.rollout.engine import Sampling, adapter_name, eos_ids, placeholder_ids, stream_seed
-from vigos.scoring.teacher import base_model
-
-if TYPE_CHECKING:
-    from vigos.train.config import ViGOSConfig
+from vigos.rollout.engine import Sampling, adapter_name, stream_seed
 
 
 class VLLMEngine:
@@ -62,29 +58,6 @@ class VLLMEngine:
         self.llm = LLM(model=model, generation_config="vllm", **(lora | options))
         self.processes = [c.pid for c in multiprocessing.active_children() if c.pid is not None and c.pid not in before]
         self._watcher = _end_with_this_process(self.processes)
-
-    @classmethod
-    def for_run(cls, args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
-        """The engine of a training run: in the dtype of its model, as long as its prompts and completions may be."""
-        if args.world_size > 1:
-            raise ValueError(
-                f"rollout_engine must be 'server' with several processes, got 'vllm' with {args.world_size}: let vLLM "
-                "serve from GPUs of its own"
-            )
-        base = base_model(model)
-        text = base.config.get_text_config()
-        length = text.max_position_embeddings
-        if args.max_prompt_length:
-            length = min(length, args.max_prompt_length + args.max_completion_length)
-        defaults = {
-            "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
-            "gpu_memory_utilization": args.rollout_memory, "limit_mm_per_prompt": {"video": 0},
-        }  # fmt: skip
-        return cls(
-            str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
-            banned_token_ids=placeholder_ids(base.config), adapters=Path(str(args.output_dir)) / "rollout_adapters",
-            lora_r=args.lora_r, **(defaults | options),
-        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"VLLMEngine({self.model!r})"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from vigos.errors import LEAST_TOKEN_BUDGET, TrainingStopped, free_memory, gradients_finite
+from vigos.errors import TrainingStopped
 from vigos.method.supervise import RoutedBatch
+from vigos.models.sharding import local
 from vigos.models.tensor_parallel import Replicas, share_gradients
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.checkpoint import SAVING, StopSignal, publish, read_state, rotate, saving, write_state
@@ -26,6 +28,25 @@ from vigos.train.run_folder import RunLog
 from vigos.train.teacher_weights import TeacherPolicy
 
 logger = logging.getLogger(__name__)
+
+
+LEAST_TOKEN_BUDGET = 256  # below it a pack holds a single sequence anyway
+
+
+def gradients_finite(model: nn.Module) -> Tensor:
+    """() bool on the model's device: every gradient on this rank is finite, and so is its norm."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.tensor(True)
+    norms = torch._foreach_norm([g for g in gradients if g.numel()] or gradients)
+    return torch.isfinite(torch.stack([n.float() for n in norms])).all()
+
+
+def free_memory() -> None:
+    """After an allocation failed: gives back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class RobustTrainer(Trainer):

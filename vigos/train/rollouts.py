@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vigos.data.examples import BadExample, Example
-from vigos.errors import free_memory
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import parse_rollout
@@ -26,12 +25,37 @@ from vigos.method.supervise import Rollout, assignments, teacher_prefill
 from vigos.models.sharding import sharding_of, whole_trained, with_whole_weights
 from vigos.rollout.engine import RolloutEngine, TransformersEngine, adapter_name, eos_ids, placeholder_ids, stream_seed
 from vigos.rollout.prefetch import Request, RolloutsAhead, check_engine
+from vigos.rollout.vllm import VLLMEngine
 from vigos.scoring.teacher import base_model
-from vigos.train.recovery import RobustTrainer
+from vigos.train.config import ViGOSConfig
+from vigos.train.recovery import RobustTrainer, free_memory
 
 logger = logging.getLogger(__name__)
 
 UNUSABLE_ROWS = 64  # so many rows refused at the start, and none usable: the run stops with the reasons
+
+
+def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
+    """Make vLLM in this process for a training run: its model's dtype, as long as prompts and completions may be."""
+    if args.world_size > 1:
+        raise ValueError(
+            f"rollout_engine must be 'server' with several processes, got 'vllm' with {args.world_size}: let vLLM "
+            "serve from GPUs of its own"
+        )
+    base = base_model(model)
+    text = base.config.get_text_config()
+    length = text.max_position_embeddings
+    if args.max_prompt_length:
+        length = min(length, args.max_prompt_length + args.max_completion_length)
+    defaults = {
+        "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
+        "gpu_memory_utilization": args.rollout_memory, "limit_mm_per_prompt": {"video": 0},
+    }  # fmt: skip
+    return VLLMEngine(
+        str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
+        banned_token_ids=placeholder_ids(base.config), adapters=Path(str(args.output_dir)) / "rollout_adapters",
+        lora_r=args.lora_r, **(defaults | options),
+    )  # fmt: skip
 
 
 class RolloutTrainer(RobustTrainer):
@@ -71,9 +95,7 @@ class RolloutTrainer(RobustTrainer):
         if args.rollout_engine == "transformers":
             return TransformersEngine.for_model(self.model, self.processing_class, batch_size=args.rollout_batch_size)
         if args.rollout_engine == "vllm":
-            from vigos.rollout.vllm import VLLMEngine
-
-            return VLLMEngine.for_run(args, self.model, self.tokenizer)
+            return vllm_engine(args, self.model, self.tokenizer)
         from vigos.rollout.server import ServerEngine
 
         base = base_model(self.model)

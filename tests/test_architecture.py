@@ -1,0 +1,81 @@
+"""Imports inside vigos point one way: a package imports only from those before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "vigos"
+
+# docs/architecture.md draws this. A floor imports only from floors before it; packages of one floor do not meet.
+FLOORS: list[set[str]] = [
+    {"errors", "sandbox", "kernels"},
+    {"divergence"},
+    {"method"},
+    {"data", "models", "world", "integrations"},
+    {"scoring"},
+    {"rollout"},
+    {"eval"},
+    {"train"},
+    {"report", "launch", "study", "doctor"},
+    {"cli"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of vigos that a file imports, late imports and those for types alone included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "vigos" and "." in name}
+
+
+FILES = sorted(p for p in ROOT.rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return  # lazy exports, and the way in
+    for name in imports(path):
+        there = name.split(".")[1]
+        if there in FLOOR and there != here:
+            assert FLOOR[there] < FLOOR[here], f"{path.name} imports {name}, which comes later"
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(path) for path in FILES} - {"__init__", "__main__"}
+    assert rooms | {"kernels"} == set(FLOOR)
+
+
+def test_no_circles_inside_a_room():
+    modules = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(("vigos", *parts)).removesuffix(".__init__")] = imports(path)
+    graph = {
+        name: {next((m for m in (i, i.rpartition(".")[0]) if m in modules), name) for i in found} - {name}
+        for name, found in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
