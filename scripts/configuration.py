@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vigos.cli import Source
+from vigos.launch import Source
 from vigos.train.config import PRESETS, ViGOSConfig, choices_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"

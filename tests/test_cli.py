@@ -1,5 +1,6 @@
 """The command line as a user meets it: options from file and flags, errors in one line, exit codes."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import typer
 
 from vigos.cli import UsageError, main, parse_run
+from vigos.data.examples import load_rows
 from vigos.divergence.engines import IMPLS
 from vigos.doctor import examine
 
@@ -63,7 +65,7 @@ def test_missing_model_folder_is_one_line(tmp_path):
     data = tmp_path / "rows.jsonl"  # is read first, so it must be there
     data.write_text('{"problem": "What?", "answer": "7"}\n')
     options = ["--model", str(tmp_path / "none"), "--data", str(data), "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "vigos.cli", "eval", *options]
+    command = [sys.executable, "-m", "vigos", "eval", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert str(tmp_path / "none") in done.stdout
@@ -99,3 +101,13 @@ def test_world_generate_eval_and_compare(tmp_path, capsys):
     capsys.readouterr()
     assert run("compare", *(str(tmp_path / name / "records.jsonl") for name in "ab")) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_python_m_vigos_and_the_version():
+    import vigos
+
+    done = subprocess.run([sys.executable, "-m", "vigos", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+    assert vigos.__version__ == importlib.metadata.version("vigos")
+    assert vigos.load_rows is load_rows

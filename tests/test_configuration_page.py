@@ -6,7 +6,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from vigos.cli import Source
+from vigos.launch import Source
 from vigos.train.config import ViGOSConfig
 
 ROOT = Path(__file__).parents[1]

@@ -29,9 +29,9 @@ from PIL import Image
 from test_trainer import chat, full_log_probs
 from torch import Tensor
 
-from vigos.cli import Source, main
+from vigos.cli import main
 from vigos.data.examples import load_rows
-from vigos.launch import palr_from_source
+from vigos.launch import Source, palr_from_source
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import TERMS, Rollout, route
 from vigos.train.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob

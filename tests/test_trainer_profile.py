@@ -86,7 +86,7 @@ def test_accelerate_takes_the_configurations(
     monkeypatch.chdir(ROOT)
     path = f"configs/{name}.yaml"
     assert load_config_from_file(path).num_processes == 8
-    args = launch_command_parser().parse_args(["--config_file", path, "-m", "vigos.cli", "train"])
+    args = launch_command_parser().parse_args(["--config_file", path, "-m", "vigos", "train"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # what the launcher asks before it takes the file
     args, *_ = _validate_launch_command(args)
     assert args.num_processes == 8

@@ -25,7 +25,7 @@ def test_sigterm_ends_the_command_with_its_code(tmp_path: Path) -> None:
         "use-cpu": "true", "max-prompt-length": 4096,
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "vigos.cli", "train", *flags]
+    command = [sys.executable, "-m", "vigos", "train", *flags]
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})

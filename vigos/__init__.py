@@ -20,16 +20,22 @@ _EXPORTS = {  # name -> module
     "TeacherScorer": "vigos.scoring.teacher",
     "ViGOSConfig": "vigos.train.config",
     "ViGOSTrainer": "vigos.train.trainer",
+    "Prompts": "vigos.method.prompts",
+    "load_rows": "vigos.data.examples",
     "parse_rollout": "vigos.method.spans",
     "evaluate": "vigos.eval.evaluate",
 }
 
-_MODULES = {"reference": "vigos.divergence.reference"}  # reached as attributes, without an import of their own
+_MODULES = {"reference": "vigos.divergence.reference"}  # `vigos.reference` works without importing the module
 
-__all__ = sorted(_EXPORTS)
+__all__ = [*sorted(_EXPORTS), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vigos")
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     if name not in _EXPORTS:
@@ -40,4 +46,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS, *_MODULES})
+    return sorted({*globals(), *__all__, *_MODULES})
