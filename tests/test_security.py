@@ -1,5 +1,5 @@
 """What an untrusted checkpoint or model folder must not do, and what must not be written. Data: test_data.py,
-test_images.py, test_download.py; the page: test_report.py.
+test_images.py; the page: test_report.py.
 
 Every attack here is real: a pickle that writes a file when it is loaded, a model folder that brings code.
 """
@@ -92,7 +92,7 @@ def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
     images = [jpeg_of_scans((8000, 8000), 2000), tiff_of_scans(4000, 99, 4), "../secret.png", "http://127.0.0.1/a.png"]
     hostile = [rows(1)[0] | {"images": [image], "problem_id": f"bad-{i}"} for i, image in enumerate(images)]
     mixed = [row for pair in zip(rows(4), hostile, strict=True) for row in pair]
-    data = load_rows(mixed, data_root=tmp_path, allow_remote_images=True, decode_seconds=0.2)
+    data = load_rows(mixed, data_root=tmp_path, decode_seconds=0.2)
     for workers in (0, 1):
         folder = tmp_path / f"run-{workers}"
         options = config(folder, max_steps=4, dataloader_num_workers=workers)
@@ -104,7 +104,7 @@ def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
             ("bad-0", "decode_too_slow"),
             ("bad-1", "decode_too_slow"),
             ("bad-2", "outside_root"),
-            ("bad-3", "private_address"),
+            ("bad-3", "remote_image"),
         ]
         assert made.skipped.total() == 4
         assert made.rows_used == 4

@@ -163,9 +163,6 @@ def evaluate_command(
     allow_outside_root: Annotated[
         bool, typer.Option("--allow-outside-root", help="Read images outside that folder, or behind links out of it.")
     ] = False,
-    allow_remote_images: Annotated[
-        bool, typer.Option("--allow-remote-images", help="Download images given as http or https addresses.")
-    ] = False,
     benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
@@ -184,7 +181,7 @@ def evaluate_command(
         result = evaluate_from_source(
             model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
             batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
-            allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images,
+            allow_outside_root=allow_outside_root,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             judge_url=judge_url, judge_model=judge_model, server_url=server_url, server_model=server_model,
         )  # fmt: skip
@@ -441,7 +438,3 @@ def main(argv: list[str] | None = None) -> Any:
     except (ValueError, OSError, TrainingStopped) as error:  # our own checks; files and models that are not there
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         end_process(1)
-
-
-if __name__ == "__main__":
-    main()

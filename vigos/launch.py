@@ -35,9 +35,6 @@ class Source:
     allow_outside_root: bool = dataclasses.field(
         default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
     )
-    allow_remote_images: bool = dataclasses.field(
-        default=False, metadata={"help": "Download images given as http or https addresses, each time they are read."}
-    )
     streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
     attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
@@ -130,7 +127,6 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         id_column=config.id_column,
         data_root=source.data_root,
         allow_outside_root=source.allow_outside_root,
-        allow_remote_images=source.allow_remote_images,
         streaming=source.streaming,
     )
     prompts = None
@@ -241,7 +237,7 @@ def evaluate_from_source(
     sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
     benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
     judge_url: str | None = None, judge_model: str | None = None, allow_outside_root: bool = False,
-    allow_remote_images: bool = False, server_url: str | None = None, server_model: str | None = None,
+    server_url: str | None = None, server_model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated.
 
@@ -261,13 +257,9 @@ def evaluate_from_source(
     judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
     # Before the model: what is wrong with the data is said at once.
     if benchmark is None:
-        rows = load_rows(
-            data, data_root=data_root, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
-        )
+        rows = load_rows(data, data_root=data_root, allow_outside_root=allow_outside_root)
     else:
-        rows = load_benchmark(
-            benchmark, data, allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images
-        )
+        rows = load_benchmark(benchmark, data, allow_outside_root=allow_outside_root)
 
     loaded = engine = None
     if server_url is not None and server_model is not None:

@@ -152,16 +152,14 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def load_benchmark(
-    name: str, path: str | Path, *, allow_outside_root: bool = False, allow_remote_images: bool = False
-) -> ExampleDataset | ExampleStream:
+def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = False) -> ExampleDataset | ExampleStream:
     """Rows of a published benchmark.
 
     Args:
         name: a key of BENCHMARKS.
         path: a .parquet, .json (a list, or records by id) or .jsonl file, or a folder whose files of one of these
             kinds are read in the order of their names. Image paths are relative to the folder.
-        allow_outside_root, allow_remote_images: as in `load_rows`, whose bounds hold here too.
+        allow_outside_root: as in `load_rows`, whose bounds hold here too.
 
     Raises ValueError for an unknown benchmark, a path without data, and columns that the layout has and the file lacks.
     """
@@ -184,7 +182,7 @@ def load_benchmark(
             raise ValueError(f"record {n} of {path} is not one of {name}: {error}") from error
     return load_rows(
         rows, data_root=path if path.is_dir() else path.parent, image_placeholder=None,
-        allow_outside_root=allow_outside_root, allow_remote_images=allow_remote_images,
+        allow_outside_root=allow_outside_root,
     )  # fmt: skip
 
 

@@ -82,9 +82,8 @@ class ImageLimits:
         max_pixels: width x height; larger ones are refused (the processor scales down to far less anyway).
         min_side: in pixels.
         max_aspect: longer side over shorter; Qwen's processors refuse 200 and more.
-        max_bytes: of the file, or of what is downloaded.
+        max_bytes: of the file.
         decode_seconds: of processor time.
-        download_seconds: of the whole download, from the first connection to the last byte.
     """
 
     max_pixels: int = 2**26
@@ -92,7 +91,6 @@ class ImageLimits:
     max_aspect: float = 199.0
     max_bytes: int = 2**28
     decode_seconds: float = 10.0
-    download_seconds: float = 30.0
 
 
 def decode(source: Path | bytes, limits: ImageLimits, name: str | None = None) -> Image:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 
-from vigos.data.download import fetch_image
 from vigos.data.images import BadImage, ImageLimits, ImageLoader, short
 from vigos.data.sources import Records, name_of, open_source
 from vigos.method.spans import braces_balance
@@ -193,7 +192,6 @@ def load_rows(
     streaming: bool = False,
     data_root: str | Path | None = None,
     allow_outside_root: bool = False,
-    allow_remote_images: bool = False,
     max_pixels: int = ImageLimits.max_pixels,
     min_side: int = ImageLimits.min_side,
     decode_seconds: float = ImageLimits.decode_seconds,
@@ -214,8 +212,6 @@ def load_rows(
         streaming: read in order and give a `ExampleStream` instead of a `ExampleDataset`.
         data_root: folder that image paths are relative to and must stay in; default: the folder of the source.
         allow_outside_root: permit image paths (and links) that lead out of it.
-        allow_remote_images: download images that are http or https addresses, from public addresses alone and each
-            time a row is asked for; see `vigos.data.download`.
         max_pixels, min_side, decode_seconds: see `ImageLimits`.
         image_placeholder: mark taken out of problems, since images always come first here; None: leave problems alone.
         bad_rows: "raise" a `BadExample` when such a row is asked for, or "return" it in the row's place.
@@ -234,7 +230,6 @@ def load_rows(
         root=opened.root if data_root is None else Path(data_root),
         allow_outside_root=allow_outside_root,
         limits=ImageLimits(max_pixels, min_side, decode_seconds=decode_seconds),
-        fetch=fetch_image if allow_remote_images else None,
     )
     wanted = _match_columns(opened.columns, problem_column, images_column, answer_column, id_column, source)
     reader = _Reader(wanted, images, image_placeholder)

@@ -1,15 +1,15 @@
-"""Images as rows name them: a path, bytes, a base64 `data:` address, `datasets`' Image, a PIL image, an address.
+"""Open images as examples name them: a path, bytes, a base64 `data:` address, `datasets`' Image, a PIL image.
 
     ImageLoader(root=Path("data")).load("images/0001.png")  # PIL, RGB; or `BadImage`, which says why not
 
-Rows are data of strangers. Paths stay inside the root, links in it included; addresses are refused unless something to
-fetch them with is given; decoding is bounded (`vigos.data.decode`).
+Examples are data of strangers. Paths stay inside the root, links in it included; web addresses are refused; decoding is
+bounded (`vigos.data.decode`).
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,20 +30,17 @@ class ImageLoader:
         root: folder that paths are relative to and must stay in. None: there is none, and paths are refused.
         allow_outside_root: permit paths, and links, that lead out of it.
         limits: of every image.
-        fetch: (address, limits) → bytes, for example `vigos.data.download.fetch_image`. None: addresses are refused.
     """
 
     root: Path | None = None
     allow_outside_root: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
-    fetch: Callable[[str, ImageLimits], bytes] | None = None
 
     def load(self, entry: Any) -> Image:
-        """The image, decoded, as RGB. One that is a PIL image already is decoded by whoever opened it: without a clock.
+        """Return the decoded image as RGB. A PIL image was opened by the caller, so its decoding is not timed.
 
         Raises:
-            BadImage: reasons of `vigos.data.decode` and `vigos.data.download`, "missing_image", "outside_root",
-                "remote_image", "unknown_image".
+            BadImage: reasons of `vigos.data.decode`, "missing_image", "outside_root", "remote_image", "unknown_image".
         """
         from PIL import Image as PILImage
 
@@ -60,17 +57,12 @@ class ImageLoader:
         if text.startswith("data:"):
             return decode(_data_uri(text), self.limits, "a data: image")
         if isinstance(entry, str) and "://" in text:
-            return decode(self._fetched(text), self.limits, short(text))
-        return decode(self._path(text), self.limits, text)
-
-    def _fetched(self, url: str) -> bytes:
-        if self.fetch is None:
-            detail = (
-                f"{short(url)} is an address: download the images first, or set allow_remote_images to fetch them as "
-                "they are read"
+            raise BadImage(
+                "remote_image",
+                f"{short(text)} is an address, and nothing is downloaded here: save the images in a folder first "
+                "(img2dataset does), name their paths in the data, and pass that folder as data_root",
             )
-            raise BadImage("remote_image", detail)
-        return self.fetch(url, self.limits)
+        return decode(self._path(text), self.limits, text)
 
     def _path(self, text: str) -> Path:
         if self.root is None and not self.allow_outside_root:
@@ -102,6 +94,6 @@ def _data_uri(text: str) -> bytes:
 
 
 def short(value: Any) -> str:
-    """Its repr, cut for a message."""
+    """Return the repr of `value`, cut to 80 characters for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…" + text[-1]
