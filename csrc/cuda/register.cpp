@@ -4,11 +4,9 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 
-#include "linear_hopper.h"
 #include "logits_rows.h"
 
 namespace py = pybind11;
@@ -143,91 +141,6 @@ void register_cuda(py::module_& parent) {
       py::arg("stride_student"), py::arg("stride_teacher"), py::arg("stride_dlogits"), py::arg("temperature") = 1.0f,
       py::arg("scale") = 1.0f, py::arg("softcap") = 0.0f, py::arg("beta") = 0.5f, py::arg("entry_clip") = INFINITY,
       py::arg("dtype"), py::arg("stream") = 0, "The gradient of `rows` student rows from saved states.");
-
-  m.def(
-      "linear_hopper_plan",
-      [](int64_t rows, int64_t vocab, int multiprocessors) {
-        const LinearHopperPlan plan = linear_hopper_plan(rows, vocab, multiprocessors);
-        return py::make_tuple(plan.row_tiles, plan.splits);
-      },
-      py::arg("rows"), py::arg("vocab"), py::arg("multiprocessors"), "(tiles of rows, parts of the vocabulary)");
-  m.attr("running_fields") = kRunningFields;
-
-  const auto operands = [](Address student_hidden, Address teacher_hidden, Address student_weight,
-                           Address teacher_weight, const std::array<int64_t, 4>& strides, int64_t d, int64_t d_t,
-                           int64_t rows, int64_t vocab, int64_t logical_vocab, float alpha, Address kind, int splits,
-                           Address state) {
-    LinearHopperParams p;
-    p.student_hidden = pointer<const void>(student_hidden);
-    p.teacher_hidden = pointer<const void>(teacher_hidden);
-    p.student_weight = pointer<const void>(student_weight);
-    p.teacher_weight = pointer<const void>(teacher_weight);
-    p.stride_student_hidden = strides[0];
-    p.stride_teacher_hidden = strides[1];
-    p.stride_student_weight = strides[2];
-    p.stride_teacher_weight = strides[3];
-    p.d = d;
-    p.d_t = d_t;
-    p.rows = rows;
-    p.vocab = vocab;
-    p.logical_vocab = logical_vocab;
-    p.alpha = alpha;
-    p.kind = pointer<const int8_t>(kind);
-    p.splits = splits;
-    p.state = pointer<float>(state);
-    return p;
-  };
-
-  m.def(
-      "linear_statistics",
-      [operands](Address student_hidden, Address teacher_hidden, Address student_weight, Address teacher_weight,
-                 const std::array<int64_t, 4>& strides, int64_t d, int64_t d_t, int64_t rows, int64_t vocab,
-                 int64_t logical_vocab, float alpha, Address kind, int splits, Address state, Address partial,
-                 Address labels, Address label_logits, Address clip, Address divergence, Address clipped,
-                 Address student_entropy, Address teacher_entropy, Address student_lse, Address teacher_lse,
-                 Address student_logprob, Address teacher_logprob, Address stream) {
-        LinearHopperParams p = operands(student_hidden, teacher_hidden, student_weight, teacher_weight, strides, d, d_t,
-                                        rows, vocab, logical_vocab, alpha, kind, splits, state);
-        p.partial = pointer<float>(partial);
-        p.labels = pointer<const int64_t>(labels);
-        p.label_logits = pointer<float>(label_logits);
-        p.clip = pointer<const float>(clip);
-        p.divergence = pointer<float>(divergence);
-        p.clipped = pointer<uint8_t>(clipped);
-        p.student_entropy = pointer<float>(student_entropy);
-        p.teacher_entropy = pointer<float>(teacher_entropy);
-        p.student_lse = pointer<float>(student_lse);
-        p.teacher_lse = pointer<float>(teacher_lse);
-        p.student_logprob = pointer<float>(student_logprob);
-        p.teacher_logprob = pointer<float>(teacher_logprob);
-        linear_statistics(p, pointer<void>(stream));
-      },
-      py::kw_only(), py::arg("student_hidden"), py::arg("teacher_hidden"), py::arg("student_weight"),
-      py::arg("teacher_weight") = 0, py::arg("strides"), py::arg("d"), py::arg("d_t"), py::arg("rows"),
-      py::arg("vocab"), py::arg("logical_vocab"), py::arg("alpha"), py::arg("kind"), py::arg("splits"),
-      py::arg("state"), py::arg("partial"), py::arg("labels") = 0, py::arg("label_logits") = 0, py::arg("clip"),
-      py::arg("divergence"), py::arg("clipped"), py::arg("student_entropy"), py::arg("teacher_entropy"),
-      py::arg("student_lse"), py::arg("teacher_lse"), py::arg("student_logprob") = 0, py::arg("teacher_logprob") = 0,
-      py::arg("stream") = 0, "Statistics of `rows` rows without storing a logit: see linear_hopper.h.");
-
-  m.def(
-      "linear_gradient",
-      [operands](Address student_hidden, Address teacher_hidden, Address student_weight, Address teacher_weight,
-                 const std::array<int64_t, 4>& strides, int64_t d, int64_t d_t, int64_t rows, int64_t vocab,
-                 int64_t logical_vocab, float alpha, Address kind, int splits, Address state, Address live,
-                 Address dlogits, int64_t stride_dlogits, Address stream) {
-        LinearHopperParams p = operands(student_hidden, teacher_hidden, student_weight, teacher_weight, strides, d, d_t,
-                                        rows, vocab, logical_vocab, alpha, kind, splits, state);
-        p.live = pointer<const float>(live);
-        p.dlogits = pointer<void>(dlogits);
-        p.stride_dlogits = stride_dlogits;
-        linear_gradient(p, pointer<void>(stream));
-      },
-      py::kw_only(), py::arg("student_hidden"), py::arg("teacher_hidden"), py::arg("student_weight"),
-      py::arg("teacher_weight") = 0, py::arg("strides"), py::arg("d"), py::arg("d_t"), py::arg("rows"),
-      py::arg("vocab"), py::arg("logical_vocab"), py::arg("alpha"), py::arg("kind"), py::arg("splits"),
-      py::arg("state"), py::arg("live"), py::arg("dlogits"), py::arg("stride_dlogits"), py::arg("stream") = 0,
-      "dlogits of `rows` rows from their states, the logits computed again.");
 }
 
 }  // namespace vigos

@@ -143,8 +143,6 @@ using float16 = _Float16;
 
 }  // namespace emulator
 
-constexpr int kBoxRows = 128;  // kTileM and kTileN of linear_hopper.cuh
-
 [[noreturn]] inline void fail(const char* what) {  // an exception would not cross a fiber
   std::fprintf(stderr, "emulated kernel: %s\n", what);
   std::abort();
@@ -186,99 +184,6 @@ const T* cluster_map(T* shared, int rank) {
 
 using __nv_bfloat16 = emulator::bfloat16;
 
-// Addresses of shared memory are offsets into it, from 1,024 on, so that they fit a descriptor. The copy engine and
-// wgmma finish at once; the phases of the barriers are kept, so a wrong parity hangs or reads a tile too early.
-namespace vigos::hopper {
-
-struct TensorMap {
-  const emulator::bfloat16* data;
-  int64_t rows, columns, stride;
-};
-
-inline char* window() { return device::shared_memory() - 1024; }
-inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - window());
-}
-
-// The 8 bytes of a barrier: phases ended, arrivals wanted, arrivals missing, bytes missing.
-struct BarrierState {
-  uint16_t phase, wanted, missing;
-  int16_t kilobytes;
-};
-
-inline BarrierState& state(uint64_t* barrier) { return *reinterpret_cast<BarrierState*>(barrier); }
-inline void settle(BarrierState& b) {
-  if (b.missing == 0 && b.kilobytes == 0) {
-    ++b.phase;
-    b.missing = b.wanted;
-  }
-}
-inline void barrier_init(uint64_t* barrier, int arrivals) {
-  state(barrier) = {0, static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
-}
-inline void barrier_init_fence() {}
-inline void barrier_arrive(uint64_t* barrier) {
-  BarrierState& b = state(barrier);
-  if (b.missing == 0) fail("an arrival too many");
-  --b.missing;
-  settle(b);
-}
-inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  state(barrier).kilobytes += bytes / 1024;
-  barrier_arrive(barrier);
-}
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((state(barrier).phase & 1) == parity) emulator::yield();
-}
-inline void prefetch_map(const TensorMap*) {}
-
-// Bits 4..6 of an address are exclusive-ored with bits 7..9.
-inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
-
-inline void copy_box(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
-  const uint32_t base = shared_address(to);
-  if (base % 1024) fail("a tile does not start on 1,024 bytes");
-  for (int i = 0; i < kBoxRows; ++i) {
-    for (int j = 0; j < 64; ++j) {
-      const bool inside = row + i < map->rows && column + j < map->columns;
-      const emulator::bfloat16 x = inside ? map->data[(row + i) * map->stride + column + j] : emulator::bfloat16(0.0f);
-      std::memcpy(window() + swizzled(base + 128 * i + 2 * j), &x, 2);
-    }
-  }
-  state(barrier).kilobytes -= kBoxRows * 128 / 1024;
-  settle(state(barrier));
-}
-
-inline uint64_t descriptor(uint32_t address) { return address; }
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int PENDING>
-void wgmma_wait() {}
-inline void wgmma_pin(float (&)[64]) {}
-template <int COUNT>
-void registers_down() {}
-template <int COUNT>
-void registers_up() {}
-
-inline float operand(uint64_t tile, int row, int k) {
-  emulator::bfloat16 x;
-  std::memcpy(&x, window() + swizzled(static_cast<uint32_t>(tile) + 128 * row + 2 * k), 2);
-  return static_cast<float>(x);
-}
-
-inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-  const int t = device::thread_index() % 128;
-  for (int i = 0; i < 64; ++i) {
-    const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (t % 4) + i % 2;
-    float sum = accumulate ? d[i] : 0.0f;
-    for (int k = 0; k < 16; ++k) sum += operand(a, row, k) * operand(b, column, k);
-    d[i] = sum;
-  }
-}
-
-}  // namespace vigos::hopper
-
-#include "linear_hopper_host.h"
 #include "logits_rows_host.h"
 #include "register.h"
 
@@ -346,38 +251,6 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
   if (logits == Dtype::kFloat32) return run_gradient<float>(p, aligned);
   if (logits == Dtype::kBFloat16) return run_gradient<emulator::bfloat16>(p, aligned);
   run_gradient<emulator::float16>(p, aligned);
-}
-
-LinearHopperPlan linear_hopper_plan(int64_t rows, int64_t vocab, int multiprocessors) {
-  return plan_linear(rows, vocab, multiprocessors);
-}
-
-template <bool SHARED_HEAD, HopperMode MODE>
-void run_linear(const LinearHopperParams& p) {
-  static_assert(kTileM == kBoxRows && kTileN == kBoxRows);
-  const auto map = [](const void* data, int64_t rows, int64_t columns, int64_t stride) {
-    return hopper::TensorMap{static_cast<const emulator::bfloat16*>(data), rows, columns, stride};
-  };
-  const HopperMaps maps{map(p.student_hidden, p.rows, p.d, p.stride_student_hidden),
-                        map(p.teacher_hidden, p.rows, p.d_t, p.stride_teacher_hidden),
-                        map(p.student_weight, p.vocab, p.d, p.stride_student_weight),
-                        map(p.teacher_weight, p.vocab, p.d_t, p.stride_teacher_weight)};
-  const int64_t row_tiles = (p.rows + kTileM - 1) / kTileM;
-  emulator::launch(row_tiles * p.splits, 1, kHopperThreads, HopperShared<SHARED_HEAD>::kBytes,
-                   [&] { linear_hopper_body<SHARED_HEAD, MODE>(p, maps); });
-}
-
-void linear_statistics(const LinearHopperParams& p, void*) {
-  check_statistics(p);
-  if (p.rows == 0) return;
-  p.teacher_weight ? run_linear<false, HopperMode::kStatistics>(p) : run_linear<true, HopperMode::kStatistics>(p);
-  for (int64_t r = 0; r < p.rows; ++r) linear_merge_body(p, r);
-}
-
-void linear_gradient(const LinearHopperParams& p, void*) {
-  check_linear_gradient(p);
-  if (p.rows == 0) return;
-  p.teacher_weight ? run_linear<false, HopperMode::kGradient>(p) : run_linear<true, HopperMode::kGradient>(p);
 }
 
 }  // namespace vigos

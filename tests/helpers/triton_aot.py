@@ -99,36 +99,7 @@ def tree_attention_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def streaming_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
-    """The three modes with the shared head, and with everything that a call can switch on."""
-    from vigos.kernels.streaming import FULL_TILE_FROM, LAUNCH
-
-    found = []
-    for dtype, size, everything in (("bf16", 2, False), ("fp16", 2, True), ("fp32", 4, False)):
-        p, launch = f"*{dtype}:16", LAUNCH[size, everything or arch < 10 * FULL_TILE_FROM]
-        for mode in {"bf16": (0, 1, 2), "fp16": (0, 2), "fp32": (2,)}[dtype]:
-            bias = "*bf16:16" if everything else None
-            found.append(
-                {"s_ptr": p, "t_ptr": p, "head_s_ptr": p, "head_t_ptr": p if everything else None}
-                | {"s_bias_ptr": bias, "t_bias_ptr": bias, "student_row_ptr": "*i64:16", "teacher_row_ptr": "*i64:16"}
-                | {"kind_ptr": "*i8:16", "label_ptr": "*i64:16" if everything and mode == 0 else None}
-                | {"order_ptr": "*i64:16" if mode == 2 else None, "state_ptr": "*fp32:16" if mode > 0 else None}
-                | {"row_grad_ptr": "*fp32:16" if mode == 2 else None}
-                | {"out_ptr": p if mode == 2 else "*fp32:16", "R": COUNT, "D": I32, "D_t": I32, "V": I32}
-                | {"vocab": COUNT, "vocab_start": COUNT, "first_v": I32, "alpha": F32, "cap_in": F32, "cap_out": F32}
-                | {"beta": F32, "entry_clip": F32, "stride_s": I32, "stride_t": I32, "stride_ws": I32}
-                | {"stride_wt": I32, "stride_state": COUNT, "stride_oc": COUNT, "stride_om": I32, "MODE": mode}
-                | {"TILES": 1 if mode == 2 else launch.tiles, "BLOCK_M": launch.block_m, "BLOCK_V": launch.block_v}
-                | {"BLOCK_D": launch.block_d, "SOFTCAP": everything, "CLIP_ENTRIES": everything}
-                | {"DIFFERENCE": dtype == "fp32"}
-                | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            )  # fmt: skip
-    return {"_stream_kernel": found}
-
-
-VARIANTS = {  # by file of kernels/
-    "divergence": divergence_variants, "tree_attention": tree_attention_variants, "streaming": streaming_variants,
-}  # fmt: skip
+VARIANTS = {"divergence": divergence_variants, "tree_attention": tree_attention_variants}  # by file of kernels/
 
 
 def kernels() -> dict[str, tuple[str, Any]]:

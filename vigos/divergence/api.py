@@ -83,8 +83,8 @@ def linear_divergence(
         vocab_size: ids from here on are padding: probability 0 on both sides, no gradient.
         process_group: the heads (and biases) passed on each rank are consecutive shards of the vocabulary; everything
             else is the same on every rank, and so is the result. A DTensor head that is Shard(0) says so by itself.
-        impl: "auto", or an engine that runs or raises: "reference", "cpu", "triton", "triton_streaming",
-            "cuda", "cuda_hopper".
+        impl: "auto", or an engine that runs or raises: "reference", "cpu", "triton" or
+            "cuda".
 
     All of a side's tensors share a dtype: float32, bfloat16, float16 or float64. Logits, statistics and sums are
     float32 (float64 for float64) whatever the operands are. Under autocast the operands are cast as in `F.linear`.

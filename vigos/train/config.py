@@ -114,9 +114,7 @@ class ViGOSConfig(TrainingArguments):
         "tree", "As teacher_scoring, for the student's forward and backward."
     )
     token_budget: int = _option(16_384, "Tokens of one scoring forward; a longer sequence gets one of its own.")
-    impl: str = _option(
-        "auto", "Engine of the divergence: auto, reference, cpu, triton, triton_streaming, cuda or cuda_hopper."
-    )
+    impl: str = _option("auto", "Engine of the divergence: auto, reference, cpu, triton or cuda.")
 
     # --- Rollouts ---
     temperature: float = _option(1.1, "Sampling temperature of rollouts; 0: greedy.")

@@ -15,15 +15,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
-
 from vigos.divergence.engines.problem import LinearProblem, LogitsProblem
 from vigos.divergence.engines.self_check import agrees
 
-IMPLS = ("reference", "cpu", "triton", "triton_streaming", "cuda", "cuda_hopper")
+IMPLS = ("reference", "cpu", "triton", "cuda")
 
 # No run on a GPU has checked these yet: they run under their names alone, and `vigos doctor` says so.
-UNPROVEN = ("cuda", "cuda_hopper")
+UNPROVEN = ("cuda",)
 PROVEN = ("cpu", "reference")  # by the tests, on any machine
 
 # What `auto` tries, in order; on a GPU, after the engine agreed with float64 there (`self_check`).
@@ -63,8 +61,3 @@ def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
         if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device)):
             return module
     raise AssertionError("the reference engine runs everything")
-
-
-def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """What `auto` tries on this device, in order."""
-    return AUTO.get(torch.device(device).type, ("reference",))
