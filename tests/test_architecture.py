@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1] / "vigos"
 
-# docs/architecture.md draws this. A floor imports only from floors before it; packages of one floor do not meet.
+# As in docs/architecture.md. A floor imports only from floors before it; packages of one floor do not meet.
 FLOORS: list[set[str]] = [
     {"errors", "sandbox", "kernels"},
     {"divergence"},
@@ -79,3 +80,9 @@ def test_no_circles_inside_a_room():
 
     for name in graph:
         visit(name, ())
+
+
+def test_page_lists_the_floors():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = [re.findall(r"`(\w+)`", line) for line in re.findall(r"^\d+\. (.+)$", page, re.M)]
+    assert listed == [sorted(rooms) for rooms in FLOORS]
