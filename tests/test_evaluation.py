@@ -13,17 +13,9 @@ import torch
 from PIL import Image
 
 from vigos.data.examples import load_rows
-from vigos.eval.evaluate import (
-    EvaluationResult,
-    bootstrap_interval,
-    compare,
-    evaluate,
-    mean_interval,
-    model_fingerprint,
-    pass_at_k,
-    sign_test,
-    wilson_interval,
-)
+from vigos.eval.evaluate import evaluate, model_fingerprint
+from vigos.eval.results import EvaluationResult, compare
+from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test, wilson_interval
 from vigos.method.prompts import Prompts
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -325,7 +317,9 @@ def test_records_of_another_evaluation_are_not_mixed(base, world, tmp_path):
         evaluate(model, processor, load_rows(world), records=path, prompts=Prompts(student="{problem}"), **SHORT)
     other = world.parent / "other.jsonl"
     other.write_text("".join(reversed(world.read_text().splitlines(keepends=True))))
-    with pytest.raises(ValueError, match="belong to other rows: row 0 is 'test-00000' there and 'test-00011' here"):
+    with pytest.raises(
+        ValueError, match="belong to other examples: example 0 is 'test-00000' there and 'test-00011' here"
+    ):
         evaluate(model, processor, load_rows(other), records=path, **SHORT)
     weight = model.get_input_embeddings().weight
     kept = weight.detach().clone()
@@ -379,7 +373,7 @@ def test_rows_that_cannot_be_used_are_counted(base, world, tmp_path):
     skipped = result.records[1]
     assert (skipped["problem_id"], skipped["skipped"]["reason"]) == ("test-00001", "missing_image")
     path.write_text("".join(json.dumps(line | {"answer": ""}) + "\n" for line in lines[:8]))
-    with pytest.raises(ValueError, match=r"none of the 8 rows could be used \(empty_answer 8\)"):
+    with pytest.raises(ValueError, match=r"none of the 8 could be used \(empty_answer 8\)"):
         evaluate(model, processor, load_rows(path), **SHORT)
 
 
@@ -396,7 +390,7 @@ def test_limits_of_the_image_processor_cost_a_row(base, world):
         apply_chat_template = staticmethod(processor.apply_chat_template)
         __call__ = staticmethod(refuse)
 
-    with pytest.raises(ValueError, match=r"none of the 12 rows could be used \(not_encodable 12\)"):
+    with pytest.raises(ValueError, match=r"none of the 12 could be used \(not_encodable 12\)"):
         evaluate(model, Refusing(), load_rows(world), **SHORT)
     assert len(seen) == 12
 
@@ -407,7 +401,9 @@ def test_text_only_rows_and_a_tokenizer(base):
     result = evaluate(model, processor.tokenizer, rows, **SHORT)
     assert result.summary()["rows"] == 3
     with_image = load_rows([{"problem": "What?", "answer": "7", "images": [Image.new("RGB", (20, 20))]}])
-    with pytest.raises(ValueError, match=r"processor must have an image processor for row 0, which has 1 image\(s\)"):
+    with pytest.raises(
+        ValueError, match=r"processor must have an image processor for example 0, which has 1 image\(s\)"
+    ):
         evaluate(model, processor.tokenizer, with_image, **SHORT)
 
 
@@ -423,7 +419,7 @@ def test_wrong_arguments_are_named(base, world):
     model, processor = base
     cases = {
         "k must be between 1 and n = 2, got 3": {"k": 3, "n": 2, "temperature": 1.0},
-        "temperature must be above 0 for 5 samples a row": {"k": 5},
+        "temperature must be above 0 for 5 samples an example": {"k": 5},
         "batch_size must be at least 1, got 0": {"batch_size": 0},
         "top_p must be in": {"top_p": 0},
     }

@@ -95,7 +95,7 @@ def test_rows_that_were_not_judged_are_not_wrong(address: str, tmp_path: Path) -
     assert sometimes["skipped_reasons"] == {"judge_failed": 3}
     with pytest.raises(ValueError, match="judge 'judge' there, None here"):
         found(None, records=records)
-    with pytest.raises(ValueError, match=r"none of the 6 rows could be used \(judge_failed 6\)"):
+    with pytest.raises(ValueError, match=r"none of the 6 could be used \(judge_failed 6\)"):
         found(asked(address, "undecided", retries=0))
     engine = Says(tokenizer, "red")  # no box: wrong, and nobody is asked
     assert found(asked(address, "undecided"))["unparseable"] == 1.0

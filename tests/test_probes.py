@@ -55,7 +55,9 @@ def test_a_swap_needs_another_row_with_as_many_images() -> None:
 def test_wrong_names_and_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="probe must be one of removed, blurred, swapped, got 'mirrored'"):
         ProbedExamples(dataset(), "mirrored")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"rows must be a ExampleDataset from load_rows \(not a stream\), got list"):
+    with pytest.raises(
+        ValueError, match=r"examples must be an ExampleDataset from load_rows \(not a stream\), got list"
+    ):
         probe(None, None, rows(2))  # type: ignore[arg-type]
 
 

@@ -28,7 +28,8 @@ except ImportError:  # the base install has torch and triton alone
     sys.exit("the vigos command needs a few packages more: pip install 'vigos[demo]'")
 
 if TYPE_CHECKING:
-    from vigos.launch import Source
+    from vigos.eval.config import EvalConfig
+    from vigos.launch import EvalSource, Source
     from vigos.train.config import ViGOSConfig
 
 app = typer.Typer(
@@ -75,15 +76,30 @@ def unknown_key(key: str, known: list[str], where: str) -> UsageError:
 
 
 def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfig]:
-    """Defaults, then the YAML file, then flags. Every key must be a field of `Source` or `ViGOSConfig`."""
-    import yaml
-    from transformers import HfArgumentParser
-
+    """Read the options of `train`: defaults, then the YAML file, then flags."""
     from vigos.launch import Source
     from vigos.train.config import ViGOSConfig
 
-    known = [f.name for kind in (Source, ViGOSConfig) for f in dataclasses.fields(kind) if f.init]
-    parser = HfArgumentParser([Source, ViGOSConfig], add_help=False, allow_abbrev=False)  # type: ignore[list-item]
+    return parse_options(Source, ViGOSConfig, ("model", "data"), config, flags)
+
+
+def parse_evaluation(config: Path | None, flags: list[str]) -> tuple[EvalSource, EvalConfig]:
+    """Read the options of `eval` and `probe`: defaults, then the YAML file, then flags."""
+    from vigos.eval.config import EvalConfig
+    from vigos.launch import EvalSource
+
+    return parse_options(EvalSource, EvalConfig, ("model", "data", "output_dir"), config, flags)
+
+
+def parse_options(
+    source_kind: type, config_kind: type, needed: tuple[str, ...], config: Path | None, flags: list[str]
+) -> tuple[Any, Any]:
+    """Fill two dataclasses from defaults, then the YAML file, then flags; every key must be a field of one of them."""
+    import yaml
+    from transformers import HfArgumentParser
+
+    known = [f.name for kind in (source_kind, config_kind) for f in dataclasses.fields(kind) if f.init]
+    parser = HfArgumentParser([source_kind, config_kind], add_help=False, allow_abbrev=False)  # type: ignore[list-item]
     if config is not None:
         if not config.is_file():
             raise UsageError(f"--config: no such file: {config}")
@@ -106,10 +122,22 @@ def parse_run(config: Path | None, flags: list[str]) -> tuple[Source, ViGOSConfi
         if extra.startswith("--"):
             raise unknown_key(extra.removeprefix("--").split("=")[0], known, "command line")
         raise UsageError(f"command line: unexpected argument {extra!r}")
-    for name in ("model", "data"):
+    for name in needed:
         if not getattr(source, name):
-            raise UsageError(f"--{name} is needed: a flag, or a line `{name}: …` in the --config file")
+            raise UsageError(
+                f"--{name.replace('_', '-')} is needed: a flag, or a line `{name}: …` in the --config file"
+            )
     return source, run
+
+
+def print_options(*kinds: type) -> None:
+    """Print every option that the dataclasses declare themselves, without those of TrainingArguments."""
+    table = Table("option", "default", "what it does")
+    for kind in kinds:
+        for f in dataclasses.fields(kind):
+            if f.init and f.name in inspect.get_annotations(kind):
+                table.add_row("--" + f.name, repr(f.default), str(f.metadata.get("help", "")))
+    console.print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -123,12 +151,7 @@ def train(
     from vigos.train.config import ViGOSConfig
 
     if list_options:
-        table = Table("option", "default", "what it does")
-        for kind in (Source, ViGOSConfig):
-            for f in dataclasses.fields(kind):
-                if f.init and f.name in inspect.get_annotations(kind):  # ours, not those of TrainingArguments
-                    table.add_row("--" + f.name, repr(f.default), str(f.metadata.get("help", "")))
-        console.print(table)
+        print_options(Source, ViGOSConfig)
         console.print("and every field of transformers.TrainingArguments")
         return
     source, run = parse_run(config, context.args)
@@ -144,58 +167,43 @@ def train(
 # --- eval, compare ---------------------------------------------------------------------------------------------------
 
 
-@app.command("eval")
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate_command(
-    model: Annotated[str, typer.Option(help="Model folder or hub name; 'builtin' for the built-in model.")],
-    data: Annotated[str, typer.Option(help="JSONL, Parquet, folder or `datasets` name.")],
-    output: Annotated[Path, typer.Option(help="Folder for records.jsonl and summary.json; finished rows are kept.")],
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder put on the model.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="YAML with prompt templates.")] = None,
-    k: Annotated[int, typer.Option(help="Samples a row, for pass@k and avg@k.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0: no limit.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option()] = 1024,
-    batch_size: Annotated[int, typer.Option()] = 16,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
-    data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
-    allow_outside_root: Annotated[
-        bool, typer.Option("--allow-outside-root", help="Read images outside that folder, or behind links out of it.")
-    ] = False,
-    benchmark: Annotated[str | None, typer.Option(help="Layout of a published benchmark: vilp, mmmu, …")] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Server of a judge, up to and including /v1.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
-    server_url: Annotated[str | None, typer.Option(help="Answers from a server with vLLM's API, up to /v1.")] = None,
-    server_model: Annotated[str | None, typer.Option(help="The model's name there; --model: its processor.")] = None,
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="records.jsonl of the untrained model, shown beside.")] = None,
+    list_options: Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")] = False,
 ) -> None:
-    """Evaluate a model under the structured student prompt: accuracy, format, Score and Prior, with intervals."""
-    from vigos.eval.evaluate import EvaluationResult
-    from vigos.launch import evaluate_from_source
+    """Evaluate a model under the student's prompt: --model, --data, --output-dir, and whatever --list-options prints.
 
+    Writes records.jsonl (one line an example; a stopped evaluation goes on) and summary.json: accuracy, format, Score
+    and Prior, with intervals.
+    """
+    from vigos.eval.config import EvalConfig
+    from vigos.eval.results import EvaluationResult
+    from vigos.launch import EvalSource, evaluate_from_source
+
+    if list_options:
+        print_options(EvalSource, EvalConfig)
+        return
+    source, options = parse_evaluation(config, context.args)
     untrained = EvaluationResult.load(baseline) if baseline is not None else None
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("rows", total=None)
+        task = bar.add_task("examples", total=None)
         result = evaluate_from_source(
-            model, data, output, adapter=adapter, prompts_file=prompts_file, k=k, sampling=sampling,
-            batch_size=batch_size, seed=seed, dtype=dtype, data_root=data_root, benchmark=benchmark,
-            allow_outside_root=allow_outside_root,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            judge_url=judge_url, judge_model=judge_model, server_url=server_url, server_model=server_model,
-        )  # fmt: skip
-    beside = {}
+            source, options, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    baseline_summary = {}
     if untrained is not None:
-        untrained.check_same_prompt(EvaluationResult.load(output / "records.jsonl"))
-        beside = untrained.summary()
-    table = Table("metric", "value", *(["baseline"] if beside else []))
+        untrained.check_same_prompt(EvaluationResult.load(Path(source.output_dir) / "records.jsonl"))
+        baseline_summary = untrained.summary()
+    table = Table("metric", "value", *(["baseline"] if baseline_summary else []))
     for name, value in result.items():
         if isinstance(value, int | float):
-            shown = [value, beside.get(name, math.nan)] if beside else [value]
+            shown = [value, baseline_summary.get(name, math.nan)] if baseline_summary else [value]
             table.add_row(name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in shown))
     console.print(table)
-    console.print(f"records and summary: {output}")
+    console.print(f"records and summary: {source.output_dir}")
 
 
 @app.command()
@@ -208,8 +216,8 @@ def compare(
     Five metrics are looked at, so one counts as different at p < 0.01: two runs of one model then differ in one of them
     at most once in twenty times.
     """
-    from vigos.eval.evaluate import EvaluationResult
-    from vigos.eval.evaluate import compare as paired
+    from vigos.eval.results import EvaluationResult
+    from vigos.eval.results import compare as paired
 
     first, second = EvaluationResult.load(a), EvaluationResult.load(b)
     table = Table("metric", "rows", "a", "b", "b - a", "95 % interval", "better / worse", "p", "differs")
@@ -312,33 +320,16 @@ def palr(
         console.print(f"written: {output}")
 
 
-@app.command("probe")
+@app.command("probe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def probe_command(
-    model: Annotated[str, typer.Option(help="Model folder or hub name; 'builtin' for the built-in model.")],
-    data: Annotated[str, typer.Option(help="JSONL, Parquet, folder or `datasets` name.")],
-    output: Annotated[Path, typer.Option(help="Folder for the records of each probe and probes.json.")],
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder put on the model.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="YAML with prompt templates.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option()] = 1024,
-    batch_size: Annotated[int, typer.Option()] = 16,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
-    data_root: Annotated[str | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options of `eval`.")] = None,
 ) -> None:
-    """Does it look? Accuracy with the image removed, blurred, or swapped for another row's, against the intact one."""
-    from vigos.data.examples import load_rows
-    from vigos.eval.probes import probe, summarise
-    from vigos.launch import load_student
+    """Does it look? Accuracy with the image removed, blurred, or swapped. Takes the options of `eval`."""
+    from vigos.launch import probe_from_source
 
-    loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    intact, found = probe(
-        loaded, processor, load_rows(data, data_root=data_root), folder=output, seed=seed, prompts=prompts,
-        temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size,
-    )  # fmt: skip
-    summary = summarise(intact, found)
-    (output / "probes.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    source, options = parse_evaluation(config, context.args)
+    summary = probe_from_source(source, options)
     table = Table("images", "accuracy", "95 % interval", "against intact", "95 % interval", "p")
     for name, values in summary.items():
         low, high = values["accuracy_interval"]
@@ -349,7 +340,7 @@ def probe_command(
             cells += [f"{values['p_value']:.2g}"]
         table.add_row(*cells)
     console.print(table)
-    console.print(f"records and probes.json: {output}")
+    console.print(f"records and probes.json: {source.output_dir}")
 
 
 # --- world -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vigos.data.examples import ExampleDataset, ExampleStream
+    from vigos.eval.config import EvalConfig
+    from vigos.eval.judge import Judge
     from vigos.method.prompts import Prompts
     from vigos.rollout.server import ServerEngine
     from vigos.train.config import ViGOSConfig
@@ -45,6 +48,95 @@ class Source:
         default=1, metadata={"help": "Ranks that hold one copy of the model in slices; the rest hold further copies."}
     )
     resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
+
+
+@dataclasses.dataclass
+class EvalSource:
+    """Name what is evaluated on what; the rest of the configuration is `EvalConfig`."""
+
+    model: str = dataclasses.field(
+        default="", metadata={"help": "Model folder or hub name; 'builtin' for the built-in model."}
+    )
+    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
+    output_dir: str = dataclasses.field(
+        default="",
+        metadata={
+            "help": "Folder for records and their summary; finished examples are kept.",
+            "aliases": ["--output-dir", "--output"],
+        },
+    )
+    adapter: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder of a LoRA adapter that is put on the model."}
+    )
+    prompts_file: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with prompt templates."})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
+    data_root: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder that image paths are relative to."}
+    )
+    allow_outside_root: bool = dataclasses.field(
+        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
+    )
+    benchmark: str | None = dataclasses.field(
+        default=None, metadata={"help": "Layout of a published benchmark that `data` is in: vilp, mmmu, …"}
+    )
+    judge_url: str | None = dataclasses.field(
+        default=None, metadata={"help": "Server of a judge, up to and including /v1."}
+    )
+    judge_model: str | None = dataclasses.field(default=None, metadata={"help": "The judge's name on that server."})
+    server_url: str | None = dataclasses.field(
+        default=None, metadata={"help": "Server with vLLM's API that answers, up to and including /v1."}
+    )
+    server_model: str | None = dataclasses.field(
+        default=None, metadata={"help": "The model's name there; `model` then names its configuration and processor."}
+    )
+
+    def __post_init__(self) -> None:
+        for first, second in (("judge_url", "judge_model"), ("server_url", "server_model")):
+            if (getattr(self, first) is None) != (getattr(self, second) is None):
+                raise ValueError(
+                    f"{first} and {second} go together, got {getattr(self, first)!r} and {getattr(self, second)!r}"
+                )
+        if self.server_url is not None and self.adapter is not None:
+            raise ValueError(f"adapter must be loaded by the server, and server_model its name; got {self.adapter!r}")
+
+    def examples(self) -> ExampleDataset | ExampleStream:
+        """Open the data: in the layout of `benchmark`, or any that `load_rows` reads."""
+        from vigos.data.benchmarks import load_benchmark
+        from vigos.data.examples import load_rows
+
+        if self.benchmark is not None:
+            return load_benchmark(self.benchmark, self.data, allow_outside_root=self.allow_outside_root)
+        return load_rows(self.data, data_root=self.data_root, allow_outside_root=self.allow_outside_root)
+
+    def judge(self) -> Judge | None:
+        """Return the judge, if one is named."""
+        from vigos.eval.judge import Judge
+
+        return None if self.judge_url is None else Judge(self.judge_url, self.judge_model or "")
+
+    def student(self, *, concurrency: int = 16) -> tuple[Any, Any, Prompts, ServerEngine | None]:
+        """Load model (with its adapter), processor and prompts; with `server_url` no model, but the server's engine.
+
+        Args:
+            concurrency: requests under way at the server.
+        """
+        from vigos.method.prompts import Prompts
+
+        prompts = Prompts.from_file(self.prompts_file) if self.prompts_file else Prompts()
+        if self.model == "builtin" and not self.prompts_file:  # it knows no other wording
+            from vigos.world import world_prompts
+
+            prompts = world_prompts()
+        if self.server_url is not None and self.server_model is not None:
+            engine, processor = load_served(self.model, self.server_url, self.server_model, concurrency=concurrency)
+            return None, processor, prompts, engine
+        model: Any
+        model, processor = load_model(self.model, dtype=self.dtype)
+        if self.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter)
+        return model, processor, prompts, None
 
 
 def load_model(
@@ -177,31 +269,8 @@ def palr_from_source(
     return {"method": config.method, **found}
 
 
-def load_student(
-    model: str, *, adapter: str | None = None, prompts_file: Path | None = None, dtype: str = "bfloat16"
-) -> tuple[Any, Any, Prompts]:
-    """Model (with its adapter), processor and the prompts it is asked with."""
-    from vigos.method.prompts import Prompts
-
-    loaded: Any
-    loaded, processor = load_model(model, dtype=dtype)
-    if adapter:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    if prompts_file:
-        return loaded, processor, Prompts.from_file(prompts_file)
-    if model == "builtin":
-        from vigos.world import world_prompts
-
-        return loaded, processor, world_prompts()
-    return loaded, processor, Prompts()
-
-
-def load_served(
-    model: str, url: str, served: str, *, concurrency: int, prompts_file: Path | None = None
-) -> tuple[ServerEngine, Any, Prompts]:
-    """An engine on a server that holds the model, its processor, and its prompts: weights are not loaded here.
+def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple[ServerEngine, Any]:
+    """Return an engine on a server that holds the model, and the model's processor; no weights are loaded.
 
     Args:
         model: folder or hub name that configuration and processor come from.
@@ -209,15 +278,13 @@ def load_served(
     """
     from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
-    from vigos.method.prompts import Prompts
     from vigos.rollout.engine import eos_ids, placeholder_ids
     from vigos.rollout.server import ServerEngine
 
-    prompts = Prompts.from_file(prompts_file) if prompts_file else Prompts()
     if model == "builtin":
-        from vigos.world import checkpoint_path, world_prompts
+        from vigos.world import checkpoint_path
 
-        model, prompts = str(checkpoint_path()), prompts if prompts_file else world_prompts()
+        model = str(checkpoint_path())
     config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     try:
@@ -229,51 +296,41 @@ def load_served(
         banned_token_ids=placeholder_ids(config), vocab_size=config.get_text_config().vocab_size,
         concurrency=concurrency,
     )  # fmt: skip
-    return engine, processor, prompts
+    return engine, processor
 
 
 def evaluate_from_source(
-    model: str, data: str, output: Path, *, adapter: str | None, prompts_file: Path | None, k: int,
-    sampling: Mapping[str, Any], batch_size: int, seed: int, dtype: str, data_root: str | None,
-    benchmark: str | None = None, progress: Callable[[int, int | None], None] | None = None,
-    judge_url: str | None = None, judge_model: str | None = None, allow_outside_root: bool = False,
-    server_url: str | None = None, server_model: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Evaluates and writes `records.jsonl` and `summary.json` under `output`; finished rows are not repeated.
-
-    With `server_url` the answers come from `server_model` there; `model` then names configuration and processor alone.
-    """
-    from vigos.data.benchmarks import load_benchmark
-    from vigos.data.examples import load_rows
+    source: EvalSource, config: EvalConfig, *, progress: Callable[[int, int | None], None] | None = None
+) -> dict[str, Any]:
+    """Evaluate, and write `records.jsonl` and `summary.json` to `source.output_dir`; finished examples are kept."""
     from vigos.eval.evaluate import evaluate
-    from vigos.eval.judge import Judge
 
-    if (judge_url is None) != (judge_model is None):
-        raise ValueError(f"judge_url and judge_model go together, got {judge_url!r} and {judge_model!r}")
-    if (server_url is None) != (server_model is None):
-        raise ValueError(f"server_url and server_model go together, got {server_url!r} and {server_model!r}")
-    if server_url is not None and adapter is not None:
-        raise ValueError(f"adapter must be loaded by the server, and server_model its name there; got {adapter!r}")
-    judge = Judge(judge_url, judge_model) if judge_url is not None and judge_model is not None else None
-    # Before the model: what is wrong with the data is said at once.
-    if benchmark is None:
-        rows = load_rows(data, data_root=data_root, allow_outside_root=allow_outside_root)
-    else:
-        rows = load_benchmark(benchmark, data, allow_outside_root=allow_outside_root)
-
-    loaded = engine = None
-    if server_url is not None and server_model is not None:
-        engine, processor, prompts = load_served(
-            model, server_url, server_model, concurrency=batch_size, prompts_file=prompts_file
-        )
-    else:
-        loaded, processor, prompts = load_student(model, adapter=adapter, prompts_file=prompts_file, dtype=dtype)
-    output.mkdir(parents=True, exist_ok=True)
+    examples = source.examples()  # before the model: what is wrong with the data is said at once
+    judge = source.judge()
+    model, processor, prompts, engine = source.student(concurrency=config.batch_size)
+    folder = Path(source.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     result = evaluate(
-        loaded, processor, rows, prompts=prompts, k=k, batch_size=batch_size, seed=seed,
-        records=output / "records.jsonl", progress=progress, judge=judge, engine=engine,
-        eos_token_ids=None if engine is None else engine.checks.eos_token_ids, **sampling,
+        model, processor, examples, config, prompts=prompts, engine=engine, records=folder / "records.jsonl",
+        eos_token_ids=None if engine is None else engine.checks.eos_token_ids, judge=judge, progress=progress,
     )  # fmt: skip
     summary = result.summary()
-    (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def probe_from_source(source: EvalSource, config: EvalConfig) -> dict[str, Any]:
+    """Evaluate with each probe, and write their records and `probes.json` to `source.output_dir`."""
+    from vigos.eval.probes import probe, summarise
+
+    if source.server_url is not None:
+        raise ValueError(f"server_url must not be set for probes, which load the model, got {source.server_url!r}")
+    examples: Any = source.examples()
+    model, processor, prompts, _ = source.student()
+    folder = Path(source.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarise(
+        *probe(model, processor, examples, config, folder=folder, prompts=prompts, judge=source.judge())
+    )
+    (folder / "probes.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary

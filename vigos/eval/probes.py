@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream
-from vigos.eval.evaluate import Comparison, EvaluationResult, compare, evaluate
+from vigos.eval.config import EvalConfig
+from vigos.eval.evaluate import evaluate
+from vigos.eval.results import Comparison, EvaluationResult, compare
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,37 +102,41 @@ def blurred(image: Image) -> Image:
 def probe(
     model: Any,
     processor: Any,
-    rows: ExampleDataset | ExampleStream,
+    examples: ExampleDataset | ExampleStream,
+    config: EvalConfig | None = None,
     *,
     probes: Sequence[Probe] = PROBES,
     folder: str | Path | None = None,
-    seed: int = 0,
     progress: Callable[[str, int, int | None], None] | None = None,
     **options: Any,
 ) -> tuple[EvaluationResult, dict[Probe, Probed]]:
-    """Evaluates a model on rows as they are, then under each probe; returns the intact result and the probes'.
+    """Evaluate a model on examples as they are, then under each probe; return the intact result and the probes'.
 
     Args:
-        rows: from `load_rows`, not a stream.
+        examples: from `load_rows`, not a stream.
+        config: as in `evaluate`; its seed also draws the swaps.
         folder: gets `intact.jsonl` and `<probe>.jsonl`; a probe that was stopped goes on where it stopped.
-        progress: called with (name, rows done, rows in all).
-        options: of `vigos.eval.evaluate.evaluate`: prompts, k, temperature, max_new_tokens, batch_size, …
+        progress: called with (name, examples done, examples in all).
+        options: further arguments of `evaluate`: prompts, engine, judge, or fields of `EvalConfig`.
     """
-    if not isinstance(rows, ExampleDataset):
-        raise ValueError(f"rows must be a ExampleDataset from load_rows (not a stream), got {type(rows).__name__}")
+    if not isinstance(examples, ExampleDataset):
+        raise ValueError(
+            f"examples must be an ExampleDataset from load_rows (not a stream), got {type(examples).__name__}"
+        )
     for name in probes:
         if name not in PROBES:
             raise ValueError(f"probes must be among {', '.join(PROBES)}, got {name!r}")
+    seed = options.get("seed", (config or EvalConfig()).seed)
 
     def run(name: str, data: ExampleDataset) -> EvaluationResult:
         records = None if folder is None else Path(folder) / f"{name}.jsonl"
         tick = None if progress is None else lambda done, total: progress(name, done, total)
-        return evaluate(model, processor, data, records=records, seed=seed, progress=tick, **options)
+        return evaluate(model, processor, data, config, records=records, progress=tick, **options)
 
-    intact = run("intact", rows)
+    intact = run("intact", examples)
     found: dict[Probe, Probed] = {}
     for name in probes:
-        result = run(name, ProbedExamples(rows, name, seed=seed))
+        result = run(name, ProbedExamples(examples, name, seed=seed))
         found[name] = Probed(result, compare(intact, result))
     return intact, found
 

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vigos.eval.evaluate import Comparison, EvaluationResult, Metric, compare
+from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.figures import Chart
 

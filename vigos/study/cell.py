@@ -15,7 +15,7 @@ from torch import nn
 from vigos.study.plan import ARM, MAX_TOKENS, TEST_SEED
 
 if TYPE_CHECKING:
-    from vigos.eval.evaluate import EvaluationResult
+    from vigos.eval.results import EvaluationResult
     from vigos.study.plan import Cell
     from vigos.train.config import ViGOSConfig
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vigos.eval.evaluate import bootstrap_interval, sign_test
+from vigos.eval.statistics import bootstrap_interval, sign_test
 from vigos.study.plan import ARMS, World
 
 if TYPE_CHECKING:
