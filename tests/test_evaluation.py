@@ -17,6 +17,7 @@ from vigos.eval.evaluate import evaluate, model_fingerprint
 from vigos.eval.results import EvaluationResult, compare
 from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test, wilson_interval
 from vigos.method.prompts import Prompts
+from vigos.rollout.engine import RolloutEngine
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ def world(tmp_path_factory):
 SHORT = {"temperature": 1.0, "max_new_tokens": 12, "batch_size": 4, "seed": 5}
 
 
-class Scripted:
+class Scripted(RolloutEngine):
     """A rollout engine that says what it is told, in the tokens of `tokenizer`."""
 
     def __init__(self, tokenizer, say):
@@ -433,7 +434,7 @@ def test_wrong_arguments_are_named(base, world):
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers, vigos.rollout.engine, vigos.eval.evaluate
+import torch, transformers, vigos.rollout.generate, vigos.eval.evaluate
 from vigos.data.examples import load_rows
 from vigos.world import load_base
 

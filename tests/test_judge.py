@@ -15,6 +15,7 @@ from helpers.processes import HELPERS
 from vigos.data.examples import load_rows
 from vigos.eval.evaluate import evaluate
 from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError
+from vigos.rollout.engine import RolloutEngine
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_mistakes() -> None:
         Judge("http://localhost", "judge", timeout=0)
 
 
-class Says:
+class Says(RolloutEngine):
     """An engine with one answer."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:

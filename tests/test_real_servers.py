@@ -26,7 +26,8 @@ import torch
 from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
-from vigos.rollout.engine import Sampling, TransformersEngine
+from vigos.rollout.engine import Sampling
+from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.server import RolloutServerError, ServerEngine
 from vigos.rollout.vllm import VLLMEngine
 from vigos.train.config import ViGOSConfig
@@ -222,7 +223,7 @@ def test_vllm_samples_from_the_distribution_that_was_asked_for(
     """First tokens against temperature, top-k and top-p of the logits, by chi-square; an adapter makes them flat."""
     student = adapter(load_base()[0], tmp_path, 0.3)
     engine, prompt = make(), prompts[1]
-    engine.push(student, 9, {n: p for n, p in student.named_parameters() if p.requires_grad})
+    engine.update_weights(9, student, {n: p for n, p in student.named_parameters() if p.requires_grad})
     sampling = Sampling(temperature=2.0, top_p=0.9, top_k=12, max_new_tokens=1, n=100)
     found = torch.cat(engine.generate([prompt] * 20, sampling, 11))
     with torch.no_grad():
@@ -265,7 +266,7 @@ def test_vllm_samples_from_the_adapter_it_was_sent_last(
         assert not before or not same(wanted, before)
         if step == 2 and scale == 0.15:
             engine = make()
-        engine.push(student, step, {n: p for n, p in student.named_parameters() if p.requires_grad})
+        engine.update_weights(step, student, {n: p for n, p in student.named_parameters() if p.requires_grad})
         assert engine.model == f"vigos-{step}"
         for _ in range(2):  # the second time from cached prefixes
             assert same(engine.generate(prompts, GREEDY, 0), wanted)

@@ -8,7 +8,8 @@ from helpers.tiny_models import prompt, tiny_model, words
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
-from vigos.rollout.engine import Sampling, TransformersEngine, _Sampler, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout.engine import Sampling, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout.generate import TransformersEngine, _Sampler
 
 EOS = 2
 FAMILY = "qwen2_5_vl"

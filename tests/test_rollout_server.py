@@ -18,7 +18,8 @@ from helpers.processes import HELPERS
 from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
-from vigos.rollout.engine import Sampling, TransformersEngine
+from vigos.rollout.engine import Sampling
+from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.server import KEY_VARIABLE, RolloutServerError, ServerEngine
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
@@ -176,7 +177,7 @@ def test_an_adapter_is_loaded_over_a_stale_one_of_the_same_run(
         for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
             parameter.data.mul_(scale)
         served = engine(base, port, "adapters", adapters=tmp_path / folder)
-        served.push(model, 3, {n: p for n, p in model.named_parameters() if p.requires_grad})
+        served.update_weights(3, model, {n: p for n, p in model.named_parameters() if p.requires_grad})
         return served
 
     stale, other = push("run", 0.0).generate(prompts, SAMPLING, 5), push("other", 2.0)

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from helpers.restart_cases import At, child, resume, step_of, until, wait
 from vigos.data.examples import load_rows
 from vigos.errors import TrainingStopped, end_process
-from vigos.rollout.engine import TransformersEngine
+from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.prefetch import Request
 from vigos.train.checkpoint import checkpoints, last_checkpoint
 from vigos.train.config import ViGOSConfig

@@ -33,7 +33,7 @@ from helpers.training import (
 from vigos.errors import end_process
 from vigos.method.encode import EncodedPrompt
 from vigos.models.sharding import made_whole, sharding_of, whole_trained
-from vigos.rollout.engine import Sampling
+from vigos.rollout.engine import RolloutEngine, Sampling
 from vigos.train.checkpoint import last_checkpoint
 from vigos.train.trainer import ViGOSTrainer
 
@@ -100,17 +100,18 @@ ZERO_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class ByRow:
+class ByRow(RolloutEngine):
     """A rollout engine that writes what `SCRIPT` says for the digit that a prompt asks about.
 
     Like one on a server it is given the adapter: `pushed` holds the last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owns_weights: bool = True) -> None:
+        self.owns_weights = owns_weights
         self.pushed: dict[str, Tensor] = {}
 
-    def push(self, model: Any, step: int, weights: dict[str, Tensor]) -> None:
-        self.pushed = weights
+    def update_weights(self, step: int, model: Any, weights: dict[str, Tensor] | None) -> None:
+        self.pushed = weights or {}
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         return [self._written(prompt) for prompt in prompts]

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from vigos.method.encode import EncodedPrompt, ImageInputs
-from vigos.rollout.engine import Sampling, TransformersEngine
+from vigos.rollout.engine import Sampling
+from vigos.rollout.generate import TransformersEngine
 from vigos.world import load_base
 
 torch.set_num_threads(1)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def build(case: str, models: Path, folder: Path, tensor_parallel: int, ranks: in
     rows = [row | {"images": []} for row in data()] if text else data()
     engine = trainer(model, config(folder, **options), rows)
     if not sampled:  # an adapter goes to the engine at every step, as to a server
-        engine.engine = ByRow() if engine.args.lora else SimpleNamespace(generate=ByRow().generate)
+        engine.engine = ByRow(owns_weights=engine.args.lora)
     return engine
 
 

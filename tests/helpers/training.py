@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, T
 
 from vigos.method.encode import EncodedPrompt
 from vigos.method.prompts import Prompts
-from vigos.rollout.engine import Sampling
+from vigos.rollout.engine import RolloutEngine, Sampling
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path
@@ -96,7 +96,7 @@ def rows(n: int, *, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-class ScriptedEngine:
+class ScriptedEngine(RolloutEngine):
     """A rollout engine that has its completions from a list, in turn, tokenised and (where finished) ended by EOS."""
 
     def __init__(self, texts: Sequence[str], unfinished: Sequence[str] = (CUT_OFF,)) -> None:

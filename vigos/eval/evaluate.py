@@ -75,7 +75,8 @@ def evaluate(
     Raises:
         ValueError: an option out of range, records of another evaluation, or no example that could be used.
     """
-    from vigos.rollout.engine import TransformersEngine, eos_ids, placeholder_ids
+    from vigos.rollout.engine import eos_ids, placeholder_ids
+    from vigos.rollout.generate import TransformersEngine
     from vigos.scoring.teacher import base_model
 
     config = dataclasses.replace(config or EvalConfig(), **options)
@@ -86,14 +87,14 @@ def evaluate(
     tokenizer = getattr(processor, "tokenizer", processor)
     base = None if model is None else base_model(model)
     if eos_token_ids is None:
-        eos_token_ids = getattr(engine, "eos_token_ids", None) or eos_ids(base, tokenizer)
+        eos_token_ids = engine.eos_token_ids or eos_ids(base, tokenizer)
     image_token_ids = placeholder_ids(base.config) if base is not None else ()
 
     settings = {
         "format": FORMAT, "k": config.k, "n": sampling.n, "seed": config.seed, "validity": config.validity,
         "batch_size": config.batch_size, "sampling": dataclasses.asdict(sampling),
         "prompts": _digest(json.dumps(dataclasses.asdict(prompts))),
-        "model": getattr(engine, "served_name", "") if model is None else model_fingerprint(model),
+        "model": engine.served_name if model is None else model_fingerprint(model),
     }  # fmt: skip
     if judge is not None:
         settings["judge"] = judge.model

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from vigos.errors import TrainingStopped
 from vigos.method.encode import EncodedPrompt
-from vigos.rollout.engine import adapter_name
 
 
 class RolloutError(TrainingStopped):
@@ -81,13 +78,6 @@ class RolloutChecks:
                 "max_completion_length, or it has a limit of its own"
             )
         return torch.tensor(ids, dtype=torch.int64)
-
-
-def drop_adapters(folder: Path, keep: str) -> None:
-    """Removes the adapters of other steps, those of a run that was cut among them."""
-    for old in folder.glob(adapter_name("*")):
-        if old.name != keep:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:

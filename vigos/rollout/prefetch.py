@@ -20,8 +20,8 @@ step before.
 Exactly one step: except in the first step of an epoch, whose rows nobody knows before it begins. Its rollouts are its
 own, as in the first step of a run.
 
-The engine must have weights of its own, which it is sent (`push`): server and vLLM have. One that samples from the
-model that the optimizer is stepping would mix weights of two steps within a completion, and is refused.
+The engine must own its weights (`update_weights` moves them on): server and vLLM do. One that samples from the model
+that the optimizer is stepping would mix weights of two steps within a completion, and is refused.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Request:
 
 
 def check_engine(engine: RolloutEngine) -> None:
-    """Refuses one that has no weights of its own."""
-    if not hasattr(engine, "push"):
+    """Refuse an engine that does not own its weights."""
+    if not engine.owns_weights:
         raise ValueError(
             "async_rollout must be 0 with an engine that samples from the model in training, whose weights the "
             f"optimizer would change under it, got 1 with {type(engine).__name__}; take rollout_engine='server' (or "

@@ -29,7 +29,6 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,9 @@ import requests
 from torch import Tensor, nn
 
 from vigos.method.encode import Chat, EncodedPrompt
-from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, drop_adapters
-from vigos.rollout.engine import Sampling, adapter_name, stream_seed
+from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
+from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion
+from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
 from vigos.rollout.threads import each
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class RolloutServerError(RolloutError):
     """The server is gone, refuses, or answers what cannot be used."""
 
 
-class ServerEngine:
-    """A `RolloutEngine` on a server. Completions are as exact as with the model at hand: ids, not text.
+class ServerEngine(RolloutEngine):
+    """Sample on a server. Completions are as exact as with the model at hand: ids, not text.
 
     Args:
         url: up to and including /v1.
@@ -73,6 +73,8 @@ class ServerEngine:
         pause: seconds before the second try, doubled for each further one.
         adapters: folder in which adapters are saved for the server; None: none are.
     """
+
+    owns_weights = True
 
     def __init__(
         self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
@@ -89,7 +91,8 @@ class ServerEngine:
                 f"{concurrency}, {timeout}, {retries}"
             )
         self.url, self.base, self.model = url.rstrip("/"), model, model
-        self.checks = RolloutChecks(tokenizer, tuple(eos_token_ids), tuple(banned_token_ids), vocab_size)
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
         self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
         self.adapters = None if adapters is None else Path(adapters)
         self.retried = 0  # tries beyond the first, over the run
@@ -104,10 +107,8 @@ class ServerEngine:
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         """See `RolloutEngine.generate`. Raises RolloutServerError."""
-        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        asked = replace(sampling, n=1) if sampling.temperature == 0 else sampling  # vLLM refuses n > 1 greedy ones
+        asked = sampling.without_copies()
+        seeds = prompt_seeds(seed, len(prompts))
         bodies = [self._body(prompt, asked, s) for prompt, s in zip(prompts, seeds, strict=True)]
         found = each(
             lambda job: self._completions(*job, asked), list(zip(prompts, bodies, strict=True)), self.concurrency
@@ -117,24 +118,26 @@ class ServerEngine:
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
     @property
-    def served_name(self) -> str:
-        """What requests ask for: the base model, or this run's adapter `self.model`."""
+    def served_name(self) -> str:  # type: ignore[override]
+        """Name that requests ask for: the base model, or this run's adapter `self.model`."""
         return self._served_name(self.model)
 
     def _served_name(self, model: str) -> str:
         return model if model == self.base else f"{model}-{self._run}"
 
-    def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
-        """Saves the adapter of a peft model and has the server load it; returns its name. Drops the one before.
+    def update_weights(self, step: int, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+        """Save the student's adapter and have the server load it, and drop the one before (leader rank).
 
-        Args:
-            weights: the trained parameters by name, whole (`vigos.models.sharding.whole_trained`).
+        Other ranks ask for it by its name from then on. See `RolloutEngine.update_weights`.
         """
-        if self.adapters is None:
-            raise ValueError("adapters must be a folder that the server reads too, got None")
         name = adapter_name(step)
-        folder = (self.adapters / name).resolve()
-        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+        if weights is not None:
+            folder = save_adapter(self.adapters, step, model, weights)
+            self._load(name, folder)
+            drop_adapters(folder.parent, keep=name)
+        self.model = name
+
+    def _load(self, name: str, folder: Path) -> None:
         load = {"lora_name": self._served_name(name), "lora_path": str(folder)}
         try:
             self._request("load_lora_adapter", load)
@@ -144,11 +147,8 @@ class ServerEngine:
             # From before this run was resumed, or from a try whose answer was lost: other weights, perhaps.
             self._request("unload_lora_adapter", {"lora_name": load["lora_name"]})
             self._request("load_lora_adapter", load)
-        before, self.model = self.model, name
-        if before not in (self.base, name):
-            self._unload(self._served_name(before))
-        drop_adapters(self.adapters, keep=name)
-        return name
+        if self.model not in (self.base, name):
+            self._unload(self._served_name(self.model))
 
     def _unload(self, name: str) -> None:
         try:

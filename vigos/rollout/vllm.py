@@ -14,19 +14,19 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
-from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed, drop_adapters
-from vigos.rollout.engine import Sampling, adapter_name, stream_seed
+from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
+from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed
+from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
 
 
-class VLLMEngine:
-    """A `RolloutEngine` on `vllm.LLM`.
+class VLLMEngine(RolloutEngine):
+    """Sample with `vllm.LLM`.
 
     Args:
         model: folder or name of the base model.
@@ -39,6 +39,8 @@ class VLLMEngine:
         options: further arguments of `vllm.LLM`, such as dtype, max_model_len and gpu_memory_utilization.
     """
 
+    owns_weights = True
+
     def __init__(
         self, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int], banned_token_ids: Sequence[int] = (),
         vocab_size: int | None = None, adapters: str | Path | None = None, lora_r: int = 64, **options: Any,
@@ -47,7 +49,8 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise ImportError("VLLMEngine needs vLLM: pip install 'vigos[vllm]'") from error
-        self.checks = RolloutChecks(tokenizer, tuple(eos_token_ids), tuple(banned_token_ids), vocab_size)
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
         self.base = self.model = model
         self.adapters = None if adapters is None else Path(adapters)
         self._adapter: Any = None  # LoRARequest of self.model
@@ -66,17 +69,14 @@ class VLLMEngine:
         """See `RolloutEngine.generate`. Raises RolloutError."""
         from vllm import SamplingParams
 
-        seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed must be one integer or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        asked = replace(sampling, n=1) if sampling.temperature == 0 else sampling  # vLLM refuses n > 1 greedy ones
+        asked = sampling.without_copies()
         parameters = [
             SamplingParams(
                 n=asked.n, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
                 max_tokens=asked.max_new_tokens, seed=s, detokenize=False,
                 logit_bias=dict.fromkeys(self.checks.banned_token_ids, -100.0) or None,
             )
-            for s in seeds
+            for s in prompt_seeds(seed, len(prompts))
         ]  # fmt: skip
         inputs = [self._input(prompt) for prompt in prompts]
         outputs = self.llm.generate(inputs, parameters, lora_request=self._adapter, use_tqdm=False)
@@ -87,25 +87,24 @@ class VLLMEngine:
             completions += found * (sampling.n // asked.n)
         return completions
 
-    def push(self, model: nn.Module, step: int, weights: dict[str, Tensor]) -> str:
-        """Saves the adapter of a peft model and samples with it from now on; returns its name. Drops the one before.
+    @property
+    def served_name(self) -> str:  # type: ignore[override]
+        """Name of the base model or of the adapter in use."""
+        return self.model
 
-        Args:
-            weights: the trained parameters by name, whole (`vigos.models.sharding.whole_trained`).
-        """
+    def update_weights(self, step: int, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+        """Save the student's adapter, sample with it, and drop the one before. See `RolloutEngine.update_weights`."""
         from vllm.lora.request import LoRARequest
 
-        if self.adapters is None:
-            raise ValueError("adapters must be a folder to save them in, got None")
+        if weights is None:
+            raise ValueError("weights must be the trained parameters: vLLM in process serves one rank, got None")
         name = adapter_name(step)
-        folder = (self.adapters / name).resolve()
-        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+        folder = save_adapter(self.adapters, step, model, weights)
         # A number and a name that were never used: vLLM keeps adapters by the one and cached prefixes by the other.
         self._pushed += 1
         self._adapter = LoRARequest(f"{name}-{self._pushed}", self._pushed, str(folder))
         self.model = name
-        drop_adapters(self.adapters, keep=name)
-        return name
+        drop_adapters(folder.parent, keep=name)
 
     def close(self) -> None:
         """Ends vLLM's processes and gives its memory back; without it they end with this process."""

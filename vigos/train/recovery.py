@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from transformers import Trainer
 
 from vigos.errors import TrainingStopped
 from vigos.method.supervise import RoutedBatch
+from vigos.models.memory import free_memory
 from vigos.models.sharding import local
 from vigos.models.tensor_parallel import Replicas, share_gradients
 from vigos.scoring.teacher import TeacherScorer
@@ -40,13 +40,6 @@ def gradients_finite(model: nn.Module) -> Tensor:
         return torch.tensor(True)
     norms = torch._foreach_norm([g for g in gradients if g.numel()] or gradients)
     return torch.isfinite(torch.stack([n.float() for n in norms])).all()
-
-
-def free_memory() -> None:
-    """After an allocation failed: gives back what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class RobustTrainer(Trainer):

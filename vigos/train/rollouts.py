@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vigos.data.examples import BadExample, Example
@@ -22,13 +21,14 @@ from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import Rollout, assignments, teacher_prefill
-from vigos.models.sharding import sharding_of, whole_trained, with_whole_weights
-from vigos.rollout.engine import RolloutEngine, TransformersEngine, adapter_name, eos_ids, placeholder_ids, stream_seed
+from vigos.models.sharding import whole_trained
+from vigos.rollout.engine import RolloutEngine, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.prefetch import Request, RolloutsAhead, check_engine
 from vigos.rollout.vllm import VLLMEngine
 from vigos.scoring.teacher import base_model
 from vigos.train.config import ViGOSConfig
-from vigos.train.recovery import RobustTrainer, free_memory
+from vigos.train.recovery import RobustTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class RolloutTrainer(RobustTrainer):
     def _push_adapter(self) -> None:
         """The rollout server samples from the student as it stands: its adapter goes there once a step."""
         step = self.state.global_step
-        if step == self._pushed_step or not hasattr(self.engine, "push"):
+        if step == self._pushed_step or not self.engine.owns_weights:
             return
         if self.args.async_rollout:  # until no rank samples from the adapter that the server now drops
             self.ahead.settle()
@@ -239,9 +239,10 @@ class RolloutTrainer(RobustTrainer):
         student = self.accelerator.unwrap_model(self.model_wrapped)
         weights = whole_trained(student)
         if self.is_world_process_zero():
-            self.engine.push(student, step, weights)
+            self.engine.update_weights(step, student, weights)
         self.accelerator.wait_for_everyone()
-        self.engine.model = adapter_name(step)  # type: ignore[attr-defined]
+        if not self.is_world_process_zero():
+            self.engine.update_weights(step, student, None)
         self._pushed_step = step
 
     def _generate(self, request: Request) -> list[Tensor]:
@@ -249,29 +250,7 @@ class RolloutTrainer(RobustTrainer):
             with self.accelerator.autocast():
                 return self.engine.generate(request.prompts, self.args.sampling, request.seeds)
 
-        def run() -> list[Tensor]:
-            together = isinstance(self.engine, TransformersEngine)
-            return self.replicas.rollouts(sample, self.args.device, together=together)
-
-        def run_in_memory() -> list[Tensor]:
-            engine = self.engine
-            while isinstance(engine, TransformersEngine):
-                try:
-                    return run()
-                except torch.OutOfMemoryError:
-                    size = engine.batch_size or len(request.rows) * self.args.num_generations
-                    if size == 1 or self.replicas.group is not None:  # whose ranks all sample the same batch
-                        raise
-                    engine.batch_size = size // 2  # changes no sample
-                logger.warning(
-                    "out of memory while sampling: going on with rollout_batch_size=%d instead of %d", size // 2, size
-                )
-                free_memory()
-            return run()
-
-        if sharding_of(self.model) == "fsdp2" and isinstance(self.engine, TransformersEngine):
-            return with_whole_weights(self.model, run_in_memory)
-        return run_in_memory()
+        return self.replicas.rollouts(sample, self.args.device, together=self.engine.collective)
 
     # --- Rows, prompts, spans -------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ from vigos.method.supervise import (
 from vigos.models.sharding import head_tensors, sharding_of, whole_state
 from vigos.models.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head
 from vigos.models.vision_cache import VisionCache
-from vigos.rollout.engine import RolloutEngine, TransformersEngine
+from vigos.rollout.engine import RolloutEngine
 from vigos.scoring.teacher import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
 from vigos.train.checkpoint import last_checkpoint
 from vigos.train.config import ViGOSConfig
@@ -352,7 +352,7 @@ class _StepCallback(TrainerCallback):
         trainer = self.trainer
         trainer.policy.bind(trainer.model_wrapped)
         trainer.restore_own_state()
-        if sharding_of(trainer.model_wrapped) == "zero3" and isinstance(trainer.engine, TransformersEngine):
+        if sharding_of(trainer.model_wrapped) == "zero3" and trainer.engine.collective:
             raise ValueError(
                 "rollout_engine must be a server's under ZeRO-3, which gathers all weights for every token of a "
                 "rollout; or take FSDP2 (configs/fsdp2.yaml) or ZeRO-2, with rollouts in the training process"
