@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vigos.launch import Source
-from vigos.train.config import PRESETS, ViGOSConfig, choices_of
+from vigos.method.objective import PRESETS, choices_of
+from vigos.train.config import ViGOSConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

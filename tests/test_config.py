@@ -10,7 +10,8 @@ import pytest
 from transformers import HfArgumentParser
 
 import vigos
-from vigos.train.config import PRESETS, ViGOSConfig, choices_of
+from vigos.method.objective import PRESETS, choices_of
+from vigos.train.config import ViGOSConfig
 
 OWN = [f for f in fields(ViGOSConfig) if f.name in ViGOSConfig.__annotations__]
 
@@ -104,8 +105,8 @@ def test_combinations_that_cannot_run(tmp_path: Path) -> None:
 
 
 def test_opsd_has_one_term_of_weight_one(tmp_path: Path) -> None:
-    assert make(tmp_path, method="opsd", lambda_reference=5.0).lambdas == (0.0, 0.0, 1.0)
-    assert make(tmp_path).lambdas == (1.0, 1.0, 2.0)
+    assert make(tmp_path, method="opsd", lambda_reference=5.0).objective.lambdas == (0.0, 0.0, 1.0)
+    assert make(tmp_path).objective.lambdas == (1.0, 1.0, 2.0)
 
 
 def test_every_option_is_explained_and_is_a_flag(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_every_option_is_read() -> None:
     inherited = {"learning_rate", "max_grad_norm", "num_train_epochs", "gradient_accumulation_steps", "logging_steps"}
     for f in OWN:
         if f.name not in inherited | {"dataloader_pin_memory"}:  # transformers reads these
-            assert re.search(rf"(?:args|config|self)\.{f.name}\b", source), f"nothing reads {f.name}"
+            assert re.search(rf"(?:args|config|self|objective)\.{f.name}\b", source), f"nothing reads {f.name}"
 
 
 def test_choices_hold_our_own_fields_alone() -> None:

@@ -154,7 +154,7 @@ def test_moving_average_teaches_in_palr_too(tmp_path: Path) -> None:
     texts = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
     made = trained(tmp_path, data, texts, teacher="ema", lora=False, train_head=True)
     found = rollouts_of(made, data)
-    _, out = made.compute_loss(made.model, {"batch": route(found, made.args)}, return_outputs=True)
+    _, out = made.compute_loss(made.model, {"batch": route(found, made.args.objective)}, return_outputs=True)
     ours = measured(made, found, wrong=WRONG)
     torch.testing.assert_close(ours.teacher, out.teacher_logprob.double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.student, out.student_logprob.double(), rtol=0, atol=1e-5)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.training import config
 from torch import Tensor
 
 import vigos.method.supervise as routing
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 from vigos.method.encode import EncodedPrompt
+from vigos.method.objective import Objective
 from vigos.method.spans import Spans
 from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, assignments, count_terms, divisors, route
 
@@ -78,8 +77,8 @@ def check_rows(batch: RoutedBatch) -> None:
     assert set(supervision.student_row.tolist()) == set(range(len(student)))
 
 
-def test_valid_rollout(tmp_path: Path) -> None:
-    batch = route([rollout(VALID)], config(tmp_path))
+def test_valid_rollout() -> None:
+    batch = route([rollout(VALID)], Objective())
     clip, inverse = 0.05, {"perception": 1 / 4, "reasoning": 1 / 6}
     expected = [
         (0, "perception", "description", i, FORWARD_KL, clip, round(inverse["perception"], 6)) for i in range(4)
@@ -97,17 +96,17 @@ def test_valid_rollout(tmp_path: Path) -> None:
     assert len(reasoning.completion_ids) == 14, "the reasoning teacher reads the student's description before it"
 
 
-def test_invalid_rollout_meets_the_reference_teacher_alone(tmp_path: Path) -> None:
-    batch = route([rollout(INVALID, extra=3)], config(tmp_path))
+def test_invalid_rollout_meets_the_reference_teacher_alone() -> None:
+    batch = route([rollout(INVALID, extra=3)], Objective())
     segments = ["description"] * 3 + ["other"] * 4
     assert table(batch) == [(0, "reference", s, i, REVERSE_KL, 0.05, round(2 / 7, 6)) for i, s in enumerate(segments)]
     check_rows(batch)
-    finished = route([rollout(TAGLESS)], config(tmp_path))
+    finished = route([rollout(TAGLESS)], Objective())
     assert finished.token.tolist() == [0, 1], "EOS is supervised"
 
 
-def test_released_prefix_starts_after_the_tag(tmp_path: Path) -> None:
-    batch = route([rollout(RELEASED)], config(tmp_path, preset="released"))
+def test_released_prefix_starts_after_the_tag() -> None:
+    batch = route([rollout(RELEASED)], Objective.preset("released"))
     check_rows(batch)
     _, reasoning = batch.teacher_sequences
     assert reasoning.scored.tolist() == list(range(9))
@@ -115,17 +114,17 @@ def test_released_prefix_starts_after_the_tag(tmp_path: Path) -> None:
     assert batch.token[batch.term == 1].tolist() == list(range(6, 15))
 
 
-def test_boundary_clips(tmp_path: Path) -> None:
-    args = config(tmp_path, token_clip=0.25, description_end_clip=0.5, reasoning_start_clip=0.125)
+def test_boundary_clips() -> None:
+    args = Objective(token_clip=0.25, description_end_clip=0.5, reasoning_start_clip=0.125)
     clip = route([rollout(VALID), rollout(INVALID, 1)], args).supervision.clip
     assert clip.tolist() == [0.25] * 3 + [0.5, 0.125] + [0.25] * 5 + [0.25] * 7  # type: ignore[union-attr]
     for mode in ("entry", "none"):
-        clip = route([rollout(VALID)], config(tmp_path, clip_mode=mode, description_end_clip=0.5)).supervision.clip
+        clip = route([rollout(VALID)], Objective(clip_mode=mode, description_end_clip=0.5)).supervision.clip
         assert torch.isinf(clip).all(), f"clip_mode={mode} clips no tokens"  # type: ignore[arg-type]
 
 
-def test_opsd_supervises_every_token_of_every_rollout(tmp_path: Path) -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], config(tmp_path, method="opsd"))
+def test_opsd_supervises_every_token_of_every_rollout() -> None:
+    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(method="opsd"))
     check_rows(batch)
     assert batch.token.tolist() == [*range(16), 0, 1]
     assert {t for _, t, *_ in table(batch)} == {"reference"}
@@ -136,15 +135,15 @@ def test_opsd_supervises_every_token_of_every_rollout(tmp_path: Path) -> None:
     )
 
 
-def test_weight_zero_leaves_a_term_out(tmp_path: Path) -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], config(tmp_path, lambda_perception=0.0, lambda_reference=0.0))
+def test_weight_zero_leaves_a_term_out() -> None:
+    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(lambda_perception=0.0, lambda_reference=0.0))
     assert {t for _, t, *_ in table(batch)} == {"reasoning"}
     assert [s.owner for s in batch.student_sequences] == [(0, "student")], "an unsupervised rollout is not run at all"
     check_rows(batch)
 
 
-def test_invalid_rows_by_the_others(tmp_path: Path) -> None:
-    args = config(tmp_path, invalid_rows="others")
+def test_invalid_rollouts_by_the_others() -> None:
+    args = Objective(invalid_rollouts="others")
     batch = route([rollout(INVALID), rollout(TAGLESS, 1)], args)
     assert [(o, t, i) for o, t, _, i, *_ in table(batch)] == [
         *((0, "perception", i) for i in range(3)),
@@ -152,7 +151,7 @@ def test_invalid_rows_by_the_others(tmp_path: Path) -> None:
         *((1, "reasoning", i) for i in range(2)),
     ]
     check_rows(batch)
-    think = config(tmp_path, invalid_rows="others", reasoning_prefix="think")
+    think = Objective(invalid_rollouts="others", reasoning_prefix="think")
     batch = route([rollout(INVALID), rollout(TAGLESS, 1)], think)
     assert [(o, t, i) for o, t, _, i, *_ in table(batch)] == [
         *((0, "perception", i) for i in range(3)),
@@ -161,32 +160,32 @@ def test_invalid_rows_by_the_others(tmp_path: Path) -> None:
     check_rows(batch)
 
 
-def test_jsd_replaces_every_direction(tmp_path: Path) -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], config(tmp_path, divergence="jsd"))
+def test_jsd_replaces_every_direction() -> None:
+    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(divergence="jsd"))
     assert set(batch.supervision.kind.tolist()) == {JSD}  # type: ignore[union-attr]
 
 
-def test_answer_swallowed_by_its_box(tmp_path: Path) -> None:
-    batch = route([rollout(SWALLOWED)], config(tmp_path))
+def test_answer_swallowed_by_its_box() -> None:
+    batch = route([rollout(SWALLOWED)], Objective())
     assert batch.counts.tokens.tolist() == [4, 5, 0]
     check_rows(batch)
 
 
-def test_without_images_nothing_is_perceived(tmp_path: Path) -> None:
-    batch = route([rollout(VALID, images=0)], config(tmp_path))
+def test_without_images_nothing_is_perceived() -> None:
+    batch = route([rollout(VALID, images=0)], Objective())
     assert {t for _, t, *_ in table(batch)} == {"reasoning"}
-    assert assignments(VALID, config(tmp_path), has_images=False)[0].term == "reasoning"
+    assert assignments(VALID, Objective(), has_images=False)[0].term == "reasoning"
 
 
-def test_image_token_in_a_rollout_leaves_it_out(tmp_path: Path) -> None:
-    batch = route([rollout(STOLEN), rollout(TAGLESS, 1)], config(tmp_path))
+def test_image_token_in_a_rollout_leaves_it_out() -> None:
+    batch = route([rollout(STOLEN), rollout(TAGLESS, 1)], Objective())
     assert set(batch.owner.tolist()) == {1}
     check_rows(batch)
 
 
-def test_nothing_to_supervise(tmp_path: Path) -> None:
+def test_nothing_to_supervise() -> None:
     for rollouts in ([], [rollout(STOLEN)]):
-        batch = route(rollouts, config(tmp_path))
+        batch = route(rollouts, Objective())
         assert batch.n_rows == 0
         assert batch.student_sequences == batch.teacher_sequences == []
         assert batch.counts.tokens.tolist() == [0, 0, 0]
@@ -194,11 +193,11 @@ def test_nothing_to_supervise(tmp_path: Path) -> None:
         assert [f.dtype for f in fields] == [torch.int64, torch.int8, torch.float32, torch.int64]  # type: ignore[union-attr]
 
 
-def test_missing_prompt_names_row_and_role(tmp_path: Path) -> None:
+def test_missing_prompt_names_row_and_role() -> None:
     one = rollout(VALID, 3)
     del one.prompts["perception"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"prompts of row row-3 must hold 'perception'"):
-        route([one], config(tmp_path))
+        route([one], Objective())
 
 
 # --- Normalisation ---------------------------------------------------------------------------------------------------
@@ -222,8 +221,8 @@ def value(row: str, token: int) -> float:
 
 
 @pytest.mark.parametrize("normalize", ["tokens", "sequence"])
-def test_cutting_a_step_into_micro_batches_changes_nothing(tmp_path: Path, normalize: str) -> None:
-    args = config(tmp_path, normalize=normalize)
+def test_cutting_a_step_into_micro_batches_changes_nothing(normalize: str) -> None:
+    args = Objective(normalize=normalize)
     rollouts = [rollout(s, i) for i, s in enumerate((VALID, INVALID, SWALLOWED, TAGLESS, VALID, STOLEN))]
     whole = weighted([rollouts], args, value)
     for cuts in ([1, 2, 3], [3, 3], [5, 1], [1] * 6):
@@ -234,20 +233,20 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(tmp_path: Path, norma
         assert weighted(groups, args, value) == pytest.approx(whole, rel=1e-6)
 
 
-def test_tokens_and_sequence_means(tmp_path: Path) -> None:
+def test_tokens_and_sequence_means() -> None:
     rollouts = [rollout(VALID, 0), rollout(SWALLOWED, 1), rollout(INVALID, 2), rollout(TAGLESS, 3)]
     description = [[value(f"row-{r}", t) for t in range(4)] for r in (0, 1)]
     reference = [[value(f"row-{r}", t) for t in range(n)] for r, n in ((2, 7), (3, 2))]
-    got = weighted([rollouts], config(tmp_path, normalize="tokens"), value)
+    got = weighted([rollouts], Objective(normalize="tokens"), value)
     assert got["perception"] == pytest.approx(sum(map(sum, description)) / 8, rel=1e-6)
     assert got["reference"] == pytest.approx(2 * sum(map(sum, reference)) / 9, rel=1e-6)
-    got = weighted([rollouts], config(tmp_path, normalize="sequence"), value)
+    got = weighted([rollouts], Objective(normalize="sequence"), value)
     assert got["perception"] == pytest.approx(sum(sum(d) / len(d) for d in description) / 2, rel=1e-6)
     assert got["reference"] == pytest.approx(2 * sum(sum(d) / len(d) for d in reference) / 2, rel=1e-6)
 
 
-def test_active_is_a_mean_over_each_micro_batch(tmp_path: Path) -> None:
-    args = config(tmp_path, normalize="active")
+def test_active_is_a_mean_over_each_micro_batch() -> None:
+    args = Objective(normalize="active")
     groups = [[rollout(VALID, 0), rollout(TAGLESS, 1)], [rollout(INVALID, 2)]]
     got = weighted(groups, args, value)
     first = 4 + 6 + 2  # supervised tokens of the first micro-batch, over all terms
@@ -256,15 +255,15 @@ def test_active_is_a_mean_over_each_micro_batch(tmp_path: Path) -> None:
     assert got["reference"] == pytest.approx(2 * (tagless / first + invalid / 7) / 2, rel=1e-6)
 
 
-def test_ranks_scale_weights(tmp_path: Path) -> None:
-    one = route([rollout(VALID)], config(tmp_path)).supervision.weight
-    four = route([rollout(VALID)], config(tmp_path), scale=4.0).supervision.weight
+def test_ranks_scale_weights() -> None:
+    one = route([rollout(VALID)], Objective()).supervision.weight
+    four = route([rollout(VALID)], Objective(), scale=4.0).supervision.weight
     assert isinstance(one, Tensor)
     assert torch.equal(four, 4 * one)  # type: ignore[arg-type]
 
 
-def test_counts_add_up(tmp_path: Path) -> None:
-    args = config(tmp_path)
+def test_counts_add_up() -> None:
+    args = Objective()
     a, b = [rollout(VALID), rollout(STOLEN, 1)], [rollout(TAGLESS, 2), rollout(SWALLOWED, 3)]
     total = count_terms(a, args) + count_terms(b, args)
     assert total.tokens.tolist() == count_terms(a + b, args).tokens.tolist() == [8, 11, 2]

@@ -100,9 +100,9 @@ def test_wrong_plans_are_refused(changes: dict[str, Any], message: str) -> None:
 
 def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
     made = {a.name: cell_config(Cell(a.name, World(), 0, 3, TINY), tmp_path) for a in ARMS if a.kind == "trainer"}
-    assert made["vigos"].lambdas == (1.0, 1.0, 2.0)
+    assert made["vigos"].objective.lambdas == (1.0, 1.0, 2.0)
     assert made["opsd"].method == "opsd"
-    assert made["no_perception"].lambdas == (0.0, 1.0, 2.0)
+    assert made["no_perception"].objective.lambdas == (0.0, 1.0, 2.0)
     assert (made["clip_token"].clip_mode, made["clip_token"].token_clip) == ("token", 0.05)
     assert {c.seed for c in made.values()} == {3}
     options = [f.name for f in dataclasses.fields(ViGOSConfig)]
@@ -117,8 +117,8 @@ def test_reference_direction() -> None:
     kinds = {}
     for direction in ("reverse", "forward"):
         args = config(Path("unused"), reference_kl=direction)
-        kinds[direction] = [a.kind for a in assignments(cut, args)]
-        assert {a.kind for a in assignments(valid, args)} == {FORWARD_KL}
+        kinds[direction] = [a.kind for a in assignments(cut, args.objective)]
+        assert {a.kind for a in assignments(valid, args.objective)} == {FORWARD_KL}
     assert kinds == {"reverse": [REVERSE_KL], "forward": [FORWARD_KL]}
     with pytest.raises(ValueError, match="reference_kl must be one of reverse, forward, got 'backward'"):
         ViGOSConfig(output_dir="unused", use_cpu=True, reference_kl="backward")  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def straight_line(student: Any, teacher: Any, args: ViGOSConfig, data: list[dict
                     p = full_log_probs(teacher, chat(told, "<think>"), image, ids[skipped:])
                     p = torch.cat([torch.full((skipped, p.shape[1]), float("nan"), dtype=p.dtype), p])
                 jobs.append(("reasoning", p, tokens, "forward"))
-            elif args.invalid_rows == "reference":
+            elif args.invalid_rollouts == "reference":
                 p = full_log_probs(teacher, chat(privileged, "<description>"), image, ids)
                 jobs.append(("reference", p, everything, "reverse"))
             else:
@@ -137,7 +137,7 @@ def straight_line(student: Any, teacher: Any, args: ViGOSConfig, data: list[dict
                         clip = args.reasoning_start_clip
                     value = value.clamp(max=clip)
                 per_token.append({"row": number, "term": term, "value": value})
-    weights = dict(zip(("perception", "reasoning", "reference"), args.lambdas, strict=True))
+    weights = dict(zip(("perception", "reasoning", "reference"), args.objective.lambdas, strict=True))
     total = torch.zeros((), dtype=torch.float64)
     for term, weight in weights.items():
         mine = [t for t in per_token if t["term"] == term]
@@ -168,7 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": "jsd", "jsd_beta": 0.3, "token_clip": 0.1},
     "entry": {"clip_mode": "entry", "entry_clip": 0.02},
     "opsd": {"method": "opsd", "clip_mode": "entry"},
-    "others": {"invalid_rows": "others", "token_clip": 0.4},
+    "others": {"invalid_rollouts": "others", "token_clip": 0.4},
     "solution": {"reference_kind": "solution", "clip_mode": "none"},
     "no_perception": {"lambda_perception": 0.0, "clip_mode": "none"},
     "full": {"lora": False, "token_clip": 0.4},
@@ -206,7 +206,8 @@ def test_step_equals_straight_line_float64(case: str, tmp_path: Path) -> None:
     logged = engine.state.log_history[0]
     assert logged["loss"] == pytest.approx(expected.item(), rel=1e-6)
     parts = [
-        logged[f"loss/{t}"] * w for t, w in zip(("perception", "reasoning", "reference"), args.lambdas, strict=True)
+        logged[f"loss/{t}"] * w
+        for t, w in zip(("perception", "reasoning", "reference"), args.objective.lambdas, strict=True)
     ]
     assert sum(parts) == pytest.approx(expected.item(), rel=1e-6)
     (recorded,) = recorder.steps

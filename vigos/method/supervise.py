@@ -17,18 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence
+from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import Spans
-
-if TYPE_CHECKING:
-    from vigos.train.config import ViGOSConfig
 
 Term = Literal["perception", "reasoning", "reference"]
 TERMS: tuple[Term, ...] = ("perception", "reasoning", "reference")
@@ -109,39 +107,39 @@ class RoutedBatch:
         return len(self.term)
 
 
-def assignments(spans: Spans, config: ViGOSConfig, *, has_images: bool = True) -> list[Assignment]:
+def assignments(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
     """Which tokens of a rollout each teacher supervises; terms of weight 0 and terms without tokens are left out."""
     if spans.reason == "image_token":  # its features would be somebody else's: nothing of it can be scored
         return []
     whole = torch.arange(spans.length)
     found: list[Assignment] = []
-    if config.method == "opsd":
-        found.append(_assignment("reference", whole, FORWARD_KL, spans, config))
-    elif not spans.valid and config.invalid_rows == "reference":
-        kind = REVERSE_KL if config.reference_kl == "reverse" else FORWARD_KL
-        found.append(_assignment("reference", whole, kind, spans, config))
+    if objective.method == "opsd":
+        found.append(_assignment("reference", whole, FORWARD_KL, spans, objective))
+    elif not spans.valid and objective.invalid_rollouts == "reference":
+        kind = REVERSE_KL if objective.reference_kl == "reverse" else FORWARD_KL
+        found.append(_assignment("reference", whole, kind, spans, objective))
     else:
-        description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, whole, config)
+        description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, whole, objective)
         if has_images:
-            found.append(_assignment("perception", description, FORWARD_KL, spans, config))
-        found.append(_assignment("reasoning", reasoning, FORWARD_KL, spans, config))
-    weights = dict(zip(TERMS, config.lambdas, strict=True))
+            found.append(_assignment("perception", description, FORWARD_KL, spans, objective))
+        found.append(_assignment("reasoning", reasoning, FORWARD_KL, spans, objective))
+    weights = dict(zip(TERMS, objective.lambdas, strict=True))
     return [a for a in found if len(a.tokens) and weights[a.term] > 0]
 
 
-def teacher_prefill(term: Term, config: ViGOSConfig, prompts: Prompts) -> str | None:
+def teacher_prefill(term: Term, objective: Objective, prompts: Prompts) -> str | None:
     """What opens the assistant's turn of a term's teacher; None: what its role always has."""
     if term != "reasoning":
         return None
-    return prompts.think_prefill if config.reasoning_prefix == "think" else prompts.prefill
+    return prompts.think_prefill if objective.reasoning_prefix == "think" else prompts.prefill
 
 
-def _reasoning_tokens(spans: Spans, whole: Tensor, config: ViGOSConfig) -> Tensor:
+def _reasoning_tokens(spans: Spans, whole: Tensor, objective: Objective) -> Tensor:
     """Valid: reasoning and answer. Invalid (an ablation): all that follows the description, or `<think>` if the teacher
     starts there."""
     if spans.valid:
         return torch.cat([torch.arange(*spans.reasoning), torch.arange(*spans.answer)])
-    if config.reasoning_prefix == "think":
+    if objective.reasoning_prefix == "think":
         return whole[spans.think_start :] if spans.think_start is not None else whole[:0]
     return whole[spans.description[1] :]
 
@@ -153,32 +151,32 @@ def _segments(tokens: Tensor, spans: Spans) -> Tensor:
     return segment
 
 
-def _assignment(term: Term, tokens: Tensor, kind: int, spans: Spans, config: ViGOSConfig) -> Assignment:
-    if config.divergence == "jsd":
+def _assignment(term: Term, tokens: Tensor, kind: int, spans: Spans, objective: Objective) -> Assignment:
+    if objective.divergence == "jsd":
         kind = JSD
-    clip = torch.full(tokens.shape, config.token_clip if config.clip_mode == "token" else NO_CLIP)
-    if config.clip_mode == "token" and len(tokens):
-        if term == "perception" and config.description_end_clip is not None:
-            clip[-1] = config.description_end_clip
-        if term == "reasoning" and config.reasoning_start_clip is not None:
-            clip[0] = config.reasoning_start_clip
+    clip = torch.full(tokens.shape, objective.token_clip if objective.clip_mode == "token" else NO_CLIP)
+    if objective.clip_mode == "token" and len(tokens):
+        if term == "perception" and objective.description_end_clip is not None:
+            clip[-1] = objective.description_end_clip
+        if term == "reasoning" and objective.reasoning_start_clip is not None:
+            clip[0] = objective.reasoning_start_clip
     start = 0
-    if term == "reasoning" and config.reasoning_prefix == "think":
+    if term == "reasoning" and objective.reasoning_prefix == "think":
         start = spans.think_start or 0
     return Assignment(term, tokens, _segments(tokens, spans), clip, kind, start)
 
 
-def count_terms(rollouts: Sequence[Rollout], config: ViGOSConfig) -> TermCounts:
+def count_terms(rollouts: Sequence[Rollout], objective: Objective) -> TermCounts:
     """Supervised tokens and rollouts of a micro-batch, by term."""
     tokens, rows = torch.zeros(2, len(TERMS), dtype=torch.int64)
     for rollout in rollouts:
-        for a in assignments(rollout.spans, config, has_images=bool(rollout.images)):
+        for a in assignments(rollout.spans, objective, has_images=bool(rollout.images)):
             tokens[TERMS.index(a.term)] += len(a.tokens)
             rows[TERMS.index(a.term)] += 1
     return TermCounts(tokens, rows)
 
 
-def divisors(config: ViGOSConfig, step: TermCounts, micro_batch: TermCounts, micro_batches: int = 1) -> Tensor:
+def divisors(objective: Objective, step: TermCounts, micro_batch: TermCounts, micro_batches: int = 1) -> Tensor:
     """What each term's sum is divided by in one micro-batch, (3,) float64; infinite for a term that is empty.
 
     Args:
@@ -186,9 +184,9 @@ def divisors(config: ViGOSConfig, step: TermCounts, micro_batch: TermCounts, mic
         micro_batch: counts of this micro-batch, over ranks (normalize="active").
         micro_batches: how many of them the step has.
     """
-    if config.normalize == "tokens":
+    if objective.normalize == "tokens":
         count = step.tokens
-    elif config.normalize == "sequence":
+    elif objective.normalize == "sequence":
         count = step.rows
     else:  # every supervised token of the micro-batch counts alike, and the step is the mean of its micro-batches
         count = torch.where(micro_batch.tokens > 0, micro_batch.tokens.sum(), 0) * micro_batches
@@ -196,7 +194,7 @@ def divisors(config: ViGOSConfig, step: TermCounts, micro_batch: TermCounts, mic
 
 
 def route(
-    rollouts: Sequence[Rollout], config: ViGOSConfig, divisor: Tensor | None = None, scale: float = 1.0
+    rollouts: Sequence[Rollout], objective: Objective, divisor: Tensor | None = None, scale: float = 1.0
 ) -> RoutedBatch:
     """Lays a micro-batch out for scoring.
 
@@ -204,15 +202,15 @@ def route(
         divisor: (3,) from `divisors`; None: this micro-batch is the whole step.
         scale: factor of every weight, such as the number of ranks whose gradients will be averaged.
     """
-    counts = count_terms(rollouts, config)
+    counts = count_terms(rollouts, objective)
     if divisor is None:
-        divisor = divisors(config, counts, counts)
+        divisor = divisors(objective, counts, counts)
     student: list[ScoredSequence] = []
     teacher: list[ScoredSequence] = []
     columns: list[dict[str, Tensor]] = []
     student_rows = teacher_rows = 0
     for i, rollout in enumerate(rollouts):
-        found = assignments(rollout.spans, config, has_images=bool(rollout.images))
+        found = assignments(rollout.spans, objective, has_images=bool(rollout.images))
         if not found:
             continue
         ids = rollout.completion_ids
@@ -220,8 +218,8 @@ def route(
         student.append(ScoredSequence(_prompt(rollout, "student"), ids[: scored[-1] + 1], scored, (i, "student")))
         for a in found:
             t = TERMS.index(a.term)
-            weight = config.lambdas[t] * scale / float(divisor[t])
-            if config.normalize == "sequence":
+            weight = objective.lambdas[t] * scale / float(divisor[t])
+            if objective.normalize == "sequence":
                 weight /= len(a.tokens)
             R = len(a.tokens)
             teacher.append(

@@ -9,34 +9,13 @@ them is None, so what is printed and saved is what ran. The help texts are the c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from vigos.method.objective import PRESETS, Objective, check_choices
 from vigos.rollout.engine import Sampling
-
-# What the paper states, and what the code its authors released does instead.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "reasoning_prefix": "student",
-        "span_style": "paper",
-        "normalize": "tokens",
-        "reference_kind": "answer",
-        "description_end_clip": None,
-        "reasoning_start_clip": None,
-    },
-    "released": {
-        "reasoning_prefix": "think",
-        "span_style": "released",
-        "normalize": "active",
-        "reference_kind": "answer",
-        "description_end_clip": 0.05,
-        "reasoning_start_clip": 0.05,
-    },
-}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -67,7 +46,7 @@ class ViGOSConfig(TrainingArguments):
     validity: Literal["loose", "strict"] = _option(
         "loose", "strict: a rollout with text between its parts or after the box is invalid too."
     )
-    invalid_rows: Literal["reference", "others"] = _option(
+    invalid_rollouts: Literal["reference", "others"] = _option(
         "reference",
         "Who supervises invalid rollouts: the reference teacher, or (ablation) the perception and reasoning teachers.",
     )
@@ -195,7 +174,7 @@ class ViGOSConfig(TrainingArguments):
     dataloader_pin_memory: bool = _option(False, "Rows hold images, not tensors: nothing to pin.")
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        check_choices(self, unset=PRESETS["paper"])
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -214,53 +193,31 @@ class ViGOSConfig(TrainingArguments):
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length, self.num_generations)
 
     @property
-    def lambdas(self) -> tuple[float, float, float]:
-        """Weights of the perception, reasoning and reference terms under `method`."""
-        if self.method == "opsd":
-            return (0.0, 0.0, 1.0)
-        return (self.lambda_perception, self.lambda_reasoning, self.lambda_reference)
-
-    def _check_choices(self) -> None:
-        for name, choices in choices_of(ViGOSConfig).items():
-            value = getattr(self, name)
-            if value is None and name in PRESETS["paper"]:
-                continue
-            if value not in choices:
-                near = get_close_matches(str(value), choices, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+    def objective(self) -> Objective:
+        """The options of the loss alone, checked."""
+        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
 
     def _check_numbers(self) -> None:
-        positive = ["divergence_temperature", "token_clip", "entry_clip", "token_budget", "lora_r", "lora_alpha"]
-        positive += ["palr_wrong_answers", "max_dropped_steps"]
-        positive += [
-            n
-            for n in ("description_end_clip", "reasoning_start_clip", "rollout_batch_size")
-            if getattr(self, n) is not None
-        ]
+        _ = self.objective, self.sampling  # which check their own fields
+        positive = ["token_budget", "lora_r", "lora_alpha", "palr_wrong_answers", "max_dropped_steps"]
+        positive += ["rollout_batch_size"] if self.rollout_batch_size is not None else []
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        at_least_0 = ["lambda_perception", "lambda_reasoning", "lambda_reference", "palr_steps"]
-        for name in (*at_least_0, "completion_steps", "completion_images", "completion_top_k"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        for name in ("palr_steps", "completion_steps", "completion_images", "completion_top_k"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("ema_decay", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.jsd_beta < 1:
-            raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}; its limits are divergence='kl'")
         if self.max_prompt_length is not None and self.max_prompt_length < 0:
             raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
         if not 0 < self.rollout_memory <= 1:
             raise ValueError(f"rollout_memory must be in (0, 1], got {self.rollout_memory}")
         if self.async_rollout not in (0, 1):
             raise ValueError(f"async_rollout must be 0 or 1 (steps ahead), got {self.async_rollout!r}")
-        _ = self.sampling  # checks its own fields
 
     def _check_combinations(self) -> None:
-        if not any(self.lambdas):
-            raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
         if (engine := self.rollout_engine) != "transformers":
@@ -284,17 +241,3 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError(
                 "lora_target_modules must name at least one layer, got none; for full training set lora=False"
             )
-
-
-def choices_of(kind: type) -> dict[str, tuple[str, ...]]:
-    """The fields that a dataclass itself declares and that take one of a few words, with these words."""
-    hints = get_type_hints(kind)
-    found = {}
-    for f in fields(kind):
-        if f.name not in kind.__annotations__:
-            continue
-        options = [hints[f.name], *get_args(hints[f.name])]
-        literal = next((o for o in options if get_origin(o) is Literal), None)
-        if literal is not None:
-            found[f.name] = get_args(literal)
-    return found

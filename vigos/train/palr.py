@@ -36,6 +36,7 @@ from vigos.models.sharding import head_tensors, reshard
 from vigos.scoring.teacher import base_model, hidden_states, lm_head, logit_settings, teacher_mode
 
 if TYPE_CHECKING:
+    from vigos.method.objective import Objective
     from vigos.method.prompts import Prompts
     from vigos.scoring.teacher import TeacherScorer
     from vigos.train.config import ViGOSConfig
@@ -242,9 +243,9 @@ def measure_palr(
     drawn = draw_wrong_answers([_reference(r) for r in rollouts], wrong_answers, seed=seed) if wrong is None else wrong
     donors = draw_other_images(rollouts, seed=seed)
     usable, left_out = _usable(rollouts, drawn, donors)
-    batch = route([rollouts[i] for i in usable], config)
+    batch = route([rollouts[i] for i in usable], config.objective)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
-    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config, processor, prompts)
+    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config.objective, processor, prompts)
     student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, idle)
 
     R, K = batch.n_rows, max((len(s.wrong) for s in swapped), default=0)
@@ -306,7 +307,7 @@ def _usable(
 
 def _swapped(
     batch: RoutedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
-    config: ViGOSConfig, processor: Any, prompts: Prompts,
+    objective: Objective, processor: Any, prompts: Prompts,
 ) -> list[_Swapped]:  # fmt: skip
     """The other contexts of every teacher sequence of `batch`."""
     known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of a row share them
@@ -316,7 +317,7 @@ def _swapped(
         term: Term = next(t for t in TERMS if t == role)
         rollout, (answers, donor) = batch.rollouts[i], swaps[i]
         assert donor is not None
-        prefill = teacher_prefill(term, config, prompts)
+        prefill = teacher_prefill(term, objective, prompts)
 
         def encode(
             answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill

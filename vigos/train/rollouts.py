@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt, encode_prompt
+from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import Rollout, assignments, teacher_prefill
@@ -74,6 +75,7 @@ class RolloutTrainer(RobustTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         options, base = self.args, base_model(self.model)
+        self.objective: Objective = options.objective
         self.tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.has_vision = hasattr(self.processing_class, "image_processor") and placeholder_ids(base.config) != ()
         self.prompts = prompts or (Prompts.from_file(options.prompts_file) if options.prompts_file else Prompts())
@@ -283,27 +285,27 @@ class RolloutTrainer(RobustTrainer):
 
     def _reference(self, row: Example) -> str:
         """What the privileged teachers read."""
-        if self.args.reference_kind == "solution":
+        if self.objective.reference_kind == "solution":
             return str(row["extra"].get(self.args.solution_column) or row["answer"])
         return row["answer"]
 
     def _parse(self, row: Example, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
         """The rollouts of a row, with the prompts of the teachers that they meet: encoded once, and only if needed."""
-        args = self.args
+        objective = self.objective
         prompts: dict[Role, EncodedPrompt] = {"student": prompt}
         rollouts = []
         for ids in completions:
             spans = parse_rollout(
                 ids,
                 self.tokenizer,
-                style=args.span_style or "paper",
-                validity=args.validity,
+                style=objective.span_style,
+                validity=objective.validity,
                 eos_token_ids=self._eos,
                 image_token_ids=self._placeholders,
             )
-            for a in assignments(spans, args, has_images=bool(row["images"])):
+            for a in assignments(spans, objective, has_images=bool(row["images"])):
                 if a.term not in prompts:
-                    prefill = teacher_prefill(a.term, args, self.prompts)
+                    prefill = teacher_prefill(a.term, objective, self.prompts)
                     prompts[a.term] = self._encode(a.term, row, prefill, like=prompt)
             rollouts.append(
                 Rollout(

@@ -160,14 +160,14 @@ class ViGOSTrainer(RolloutTrainer):
             rollouts = self.step_rollouts(epoch_iterator, num_batches)
         if not rollouts:
             return [], None
-        local = [count_terms(group, self.args) for group in rollouts]
+        local = [count_terms(group, self.objective) for group in rollouts]
         # (micro-batches, tokens or rows, terms), summed over ranks
         table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
         counts = [TermCounts(*row) for row in self._reduce(table.to(device)).cpu()]
         step = sum(counts[1:], counts[0])
         ranks = self.replicas.count  # gradients are averaged over them, and the loss is a sum over them
         routed = [
-            route(group, self.args, divisors(self.args, step, count, len(counts)), scale=float(ranks))
+            route(group, self.objective, divisors(self.objective, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
         ]
         self.begin_step(routed)
@@ -229,12 +229,10 @@ class ViGOSTrainer(RolloutTrainer):
                 teacher_hidden.to(weight.dtype),
                 taught,
                 supervision=supervision,
-                temperature=args.divergence_temperature,
-                beta=args.jsd_beta,
-                entry_clip=args.entry_clip if args.clip_mode == "entry" else None,
                 student_bias=bias,
                 labels=batch.labels,
                 impl=args.impl,
+                **self.objective.divergence_options,
                 **settings,
             )
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
@@ -280,7 +278,7 @@ class ViGOSTrainer(RolloutTrainer):
         args, ranks = self.args, self.replicas.count
         correct = _grade(batch.rollouts, args.grade_rollouts)
         self.metrics.add_rollouts(batch.rollouts, correct)
-        self.metrics.add_terms(batch, out, args.lambdas, scale=float(ranks))
+        self.metrics.add_terms(batch, out, self.objective.lambdas, scale=float(ranks))
         self.metrics.add("perf/teacher_s", teacher_s / ranks, 0.0)
         self.metrics.add("perf/student_s", student_s / ranks, 0.0)
         self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in batch.rollouts), 0.0)
