@@ -26,9 +26,13 @@ def rows(**changes):
 
 
 MISTAKES = {
-    "three dimensions": (
-        {"student_hidden": torch.randn(2, 2, 6)},
-        r"student_hidden must be a float tensor \(N, D\), got \(2, 2, 6\).*flatten",
+    "one dimension": (
+        {"student_hidden": torch.randn(6)},
+        r"student_hidden must be a float tensor \(\.\.\., D\), got \(6,\)",
+    ),
+    "other leading dimensions": (
+        {"student_hidden": torch.randn(2, 3, 6), "teacher_hidden": torch.randn(3, 2, 6)},
+        r"supervision=None .*as many teacher rows as student rows, \(2, 3\), got \(3, 2\)",
     ),
     "integers": (
         {"teacher_hidden": torch.ones(4, 6, dtype=torch.int64)},
@@ -51,7 +55,7 @@ MISTAKES = {
     "teacher elsewhere": ({"teacher_hidden": torch.randn(4, 6, device="meta")}, r"teacher_hidden must be on cpu"),
     "teacher width, shared head": (
         {"teacher_hidden": torch.randn(4, 8)},
-        r"teacher_hidden must be \(M, 6\) for the shared head, got \(4, 8\)",
+        r"teacher_hidden must be \(\.\.\., 6\) for the shared head, got \(4, 8\)",
     ),
     "teacher dtype, shared head": (
         {"teacher_hidden": torch.randn(4, 6).half()},
@@ -82,7 +86,7 @@ MISTAKES = {
     "no vocabulary": ({"vocab_size": 0}, r"vocab_size must be a positive integer or None, got 0"),
     "other counts": (
         {"teacher_hidden": torch.randn(5, 6)},
-        r"supervision=None .*as many teacher rows as student rows \(4\), got 5",
+        r"supervision=None .*as many teacher rows as student rows, 4, got 5",
     ),
     "not a supervision": (
         {"supervision": torch.arange(4)},
@@ -97,7 +101,21 @@ MISTAKES = {
         r"supervision.teacher_row must be int64 \(4,\) like student_row",
     ),
     "teacher row float": (rows(teacher_row=torch.arange(4.0)), r"supervision.teacher_row must be int64"),
-    "kind": (rows(kind=7), r"supervision.kind must be integers \(R,\) or one number, got 7"),
+    "kind": (rows(kind=7), r"supervision.kind must be integers \(R,\) or one number, one of 'forward', .* got 7"),
+    "kind, a word": (rows(kind="fwd"), r"supervision.kind must be .*'forward', 'reverse', 'jsd', got 'fwd'"),
+    "kind, wrapping": (
+        rows(kind=torch.full((4,), 256)),
+        r"supervision.kind must hold vigos.FORWARD_KL, REVERSE_KL or JSD",
+    ),
+    "reduction": ({"reduction": "batchmean"}, r"reduction must be one of 'sum', 'mean', 'none', got 'batchmean'"),
+    "mask of another length": (
+        {"supervision": vigos.Supervision.from_mask(torch.ones(3, dtype=torch.bool))},
+        r"supervision's mask is \(3,\) and must match the student's leading dimensions, got \(4,\)",
+    ),
+    "mask of the student alone": (
+        {"supervision": vigos.Supervision.from_mask(torch.ones(4) > 0), "teacher_hidden": torch.randn(6, 6)},
+        r"supervision's mask is \(4,\) and must match the teacher's leading dimensions, got \(6,\)",
+    ),
     "kind, a tensor": (
         rows(kind=torch.full((4,), 3, dtype=torch.int8)),
         r"supervision.kind must hold vigos.FORWARD_KL, REVERSE_KL or JSD",
@@ -118,7 +136,7 @@ MISTAKES = {
         rows(teacher_row=torch.tensor([0, -1, 3, 2])),
         r"supervision.teacher_row must hold .* from -1 to 3",
     ),
-    "labels": ({"labels": torch.arange(3)}, r"labels must be an int64 tensor \(4,\), one id for each supervised row"),
+    "labels": ({"labels": torch.arange(3)}, r"labels must be an int64 tensor \(4,\), one id for each pair"),
     "label values": (
         {"labels": torch.tensor([0, 1, 2, 20])},
         r"labels must hold ids below the vocabulary size 20, got .*to 20",
@@ -153,10 +171,10 @@ def test_padded_vocabularies_say_what_to_slice():
 def test_logits():
     s, t = torch.randn(3, 10), torch.randn(3, 12)
     with pytest.raises(
-        ValueError, match=r"teacher_logits must have the 10 vocabulary columns .*got 12; slice.*\[:, :10\]"
+        ValueError, match=r"teacher_logits must have the 10 vocabulary columns .*got 12; slice.*\[\.\.\., :10\]"
     ):
         vigos.logits_divergence(s, t)
-    with pytest.raises(ValueError, match=r"student_logits must be a float tensor \(N, V\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"student_logits must be a float tensor \(\.\.\., V\), got \(3,\)"):
         vigos.logits_divergence(s[:, 0], t)
     with pytest.raises(ValueError, match=r"teacher_logits must be float64 exactly when student_logits are"):
         vigos.logits_divergence(s, t[:, :10].double())

@@ -16,6 +16,7 @@ _EXPORTS = {  # name -> module
     "FORWARD_KL": "vigos.divergence.supervision",
     "REVERSE_KL": "vigos.divergence.supervision",
     "JSD": "vigos.divergence.supervision",
+    "kind_and_beta": "vigos.divergence.supervision",
     "PrefixTree": "vigos.scoring.prefix_tree",
     "TeacherScorer": "vigos.scoring.teacher",
     "ViGOSConfig": "vigos.train.config",

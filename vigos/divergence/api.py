@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.ops import linear_op, logits_op
+from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.validation import (
+    autocast,
     check_bias,
     check_head,
     check_labels,
     check_like,
-    check_matrix,
+    check_rows,
     check_scalars,
     check_vocab_size,
     local,
@@ -31,12 +33,12 @@ from vigos.divergence.validation import (
 
 @dataclass(frozen=True)
 class DivergenceOutput:
-    """R supervised rows. `loss` and `divergence` are differentiable, everything else is detached.
+    """Hold the results for R pairs. `loss` and `divergence` are differentiable, everything else is detached.
 
     Statistics are float32 (float64 for float64 inputs), in nats, of the distributions at the temperature asked for.
     """
 
-    loss: Tensor  # scalar: sum of weight * min(divergence, clip)
+    loss: Tensor  # scalar: sum or mean of weight * min(divergence, clip); (R,) with reduction="none"
     divergence: Tensor  # (R,) before the row's clip
     clipped: Tensor  # (R,) bool: divergence > clip
     student_entropy: Tensor  # (R,)
@@ -53,9 +55,9 @@ def linear_divergence(
     temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None, logit_softcap: float | None = None, logit_scale: float = 1.0,
     labels: Tensor | None = None, vocab_size: int | None = None, process_group: dist.ProcessGroup | None = None,
-    impl: str = "auto",
+    reduction: str = "sum", impl: str = "auto",
 ) -> DivergenceOutput:  # fmt: skip
-    """Token-level divergence between the heads' distributions over the whole vocabulary, and its gradient.
+    """Compute token-level divergences over the whole vocabulary, and their gradient, from hidden states.
 
     For forward KL(teacher || student) of row i against row i it replaces
 
@@ -66,28 +68,31 @@ def linear_divergence(
     and never holds N x V elements. Rows outside `supervision` are not projected.
 
     Args:
-        student_hidden: (N, D), differentiable.
+        student_hidden: (..., D), differentiable; (N, D) or (B, T, D).
         lm_head_weight: (V, D), differentiable; nothing is computed for a head that needs no gradient.
-        teacher_hidden: (M, D_t). The teacher gets no gradient.
+        teacher_hidden: (..., D_t). The teacher gets no gradient.
         teacher_lm_head_weight: (V, D_t). None: the student's head (D_t = D), read once for both.
-        supervision: which rows meet, how, with which weight and clip. Its tensors may lie on the CPU, where checking
-            them costs no wait for the device. None: row i against row i, forward KL, weight 1, no clip.
+        supervision: which rows meet, how, with which weight and clip; `Supervision.from_mask` makes it of a mask. Its
+            tensors may lie on the CPU, where checking them costs no wait for the device. None: row i against row i,
+            forward KL, weight 1, no clip.
         temperature: both distributions are softmax(logits / temperature); no temperature squared in the loss.
         beta: of rows of kind JSD, beta * KL(teacher || m) + (1 - beta) * KL(student || m) with
             m = (1 - beta) * student + beta * teacher. Towards 0 it approaches forward KL times beta, towards 1 reverse
-            KL times 1 - beta.
+            KL times 1 - beta. `kind_and_beta` translates TRL's and Liger's meaning.
         entry_clip: each vocabulary entry's term is clipped to this before the sum (OPSD's clip).
         student_bias: (V,), differentiable. teacher_bias: (V,); with a shared head it defaults to student_bias.
         logit_softcap, logit_scale: logits are softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
-        labels: int64 (R,), ids whose log-probabilities are returned.
+        labels: int64, ids whose log-probabilities are returned; (R,), or of the mask's shape.
         vocab_size: ids from here on are padding: probability 0 on both sides, no gradient.
         process_group: the heads (and biases) passed on each rank are consecutive shards of the vocabulary; everything
             else is the same on every rank, and so is the result. A DTensor head that is Shard(0) says so by itself.
-        impl: "auto", or an engine that runs or raises: "reference", "cpu", "triton" or
-            "cuda".
+        reduction: of `loss` over the R pairs' weight * min(divergence, clip): "sum", "mean" over the pairs whose weight
+            is not 0 (0 without one), or "none", (R,).
+        impl: "auto", or an engine that runs or raises: "reference", "cpu", "triton" or "cuda".
 
-    All of a side's tensors share a dtype: float32, bfloat16, float16 or float64. Logits, statistics and sums are
-    float32 (float64 for float64) whatever the operands are. Under autocast the operands are cast as in `F.linear`.
+    Every other output is (R,), in the order of the pairs. All of a side's tensors share a dtype: float32, bfloat16,
+    float16 or float64. Logits, statistics and sums are float32 (float64 for float64) whatever the operands are. Under
+    autocast the operands are cast as in `F.linear`. Raises ValueError for what does not fit, naming the argument.
 
     A logit of -inf on both sides is an impossible token and adds nothing. Where one side has probability 0 and the side
     that weights the logarithm does not, a KL is +inf: clipped by a finite clip, else the loss is +inf. Forward KL still
@@ -99,31 +104,21 @@ def linear_divergence(
     teacher_lm_head_weight, group = local(teacher_lm_head_weight, "teacher_lm_head_weight", group)
     student_bias, group = local(student_bias, "student_bias", group)
     teacher_bias, group = local(teacher_bias, "teacher_bias", group)
-    check_matrix(student_hidden, "student_hidden", "(N, D)")
-    check_matrix(teacher_hidden, "teacher_hidden", "(M, D_t)")
+    check_rows(student_hidden, "student_hidden", "(..., D)")
+    check_rows(teacher_hidden, "teacher_hidden", "(..., D_t)")
     device = student_hidden.device
-    if torch.is_autocast_enabled(device.type):
-        to = torch.get_autocast_dtype(device.type)
-        cast = [
-            x.to(to) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (
-                student_hidden,
-                lm_head_weight,
-                teacher_hidden,
-                teacher_lm_head_weight,
-                student_bias,
-                teacher_bias,
-            )
-        ]
-        student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias = cast
+    operands = student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias
+    student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias = (
+        autocast(x, device) for x in operands
+    )
     check_head(lm_head_weight, "lm_head_weight", student_hidden, "student_hidden")
     check_bias(student_bias, "student_bias", lm_head_weight, "lm_head_weight")
     v = lm_head_weight.shape[0]
     check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden", dtype=False)
     if teacher_lm_head_weight is None:
-        if teacher_hidden.shape[1] != student_hidden.shape[1]:
+        if teacher_hidden.shape[-1] != student_hidden.shape[-1]:
             raise ValueError(
-                f"teacher_hidden must be (M, {student_hidden.shape[1]}) for the shared head, got "
+                f"teacher_hidden must be (..., {student_hidden.shape[-1]}) for the shared head, got "
                 f"{tuple(teacher_hidden.shape)}; pass teacher_lm_head_weight for a teacher of another width"
             )
         check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden")
@@ -144,10 +139,12 @@ def linear_divergence(
                 f"teacher_hidden must be float64 exactly when student_hidden is, got {teacher_hidden.dtype} and "
                 f"{student_hidden.dtype}"
             )
-    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl)
+    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl, reduction)
     size = check_vocab_size(vocab_size, v, group is not None)
-    rows = supervision_tensors(supervision, student_hidden.shape[0], teacher_hidden.shape[0], device)
-    check_labels(labels, rows[0].shape[0], device)
+    rows = supervision_tensors(supervision, student_hidden, teacher_hidden)
+    labels = check_labels(labels, supervision, rows[0], device)
+    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     if teacher_lm_head_weight is None and teacher_bias is student_bias:
         teacher_bias = None  # the operator's spelling of "the same one"
     grad = torch.is_grad_enabled()
@@ -159,36 +156,37 @@ def linear_divergence(
         grad and student_hidden.requires_grad, grad and lm_head_weight.requires_grad,
         grad and student_bias is not None and student_bias.requires_grad,
     )  # fmt: skip
-    return _output(out, rows[4], labels)
+    return _output(out, rows[3], rows[4], labels, reduction)
 
 
 def logits_divergence(
     student_logits: Tensor, teacher_logits: Tensor, *, supervision: Supervision | None = None,
     temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, logit_softcap: float | None = None,
     logit_scale: float = 1.0, labels: Tensor | None = None, vocab_size: int | None = None,
-    process_group: dist.ProcessGroup | None = None, inplace: bool = False, impl: str = "auto",
+    process_group: dist.ProcessGroup | None = None, reduction: str = "sum", inplace: bool = False, impl: str = "auto",
 ) -> DivergenceOutput:  # fmt: skip
-    """The same for logits that exist already. For forward KL of row i against row i it replaces
+    """Compute `linear_divergence` from logits that exist. For forward KL of row i against row i it replaces
 
         log_q, log_p = (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).log_softmax(-1)
         loss = (log_p.exp() * (log_p - log_q)).sum()
 
     Args:
-        student_logits: (N, V), differentiable. teacher_logits: (M, V), no gradient. Any of the four float dtypes; sums
-            are float32 (float64 for float64).
-        inplace: backward writes the gradient over `student_logits`, which saves N x V elements. Their values are gone
-            then, a second backward raises, and each student row may be supervised once. Not under torch.compile.
+        student_logits: (..., V), differentiable. teacher_logits: (..., V), no gradient. Any of the four float dtypes;
+            sums are float32 (float64 for float64). Slices of a larger tensor are read where they lie.
+        inplace: backward writes the gradient over `student_logits`, which saves their size. Their values are gone then,
+            a second backward raises, each student row may be supervised once, and expanded logits are refused. Not
+            under torch.compile.
         Everything else as in `linear_divergence`; with `process_group` each rank passes consecutive vocabulary columns.
     """
-    check_matrix(student_logits, "student_logits", "(N, V)")
-    check_matrix(teacher_logits, "teacher_logits", "(M, V)")
-    if teacher_logits.shape[1] != student_logits.shape[1]:
-        both = min(teacher_logits.shape[1], student_logits.shape[1])
+    check_rows(student_logits, "student_logits", "(..., V)")
+    check_rows(teacher_logits, "teacher_logits", "(..., V)")
+    v, device = student_logits.shape[-1], student_logits.device
+    if teacher_logits.shape[-1] != v:
         raise ValueError(
-            f"teacher_logits must have the {student_logits.shape[1]} vocabulary columns of student_logits, got "
-            f"{teacher_logits.shape[1]}; slice padded columns off first, [:, :{both}]"
+            f"teacher_logits must have the {v} vocabulary columns of student_logits, got {teacher_logits.shape[-1]}; "
+            f"slice padded columns off first, [..., :{min(teacher_logits.shape[-1], v)}]"
         )
-    if student_logits.shape[1] < 1:
+    if v < 1:
         raise ValueError(f"student_logits must have at least one vocabulary column, got {tuple(student_logits.shape)}")
     check_like(teacher_logits, "teacher_logits", student_logits, "student_logits", dtype=False)
     if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
@@ -198,22 +196,44 @@ def logits_divergence(
         )
     if inplace and torch.compiler.is_compiling():
         raise ValueError("inplace must be False under torch.compile, which does not let backward write to its inputs")
-    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl)
-    size = check_vocab_size(vocab_size, student_logits.shape[1], process_group is not None)
-    device = student_logits.device
-    rows = supervision_tensors(supervision, student_logits.shape[0], teacher_logits.shape[0], device)
-    check_labels(labels, rows[0].shape[0], device)
-    out = logits_op(
-        student_logits, teacher_logits, *rows, labels, float(temperature), float(logit_scale),
-        None if logit_softcap is None else float(logit_softcap), float(beta),
+    if inplace and overlaps(student_logits):
+        raise ValueError(
+            f"inplace must be False for student_logits whose rows share memory, got strides {student_logits.stride()}"
+        )
+    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl, reduction)
+    size = check_vocab_size(vocab_size, v, process_group is not None)
+    rows = supervision_tensors(supervision, student_logits, teacher_logits)
+    labels = check_labels(labels, supervision, rows[0], device)
+    scalars = (
+        float(temperature), float(logit_scale), None if logit_softcap is None else float(logit_softcap), float(beta),
         None if entry_clip is None else float(entry_clip), size,
-        "" if process_group is None else str(process_group.group_name), impl, inplace,
+        "" if process_group is None else str(process_group.group_name), impl,
     )  # fmt: skip
-    return _output(out, rows[4], labels)
+    teacher = merged(teacher_logits)
+    if teacher is None:
+        teacher, index = as_matrix(teacher_logits)
+        rows = (rows[0], index.to(rows[1].device)[rows[1]], *rows[2:])
+    student = merged(student_logits)
+    if student is None and overlaps(student_logits):
+        student = student_logits.reshape(-1, v)
+    if student is None:
+        out = strided_logits(student_logits, teacher, rows, labels, scalars, inplace)
+    else:
+        out = logits_op(student, teacher, *rows, labels, *scalars, inplace)
+    return _output(out, rows[3], rows[4], labels, reduction)
 
 
-def _output(out: Sequence[Tensor], clip: Tensor, labels: Tensor | None) -> DivergenceOutput:
+def _output(
+    out: Sequence[Tensor], weight: Tensor, clip: Tensor, labels: Tensor | None, reduction: str
+) -> DivergenceOutput:
     loss, divergence = out[:2]
+    weight, clip = weight.to(divergence.device), clip.to(divergence.device)
+    clipped = divergence.detach() > clip
+    if reduction == "mean":
+        loss = loss / (weight != 0).sum().clamp(min=1)
+    elif reduction == "none":
+        value = torch.where(clipped, clip.to(divergence.dtype), divergence)
+        loss = torch.where(weight != 0, value * weight.to(value.dtype), 0.0)
     details = [x.detach() for x in out[2:8]]
     logprobs = (None, None) if labels is None else (details[4], details[5])
-    return DivergenceOutput(loss, divergence, divergence.detach() > clip.to(divergence.device), *details[:4], *logprobs)
+    return DivergenceOutput(loss, divergence, clipped, *details[:4], *logprobs)

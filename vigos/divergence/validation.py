@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines import IMPLS
-from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.supervision import KINDS, Supervision
 
+REDUCTIONS = ("sum", "mean", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,10 +23,10 @@ def _described(x: object) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
-def check_matrix(x: object, name: str, of: str) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in FLOATS:
-        hint = "; flatten batch and time first" if isinstance(x, Tensor) and x.dim() > 2 else ""
-        raise ValueError(f"{name} must be a float tensor {of}, got {_described(x)}{hint}")
+def check_rows(x: object, name: str, sizes: str) -> None:
+    """Refuse anything but a float tensor of rows, with one leading dimension or more."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be a float tensor {sizes}, got {_described(x)}")
 
 
 def check_like(x: Tensor, name: str, other: Tensor, other_name: str, *, dtype: bool = True) -> None:
@@ -36,11 +37,11 @@ def check_like(x: Tensor, name: str, other: Tensor, other_name: str, *, dtype: b
 
 
 def check_head(weight: object, name: str, hidden: Tensor, hidden_name: str) -> None:
-    check_matrix(weight, name, "(V, D)")
-    assert isinstance(weight, Tensor)
-    if weight.shape[1] != hidden.shape[1]:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOATS:
+        raise ValueError(f"{name} must be a float tensor (V, D), got {_described(weight)}")
+    if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name} must be (V, {hidden.shape[1]}) to project {hidden_name} {tuple(hidden.shape)}, "
+            f"{name} must be (V, {hidden.shape[-1]}) to project {hidden_name} {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     if weight.shape[0] < 1:
@@ -59,8 +60,9 @@ def check_bias(bias: object, name: str, weight: Tensor, weight_name: str) -> Non
 
 
 def check_scalars(
-    temperature: float, beta: float, entry_clip: float | None, softcap: float | None, scale: float, impl: str
-) -> None:
+    temperature: float, beta: float, entry_clip: float | None, softcap: float | None, scale: float, impl: str,
+    reduction: str,
+) -> None:  # fmt: skip
     for name, value, fits, wanted in (
         ("temperature", temperature, lambda x: 0 < x < float("inf"), "a positive number"),
         ("beta", beta, lambda x: 0 < x < 1, "strictly between 0 and 1 (forward and reverse KL are kinds of their own)"),
@@ -70,6 +72,8 @@ def check_scalars(
     ):
         if isinstance(value, bool | Tensor) or not (value is None or isinstance(value, int | float)) or not fits(value):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if impl != "auto" and impl not in IMPLS:
         raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
 
@@ -85,54 +89,83 @@ def check_vocab_size(vocab_size: int | None, v: int, sharded: bool) -> int:
     return vocab_size
 
 
-def supervision_tensors(supervision: Supervision | None, n: int, m: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The five fields as tensors (R,) of their own dtypes, where the caller left them."""
+def supervision_tensors(supervision: Supervision | None, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """The five fields as tensors (R,) of their own dtypes, where the caller left them.
+
+    Args:
+        student, teacher: (..., D), whose leading dimensions the pairs index.
+    """
+    shapes = student.shape[:-1], teacher.shape[:-1]
+    n, m = (shape.numel() for shape in shapes)
     if supervision is None:
-        if n != m:
+        if n != m or (shapes[0] != shapes[1] and student.dim() == teacher.dim()):
+            sizes = (n, m) if student.dim() == teacher.dim() == 2 else tuple(map(tuple, shapes))
             raise ValueError(
-                f"supervision=None meets row i with row i and needs as many teacher rows as student rows ({n}), "
-                f"got {m}; pass a Supervision that says which rows meet"
+                f"supervision=None meets row i with row i and needs as many teacher rows as student rows, {sizes[0]}, "
+                f"got {sizes[1]}; pass a Supervision that says which rows meet"
             )
-        supervision = Supervision.aligned(n, device=device)
+        supervision = Supervision.aligned(n, device=student.device)
     if not isinstance(supervision, Supervision):
         raise ValueError(f"supervision must be a vigos.Supervision or None, got {type(supervision).__name__}")
+    if supervision.shape is not None:
+        wanted = torch.Size(supervision.shape)
+        for side, shape in zip(("student", "teacher"), shapes, strict=True):
+            if shape not in (wanted, (wanted.numel(),)):
+                raise ValueError(
+                    f"supervision's mask is {tuple(wanted)} and must match the {side}'s leading dimensions, got "
+                    f"{tuple(shape)}"
+                )
     rows = supervision.student_row
     if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"supervision.student_row must be an int64 tensor (R,), got {_described(rows)}")
     r = rows.shape[0]
     fields = []
-    for name, dtype, wanted in (
+    for name, dtype, wanted_type in (
         ("teacher_row", torch.int64, "int64"),
         ("kind", torch.int8, "integers"),
         ("weight", torch.float32, "floats"),
         ("clip", torch.float32, "floats"),
     ):
         value = getattr(supervision, name)
+        if name == "kind" and isinstance(value, str):
+            value = KINDS.get(value, value)
         if not isinstance(value, Tensor):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or (name == "kind" and value not in (FORWARD_KL, REVERSE_KL, JSD)):
-                raise ValueError(f"supervision.{name} must be {wanted} (R,) or one number, got {value!r}")
+            if not number or (name == "kind" and value not in KINDS.values()):
+                names = f", one of {', '.join(map(repr, KINDS))}" if name == "kind" else ""
+                raise ValueError(f"supervision.{name} must be {wanted_type} (R,) or one number{names}, got {value!r}")
             value = torch.full((r,), value, dtype=dtype, device=rows.device)
         is_float = value.dtype.is_floating_point
-        fits = value.dtype == torch.int64 if name == "teacher_row" else is_float == (wanted == "floats")
+        fits = value.dtype == torch.int64 if name == "teacher_row" else is_float == (wanted_type == "floats")
         if value.shape not in ((r,), ()) or not fits or value.dtype in (torch.bool, torch.complex64):
-            raise ValueError(f"supervision.{name} must be {wanted} ({r},) like student_row, got {_described(value)}")
+            raise ValueError(
+                f"supervision.{name} must be {wanted_type} ({r},) like student_row, got {_described(value)}"
+            )
+        if name == "kind" and value.dtype != torch.int8:
+            value = value.to(torch.int64).clamp(-1, len(KINDS))  # 256 would wrap to 0; out of range stays out of range
         fields.append(value.detach().to(dtype).expand(r).contiguous())
     for name, value in zip(("student_row", "teacher_row", "kind", "weight", "clip"), (rows, *fields), strict=True):
-        if value.device.type != "cpu" and value.device != device:
-            raise ValueError(f"supervision.{name} must be on the CPU or on {device}, got {value.device}")
+        if value.device.type != "cpu" and value.device != student.device:
+            raise ValueError(f"supervision.{name} must be on the CPU or on {student.device}, got {value.device}")
     return (rows, *fields)
 
 
-def check_labels(labels: object, r: int, device: torch.device) -> None:
+def check_labels(
+    labels: object, supervision: Supervision | None, student_row: Tensor, device: torch.device
+) -> Tensor | None:
+    """Return the labels as (R,): those of the pairs, if they have the shape of the supervision's mask."""
     if labels is None:
-        return
-    if not isinstance(labels, Tensor) or labels.shape != (r,) or labels.dtype != torch.int64:
+        return None
+    r, shape = student_row.shape[0], None if supervision is None else supervision.shape
+    whole = isinstance(labels, Tensor) and shape is not None and labels.shape == torch.Size(shape)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or not (whole or labels.shape == (r,)):
         raise ValueError(
-            f"labels must be an int64 tensor ({r},), one id for each supervised row, got {_described(labels)}"
+            f"labels must be an int64 tensor ({r},), one id for each pair, or of the mask's shape, got "
+            f"{_described(labels)}"
         )
     if labels.device.type != "cpu" and labels.device != device:
         raise ValueError(f"labels must be on the CPU or on {device}, got {labels.device}")
+    return labels.reshape(-1)[student_row.to(labels.device)] if whole else labels
 
 
 def local(x: Any, name: str, group: dist.ProcessGroup | None) -> tuple[Any, dist.ProcessGroup | None]:
@@ -149,3 +182,10 @@ def local(x: Any, name: str, group: dist.ProcessGroup | None) -> tuple[Any, dist
     if group is not None and group.group_name != own.group_name:
         raise ValueError(f"{name} is sharded over another process group than process_group or the other head")
     return x.to_local(), own
+
+
+def autocast(x: Any, device: torch.device) -> Any:
+    """Cast an operand as `F.linear` does under an autocast of `device`; anything that is no such operand passes."""
+    if not torch.is_autocast_enabled(device.type) or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device.type))
