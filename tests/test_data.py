@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from vigos.data.decode import ImageLimits
 from vigos.data.examples import BadExample, ExampleDataset, ExampleStream, check_usable, load_rows
 
 SIZE = (24, 16)
@@ -162,9 +163,9 @@ def test_hub_names_go_to_datasets(folder, monkeypatch):
         return datasets.Dataset.from_list([record(0, [])])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = load_rows("somebody/set", split="validation", config_name="small")
+    rows = load_rows("somebody/set", split="validation")
     assert rows[0]["problem_id"] == "r0"
-    assert asked == [(("somebody/set", "small"), {"split": "validation", "streaming": False})]
+    assert asked == [(("somebody/set",), {"split": "validation", "streaming": False})]
     with pytest.raises(ValueError, match=r"no file or folder 'nobody/nothing', and as a dataset on the hub: .*exist"):
         load_rows("nobody/nothing")
     with pytest.raises(ValueError, match=r"there is no 'data/train.jsonl'"):
@@ -324,12 +325,12 @@ def test_damaged_files_are_bad_rows_and_nothing_else(kind, data):
 
 
 def test_limits_are_arguments(folder):
-    assert one(folder, options={"max_pixels": 24 * 16, "min_side": 16})["images"]
-    assert reason_of(folder, options={"max_pixels": 24 * 16 - 1}) == "too_many_pixels"
-    assert reason_of(folder, options={"min_side": 17}) == "too_small"
+    assert one(folder, options={"limits": ImageLimits(max_pixels=24 * 16, min_side=16)})["images"]
+    assert reason_of(folder, options={"limits": ImageLimits(max_pixels=24 * 16 - 1)}) == "too_many_pixels"
+    assert reason_of(folder, options={"limits": ImageLimits(min_side=17)}) == "too_small"
     for name in ("max_pixels", "min_side"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            load_rows([record()], **{name: 0})
+            ImageLimits(**{name: 0})
 
 
 def test_paths_outside_the_root_can_be_allowed(folder, tmp_path_factory):

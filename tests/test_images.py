@@ -86,7 +86,7 @@ def test_rows_that_take_too_long_are_counted_in_workers_too(tmp_path: Path) -> N
     good = Image.new("RGB", (32, 32), "red")
     images = [HOSTILE["JPEG of 2,000 scans"](), encoded(good, "TIFF"), HOSTILE["TIFF of progressive strips"](), good]
     records = [{"problem": "p", "answer": "a", "problem_id": str(i), "images": [x]} for i, x in enumerate(images * 2)]
-    rows = load_rows(records, bad_rows="return", decode_seconds=0.3)
+    rows = load_rows(records, bad_rows="return", limits=ImageLimits(decode_seconds=0.3))
     wanted = ["decode_too_slow", (255, 0, 0), "decode_too_slow", (255, 0, 0)] * 2
     for workers in (0, 2):
         found = [row for batch in DataLoader(rows, batch_size=2, num_workers=workers, collate_fn=list) for row in batch]
@@ -96,7 +96,7 @@ def test_rows_that_take_too_long_are_counted_in_workers_too(tmp_path: Path) -> N
 def test_decode_seconds_is_checked() -> None:
     for value in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"decode_seconds must be positive, got {value}"):
-            load_rows([{"problem": "p", "answer": "a"}], decode_seconds=value)
+            ImageLimits(decode_seconds=value)
 
 
 # --- The other process ------------------------------------------------------------------------------------------------

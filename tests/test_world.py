@@ -1,7 +1,6 @@
 """The built-in world: its generator, its tokenizer, its checkpoint and the recipe that makes one."""
 
 import json
-import math
 import warnings
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from vigos.method.encode import encode_prompt
 from vigos.method.spans import parse_rollout
-from vigos.study.preconditions import check, described_ink, print_check, sample, wilson
+from vigos.study.preconditions import check, described_ink, print_check, sample
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world
 from vigos.world.batch import FastEncoder, ScoredText, image_features, scored_logits
 from vigos.world.build import SPECIAL_TOKENS, build_model, build_processor, build_tokenizer
@@ -468,17 +467,7 @@ def test_the_shipped_base_meets_what_it_must(base):
     assert {key: report[key]["met"] for key in ("P1", "P3", "P4")} == {"P1": True, "P3": True, "P4": True}
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_wilson_intervals():
-    # 10 of 20: (0.299, 0.701), 0 of 10: (0, 0.278), from the closed form.
-    assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert all(wilson(n, n)[1] == 1.0 for n in range(1, 60))
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(400, 1000)
-    assert math.isclose((high - low) / 2, 1.96 * math.sqrt(0.24 / 1000), rel_tol=0.01)
+# --- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def test_described_ink():

@@ -357,10 +357,10 @@ def world_generate(
     label_bias: Annotated[float | None, typer.Option(help="Share of references that state the prior.")] = None,
 ) -> None:
     """Write images and JSONL in the format a user brings."""
-    from vigos import world
+    from vigos.world import write_world
 
     knobs: dict[str, Any] = {"noise": noise, "conflict": conflict, "label_bias": label_bias}
-    path = world.write_world(folder, split=split, n=n, seed=seed, **{k: v for k, v in knobs.items() if v is not None})
+    path = write_world(folder, split=split, n=n, seed=seed, **{k: v for k, v in knobs.items() if v is not None})
     console.print(f"wrote {path}")
 
 
@@ -370,9 +370,9 @@ def world_pretrain(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Make the built-in model from nothing: about 25 minutes on two cores."""
-    from vigos import world
+    from vigos.world.warmup import pretrain
 
-    world.pretrain(folder, seed=seed)
+    pretrain(folder, seed=seed)
 
 
 @world_app.command("check")

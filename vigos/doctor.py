@@ -1,4 +1,4 @@
-"""`vigos doctor`: what this machine can run, each engine checked against the oracle, and how to get the rest."""
+"""Find out what this machine can run: each engine checked against the oracle, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = {  # distribution -> what it is for and how to get it
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `ok` None: not here, and nothing is wrong with that."""
+    """One line of the report. `ok` None: not installed or not built, which is no error."""
 
     section: str
     name: str
@@ -44,7 +44,7 @@ def _version(distribution: str) -> str | None:
 
 
 def machine() -> list[Finding]:
-    """Python, torch, GPU and the compiled extension."""
+    """Describe Python, torch, GPU and the compiled extension."""
     findings = [
         Finding("machine", "python", True, f"{platform.python_version()} on {platform.machine()}"),
         Finding("machine", "torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
@@ -63,7 +63,7 @@ def machine() -> list[Finding]:
 
 
 def packages() -> list[Finding]:
-    """Optional packages: found versions, or what each would bring."""
+    """List optional packages: found versions, or what each would bring."""
     found = {name: _version(name) for name in PACKAGES}
     return [
         Finding("packages", name, version is not None or None, version or PACKAGES[name])
@@ -72,7 +72,7 @@ def packages() -> list[Finding]:
 
 
 def self_check(impl: str) -> Finding:
-    """Runs one engine on a small near-teacher case and compares divergence and gradient with the oracle in float64."""
+    """Run one engine on a small near-teacher case and compare divergence and gradient with the oracle in float64."""
     device = "cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu"
     try:
         found = check(engine(impl), device)
@@ -86,12 +86,12 @@ def self_check(impl: str) -> Finding:
 
 
 def drop_ins() -> list[Finding]:
-    """Whether each drop-in fits the peer that is installed."""
+    """Report whether each drop-in fits the installed version of its library."""
     from vigos import integrations
 
     return [Finding("drop-ins", name, ok, detail) for name, ok, detail in integrations.fit()]
 
 
 def examine() -> list[Finding]:
-    """The whole report, in order."""
+    """Return all findings, in order."""
     return [*machine(), *(self_check(impl) for impl in IMPLS), *packages(), *drop_ins()]

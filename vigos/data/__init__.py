@@ -1,1 +1,1 @@
-"""From a stranger's file to examples: readers, published benchmarks, images, bounded decoding."""
+"""Data files to examples: readers, published benchmarks, images, bounded decoding."""

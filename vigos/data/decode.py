@@ -76,7 +76,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be.
+    """Bounds of an image.
 
     Attributes:
         max_pixels: width x height; larger ones are refused (the processor scales down to far less anyway).
@@ -92,9 +92,16 @@ class ImageLimits:
     max_bytes: int = 2**28
     decode_seconds: float = 10.0
 
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "min_side", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.decode_seconds > 0:
+            raise ValueError(f"decode_seconds must be positive, got {self.decode_seconds}")
+
 
 def decode(source: Path | bytes, limits: ImageLimits, name: str | None = None) -> Image:
-    """The first frame as RGB, upright, transparent pixels on white; `name` is what the errors call it.
+    """Return the first frame as RGB, upright, transparent pixels on white. Errors call the image `name`.
 
     Raises:
         BadImage: it is not an image, or not one within the limits.
@@ -125,7 +132,7 @@ def decode(source: Path | bytes, limits: ImageLimits, name: str | None = None) -
 def decode_here(
     file: str | BinaryIO, formats: Sequence[str], limits: ImageLimits, name: str, webp: float = WEBP_HERE
 ) -> Image:
-    """Decodes in this process. A WebP of more than `webp` pixels raises _TooLargeHere."""
+    """Decode in this process. A WebP of more than `webp` pixels raises _TooLargeHere."""
     from PIL import Image as PILImage
     from PIL import ImageFile
 
@@ -145,7 +152,7 @@ def decode_here(
 
 
 def check_size(image: Image, limits: ImageLimits, name: str) -> None:
-    """Raises BadImage unless the sides are within the limits."""
+    """Raise BadImage unless the sides are within the limits."""
     width, height = image.size
     if width * height > limits.max_pixels:
         detail = f"{name} has {width} x {height} pixels, more than max_pixels = {limits.max_pixels}"
@@ -158,7 +165,7 @@ def check_size(image: Image, limits: ImageLimits, name: str) -> None:
 
 
 def to_rgb(image: Image, name: str) -> Image:
-    """Decodes; turns as the camera was held; puts transparent pixels on white, 16-bit grey on 8 bits."""
+    """Decode, turn as the camera was held, put transparent pixels on white and 16-bit grey on 8 bits."""
     from PIL import Image as PILImage
     from PIL import ImageOps
 
@@ -181,7 +188,7 @@ def to_rgb(image: Image, name: str) -> Image:
 
 
 class _OutOfTime(Exception):
-    """Not an error that decoders know, which they would take for a damaged file."""
+    """Raised past decoders, which would take an error they know for a damaged file."""
 
 
 class _TooLargeHere(Exception):
@@ -210,7 +217,7 @@ def _too_slow(name: str, limits: ImageLimits) -> BadImage:
 
 
 def _starts_like(head: bytes, formats: Sequence[str]) -> bool:
-    """Whether a file that starts with these 16 bytes is one of these formats to Pillow, as far as it reads them."""
+    """Return True if Pillow takes a file with these first 16 bytes for one of `formats`."""
     from PIL import Image as PILImage
 
     accepts = [PILImage.OPEN[name][1] for name in formats if name in PILImage.OPEN]
@@ -250,7 +257,7 @@ def _decode_apart(source: Path | bytes, limits: ImageLimits, name: str) -> Image
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answers until the input ends."""
+    """Answer requests until the input ends."""
     from PIL import AvifImagePlugin
     from PIL import Image as PILImage
 
@@ -284,12 +291,12 @@ def _attempt(source: str | BinaryIO, limits: ImageLimits, name: str) -> tuple[di
 
 
 def memory_bytes(limits: ImageLimits) -> int:
-    """What the other process may address: 4 bytes a pixel for every one of ten copies, beside the interpreter."""
+    """Return the bytes that the other process may address: 1 GiB, and ten copies of 4 bytes a pixel."""
     return 2**30 + 40 * limits.max_pixels
 
 
 def bound_memory(count: int) -> None:
-    """Bounds what this process may address. On Linux: other systems do not enforce such a bound, or refuse it."""
+    """Bound the memory that this process may address, on Linux alone: other systems ignore or refuse such a bound."""
     if sys.platform != "linux":
         return
     import resource

@@ -1,10 +1,10 @@
-"""Rows of a dataset: problem, images, answer, problem_id, from the files people have.
+"""Examples of a dataset: problem, images, answer, problem_id, from the files people have.
 
     rows = load_rows("train.jsonl")  # also .json, .parquet, a folder, a `datasets` folder or hub name
     rows[0]  # {"problem": …, "images": [PIL.Image], "answer": …, "problem_id": …, "extra": {…}}
 
-Images are opened when an example is asked for, within bounds. One that cannot be used is a `BadExample` that says which
-and why: raised, or returned in the row's place (`bad_rows="return"`), so that a data loader goes on and its caller
+Images are opened when an example is asked for, within bounds. An example that cannot be used is a `BadExample` that
+says which and why: raised, or returned in its place (`bad_rows="return"`), so that a data loader goes on and its caller
 counts it.
 """
 
@@ -31,7 +31,7 @@ OnBadRow = Literal["raise", "return"]
 
 
 class Example(TypedDict):
-    """One row. `extra` holds every column that has no name of its own here."""
+    """One example of the data. `extra` holds every column that has no field here."""
 
     problem: str
     images: list[Image]  # RGB
@@ -41,10 +41,10 @@ class Example(TypedDict):
 
 
 class BadExample(ValueError):
-    """A row that cannot be used.
+    """An example that cannot be used.
 
     Attributes:
-        row_id: the row's id, or its number where it has none.
+        row_id: its id, or its number where it has none.
         reason: a slug: "malformed_row", "missing_field", "empty_problem", "empty_answer", "bad_answer",
             "unbalanced_answer", "image_count", or that of a `BadImage`.
         detail: a sentence for the log.
@@ -68,7 +68,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns a raw record into a row."""
+    """Turn a raw record into an example."""
 
     columns: _Columns
     images: ImageLoader
@@ -127,8 +127,8 @@ class _Reader:
 # --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
-class ExampleDataset(torch.utils.data.Dataset[Example]):
-    """Rows by number. `rows[i]` opens the images of row i and no others."""
+class ExampleDataset(torch.utils.data.Dataset[Example | BadExample]):
+    """Examples by number. `rows[i]` opens the images of example i and no others."""
 
     def __init__(self, records: Records, reader: _Reader, bad_rows: OnBadRow) -> None:
         self.records, self.reader, self.bad_rows = records, reader, bad_rows
@@ -140,24 +140,24 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Example:
-        """Row `index` (negative: from the end); with bad_rows="return" the `BadExample` itself if it cannot be used."""
+    def __getitem__(self, index: int) -> Example | BadExample:
+        """Return example `index` (negative: from the end), or with bad_rows="return" the `BadExample` in its place."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return _read(self.reader, self.records[index % len(self)], index % len(self), self.bad_rows)
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Example | BadExample]:
         return (self[i] for i in range(len(self)))
 
 
-class ExampleStream(torch.utils.data.IterableDataset[Example]):
-    """Rows in order, never all at once. The workers of a `DataLoader` share the rows between them."""
+class ExampleStream(torch.utils.data.IterableDataset[Example | BadExample]):
+    """Examples in order, never all at once. The workers of a `DataLoader` share them."""
 
     def __init__(self, records: Any, columns: list[str], reader: _Reader, bad_rows: OnBadRow, shards: bool) -> None:
         self.records, self.columns, self.reader, self.bad_rows = records, columns, reader, bad_rows
         self.shards = shards  # the source divides itself among workers
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Example | BadExample]:
         worker = torch.utils.data.get_worker_info()
         for number, record in enumerate(self.records):
             name: int | str = number
@@ -169,7 +169,7 @@ class ExampleStream(torch.utils.data.IterableDataset[Example]):
             yield _read(self.reader, record, name, self.bad_rows)
 
 
-def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -> Example:
+def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -> Example | BadExample:
     try:
         if isinstance(record, ValueError):
             raise BadExample(str(number), "malformed_row", f"not JSON: {record}")
@@ -177,7 +177,7 @@ def _read(reader: _Reader, record: Any, number: int | str, bad_rows: OnBadRow) -
     except BadExample as error:
         if bad_rows == "raise":
             raise
-        return error  # type: ignore[return-value]
+        return error
 
 
 def load_rows(
@@ -188,48 +188,43 @@ def load_rows(
     answer_column: str = "answer",
     id_column: str = "problem_id",
     split: str = "train",
-    config_name: str | None = None,
     streaming: bool = False,
     data_root: str | Path | None = None,
     allow_outside_root: bool = False,
-    max_pixels: int = ImageLimits.max_pixels,
-    min_side: int = ImageLimits.min_side,
-    decode_seconds: float = ImageLimits.decode_seconds,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
     image_placeholder: str | None = "<image>",
     bad_rows: OnBadRow = "raise",
 ) -> ExampleDataset | ExampleStream:
-    """Opens a dataset. Nothing is decoded until a row is asked for.
+    """Open a dataset. Nothing is decoded until an example is asked for.
 
     Args:
         source: a .jsonl, .json or .parquet file; a folder (saved by `datasets`; with `metadata.jsonl` beside the
             images, also under `<split>/`; with `<split>.jsonl`; or with Parquet files); a hub name for
-            `datasets.load_dataset`; a `datasets.Dataset` or `IterableDataset`; or a list of dicts.
-        images_column: one image or a list of them a row; missing, null and empty mean a row without images. None: the
-            dataset has none. An image is a path, bytes, a base64 `data:` address, `datasets`' Image or a PIL image.
-        id_column: where the dataset has no such column, rows are numbered.
+            `datasets.load_dataset`; a `datasets.Dataset` or `IterableDataset` (for hub names with several
+            configurations); or a list of dicts.
+        images_column: one image or a list of them an example; missing, null and empty mean none. None: the dataset has
+            none. An image is a path, bytes, a base64 `data:` address, `datasets`' Image or a PIL image.
+        id_column: where the dataset has no such column, examples are numbered.
         split: for folders and hub names that have several.
-        config_name: for hub names that have several configurations.
-        streaming: read in order and give a `ExampleStream` instead of a `ExampleDataset`.
+        streaming: read in order and return an `ExampleStream` instead of an `ExampleDataset`.
         data_root: folder that image paths are relative to and must stay in; default: the folder of the source.
         allow_outside_root: permit image paths (and links) that lead out of it.
-        max_pixels, min_side, decode_seconds: see `ImageLimits`.
+        limits: of every image: pixels, sides, bytes, seconds.
         image_placeholder: mark taken out of problems, since images always come first here; None: leave problems alone.
-        bad_rows: "raise" a `BadExample` when such a row is asked for, or "return" it in the row's place.
+        bad_rows: "raise" a `BadExample` when such an example is asked for, or "return" it in its place.
+
+    Raises:
+        ValueError: an argument out of range, a source that is not there, or columns that it has not.
     """
     if bad_rows not in get_args(OnBadRow):
         raise ValueError(f"bad_rows must be one of {', '.join(get_args(OnBadRow))}, got {bad_rows!r}")
-    for name, value in (("max_pixels", max_pixels), ("min_side", min_side)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not decode_seconds > 0:
-        raise ValueError(f"decode_seconds must be positive, got {decode_seconds}")
-    opened = open_source(source, split, config_name, streaming)
+    opened = open_source(source, split, streaming)
     if data_root is not None and not Path(data_root).is_dir():
         raise ValueError(f"data_root must be a folder, got {str(data_root)!r}")
     images = ImageLoader(
         root=opened.root if data_root is None else Path(data_root),
         allow_outside_root=allow_outside_root,
-        limits=ImageLimits(max_pixels, min_side, decode_seconds=decode_seconds),
+        limits=limits,
     )
     wanted = _match_columns(opened.columns, problem_column, images_column, answer_column, id_column, source)
     reader = _Reader(wanted, images, image_placeholder)
@@ -239,10 +234,10 @@ def load_rows(
 
 
 def check_usable(rows: ExampleDataset | ExampleStream, probe: int = 64) -> Counter[str]:
-    """Reads up to `probe` examples (spread over an `ExampleDataset`, the first of a stream) before hours are spent.
+    """Read up to `probe` examples (spread over an `ExampleDataset`, the first of a stream) before hours are spent.
 
     Returns:
-        how many of them are "ok", and how many were refused for which reason.
+        Counts of "ok" and of each reason for which examples were refused.
 
     Raises:
         ValueError: none of them is usable, or there are none.

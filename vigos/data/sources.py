@@ -1,4 +1,9 @@
-"""Where raw records come from: JSONL, JSON and Parquet files, folders, `datasets`, lists. Nothing is decoded here."""
+"""Open raw records: JSONL, JSON and Parquet files, folders, `datasets`, lists. Nothing is decoded.
+
+JSONL is read by offsets here and not by `datasets`, whose reader fails on the whole file for one malformed line, for an
+answer that is a number in one line and text in the next, and for columns that come late; here each costs one example.
+Parquet, saved folders and hub names go through `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ class Records(Protocol):
 
 
 class _Lines:
-    """A JSONL file read line by line at remembered offsets: its size does not matter."""
+    """A JSONL file read line by line at remembered offsets, 8 bytes of memory a line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +93,7 @@ def _stripped(path: Path) -> Iterator[bytes]:
 
 
 def _json_object(line: bytes) -> Any:
-    """The parsed line, or its error in its place: one bad line costs one row."""
+    """Return the parsed line, or its error in its place: one bad line costs one example."""
     try:
         return json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -96,13 +101,13 @@ def _json_object(line: bytes) -> Any:
 
 
 def _columns_of(records: Any) -> list[str]:
-    """Names in order of appearance; the first record need not have them all."""
+    """Return field names in order of appearance; the first record need not have them all."""
     return list(dict.fromkeys(name for record in records if isinstance(record, Mapping) for name in record))
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source of rows that is open.
+    """An open source of examples.
 
     Attributes:
         records: `Records`, or for a stream an iterable of raw records.
@@ -118,12 +123,12 @@ class Opened:
 
 
 def name_of(source: Any) -> str:
-    """What errors call it."""
+    """Return the name that errors use for `source`."""
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
 
 
-def open_source(source: Any, split: str, config_name: str | None, streaming: bool) -> Opened:
-    """Opens what `load_rows` takes. Raises ValueError for what it is not."""
+def open_source(source: Any, split: str, streaming: bool) -> Opened:
+    """Open what `load_rows` takes; raises ValueError for anything else."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_dir():
@@ -132,7 +137,7 @@ def open_source(source: Any, split: str, config_name: str | None, streaming: boo
             return _open_file(path, streaming)
         name = str(source)
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|\w[\w-]*", name) and path.suffix.lower() not in _SUFFIXES:
-            return _open_hub(name, split, config_name, streaming)
+            return _open_hub(name, split, streaming)
         raise ValueError(f"source must be a file, a folder or the name of a dataset; there is no {name!r}")
     if isinstance(source, Sequence):
         listed = _Listed(source)
@@ -197,11 +202,11 @@ def _open_parquet(files: list[Path], root: Path, streaming: bool) -> Opened:
     return _open_table(table, "train", root, streaming)
 
 
-def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Opened:
+def _open_hub(name: str, split: str, streaming: bool) -> Opened:
     from datasets import load_dataset
 
     try:
-        table = load_dataset(name, config_name, split=split, streaming=streaming)
+        table = load_dataset(name, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(f"there is no file or folder {name!r}, and as a dataset on the hub: {error}") from error
     return _open_table(table, split, None, streaming)

@@ -1,4 +1,4 @@
-"""Which figures a report shows of the logs of one or two runs, by section."""
+"""Figures that a report draws from the logs of one or two runs, by section."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REASON_WORDS = {"image_token": "image placeholder", "tagless": "no tags at all"
 
 
 def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
-    """(key, title, charts) of each section; charts without data are left out, and sections without charts."""
+    """Return (key, title, charts) of each section; charts without data and sections without charts are left out."""
     terms = OF_TERM.items()
     sections: list[tuple[str, str, list[Chart | None]]] = [
         (
@@ -112,7 +112,7 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
 
 
 def _reasons(logs: Sequence[Log]) -> list[tuple[str, str, str]]:
-    """The six most frequent reasons of all runs, most frequent first."""
+    """Return the six most frequent reasons of all runs, most frequent first."""
     total = {r: sum(line.get(f"rollout/invalid/{r}") or 0.0 for log in logs for line in log) for r in REASONS}
     frequent = sorted((r for r in REASONS if total[r] > 0), key=lambda r: -total[r])[: len(SERIES)]
     return [
@@ -122,16 +122,16 @@ def _reasons(logs: Sequence[Log]) -> list[tuple[str, str, str]]:
 
 
 def _happened(logs: Sequence[Log], curves: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """The curves that are not 0 everywhere."""
+    """Return the curves that are not 0 everywhere."""
     return [curve for curve in curves if any(line.get(curve[0]) for log in logs for line in log)]
 
 
 def _phases(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of a step: the phases that are timed, and what is left of the whole."""
+    """Return the seconds of a step by phase: those that are timed, and the rest of the step."""
     known = {
-        "rollouts": line.get("perf/rollout_wait_s", line.get("perf/rollout_s")) or 0.0,  # less what lay beside
+        "rollouts": line.get("perf/rollout_wait_s", line.get("perf/rollout_s")) or 0.0,  # without what overlapped
         "teachers": line.get("perf/teacher_s") or 0.0,
         "student": line.get("perf/student_s") or 0.0,
     }
-    whole = line.get("perf/step_s")
-    return {"step": line["step"], **known, "rest": max(0.0, whole - sum(known.values())) if whole else 0.0}
+    total = line.get("perf/step_s")
+    return {"step": line["step"], **known, "rest": max(0.0, total - sum(known.values())) if total else 0.0}

@@ -39,7 +39,7 @@ Log = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that hold a step
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, what it shows in a sentence, its legend, and its values for those who read them.
+    """A drawing, a sentence about it, its legend, and its values as a table.
 
     Attributes:
         legend: (label, CSS colour, whether the line is dashed).
@@ -55,7 +55,7 @@ class Chart:
 
 
 def series(log: Log, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, averaged in at most `POINTS` bins of neighbouring steps."""
+    """Return steps and values of a metric, averaged in at most `POINTS` bins of neighbouring steps."""
     points = [(float(line["step"]), float(line[name])) for line in log if isinstance(line.get(name), int | float)]
     if len(points) <= POINTS:
         return [s for s, _ in points], [v for _, v in points]
@@ -65,14 +65,14 @@ def series(log: Log, name: str) -> tuple[list[float], list[float]]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A centred running mean over a tenth of the curve; short curves stay as they are."""
+    """Average over a centred window of a tenth of the curve; short curves stay as they are."""
     half = len(values) // 20
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(w) / len(w) for w in windows]
 
 
 def svg_of(figure: Figure, name: str) -> str:
-    """The figure as an SVG element to be put into a page, hidden from screen readers: a table stands beside it."""
+    """Return the figure as an SVG element for a page, hidden from screen readers, which read its table."""
     import matplotlib
 
     out = io.StringIO()
@@ -99,7 +99,7 @@ def svg_of(figure: Figure, name: str) -> str:
 
 
 def new_figure(panels: int = 1, *, height: float = HEIGHT) -> tuple[Figure, list[Any]]:
-    """A figure in the report's style and its axes, one below the other."""
+    """Make a figure in the report's style and its axes, one below the other."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -123,7 +123,7 @@ def lines(
     name: str, title: str, text: str, logs: Sequence[Log], curves: Sequence[tuple[str, str, str]], *,
     share: bool = False, low: float | None = 0.0,
 ) -> Chart | None:  # fmt: skip
-    """Curves (metric, label, colour) of one or two runs; None where nothing was logged."""
+    """Draw curves (metric, label, colour) of one or two runs; None where nothing was logged."""
     figure, (axis,) = new_figure()
     table: list[list[str]] = []
     drawn: dict[str, tuple[str, str, bool]] = {}
@@ -154,7 +154,7 @@ def stacked(
     name: str, title: str, text: str, logs: Sequence[Log], parts: Sequence[tuple[str, str, str]], *,
     share: bool = False, derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Chart | None:  # fmt: skip
-    """Areas (metric, label, colour) on top of each other, a panel a run; a metric that a line lacks counts 0."""
+    """Draw areas (metric, label, colour) on top of each other, a panel a run; a metric that a line lacks counts 0."""
     figure, axes = new_figure(len(logs), height=HEIGHT + 1.5 * (len(logs) - 1))
     table: list[list[str]] = []
     drawn: dict[str, tuple[str, str, bool]] = {}

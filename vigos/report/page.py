@@ -1,4 +1,4 @@
-"""`vigos report`: a run folder as one HTML file that needs nothing else and fetches nothing.
+"""Write a run folder as one HTML file that needs nothing else and fetches nothing (`vigos report`).
 
     write_report("runs/demo", "report.html")                        # a run folder, or the demo's folder around it
     write_report("runs/a", "report.html", compare="runs/b")         # two runs, side by side
@@ -47,7 +47,7 @@ HEADLINE: tuple[tuple[Metric, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a report shows of one run.
+    """The contents of one run that a report shows.
 
     Attributes:
         config: the sections of config.yaml.
@@ -55,7 +55,7 @@ class Run:
         before, after: evaluations of the untrained model under the same prompt, and of the trained one.
         rollouts: the sampled records of completions/, in order of their steps.
         written: how many records completions/ holds.
-        skipped: rows that could not be used, by reason.
+        skipped: examples that could not be used, by reason.
     """
 
     name: str
@@ -73,12 +73,12 @@ def load_run(
     folder: str | Path, *, before: str | Path | None = None, after: str | Path | None = None,
     rollouts: int = MAX_ROLLOUTS, seed: int = 0, like: Run | None = None,
 ) -> Run:  # fmt: skip
-    """Reads a run folder, or the demo's: the run under `train/`, `before.jsonl` and `after.jsonl` beside it.
+    """Read a run folder, or the demo's: the run in `train/`, its evaluations `before.jsonl` and `after.jsonl`.
 
     Args:
         before, after: records of two evaluations, where they lie elsewhere.
         rollouts: how many to sample at most.
-        like: a run whose sampled rows are preferred, so that two runs can be shown beside each other.
+        like: a run whose sampled examples are preferred, so that two runs can be compared side by side.
     """
     outer = Path(folder)
     if not outer.is_dir():
@@ -115,7 +115,7 @@ def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; none where there is no file. A line cut off by a kill ends it."""
+    """Yield the objects of a JSONL file; none where there is no file. A line cut off by a kill ends it."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -> tuple[list[dict[str, Any]], int]:
-    """Records spread evenly over the files of `folder`, and how many it holds in all. Only chosen lines are parsed."""
+    """Return records spread evenly over the files of `folder`, and how many there are. Only chosen lines are parsed."""
     places: list[tuple[Path, int]] = []  # (file, byte offset) of every record, in the order of steps
     for path in sorted(folder.glob("step-*.jsonl")):
         offset = 0
@@ -162,7 +162,7 @@ def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -
 def _preferring(
     places: Sequence[tuple[Path, int]], picked: list[tuple[Path, int]], wanted: set[tuple[int, str]]
 ) -> list[tuple[Path, int]]:
-    """The records of wanted (step, row) pairs first, then picked ones up to as many as were picked."""
+    """Return the places of wanted (step, example) pairs first, then picked ones, as many as were picked."""
     steps = {step for step, _ in wanted}
     found = []
     for path, offset in places:
@@ -192,7 +192,7 @@ class Number:
 
 
 def headline(before: EvaluationResult | None, after: EvaluationResult | None) -> list[Number]:
-    """Score, Prior, accuracy and format of two evaluations. Without any, nothing."""
+    """Return Score, Prior, accuracy and format of two evaluations, as far as there are any."""
     found = []
     summaries = [r.summary() if r else {} for r in (before, after)]
     for metric, label, meaning in HEADLINE:
@@ -209,7 +209,7 @@ def headline(before: EvaluationResult | None, after: EvaluationResult | None) ->
 
 
 def _same_rows(a: EvaluationResult, b: EvaluationResult) -> bool:
-    """Whether two evaluations share rows, and agree on the answers of those they share."""
+    """Return True if two evaluations share examples, and agree on the answers of those they share."""
     answers = {r["key"]: r["answer"] for r in a.answered}
     shared = [r for r in b.answered if r["key"] in answers]
     return bool(shared) and all(answers[r["key"]] == r["answer"] for r in shared)
@@ -219,7 +219,7 @@ def _same_rows(a: EvaluationResult, b: EvaluationResult) -> bool:
 
 
 def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the script of the page reads: texts are shared in a table, images are data: addresses.
+    """Return the data that the page's script reads: texts are shared in a table, images are data: addresses.
 
     `rollouts`: run, step, id, problem, answer, valid, reason, right, images, tokens (indices of `texts`), and `taught`:
     for each supervised token [token, teacher, segment, KL, clipped, log p, log q, top of student, top of teacher]; a
@@ -249,20 +249,20 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
                     pictures.append(picture)
                 shown.append(images[key])
             taught = []
-            for term, of in record.get("teachers", {}).items():
-                none = [None] * len(of["tokens"])
-                for i, token in enumerate(of["tokens"]):
+            for term, scores in record.get("teachers", {}).items():
+                none = [None] * len(scores["tokens"])
+                for i, token in enumerate(scores["tokens"]):
                     taught.append(
                         [
                             token,
                             TERMS.index(term),
-                            of["segments"][i],
-                            _number(of["divergence"][i]),
-                            int(of["clipped"][i]),
-                            _number(of.get("student_logprob", none)[i]),
-                            _number(of.get("teacher_logprob", none)[i]),
-                            tops(of.get("student_top", none)[i]),
-                            tops(of.get("teacher_top", none)[i]),
+                            scores["segments"][i],
+                            _number(scores["divergence"][i]),
+                            int(scores["clipped"][i]),
+                            _number(scores.get("student_logprob", none)[i]),
+                            _number(scores.get("teacher_logprob", none)[i]),
+                            tops(scores.get("student_top", none)[i]),
+                            tops(scores.get("teacher_top", none)[i]),
                         ]
                     )
             found.append(
@@ -285,12 +285,12 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Infinities are words in the records; the page shows a dash."""
+    """Round a finite number; None for infinities (words in the records), which the page shows as a dash."""
     return round(value, 5) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _picture(folder: Path, name: Any) -> dict[str, Any] | None:
-    """An image as the page holds it; None where it is not one that a run wrote, or too large."""
+    """Return an image as the page holds it; None where it is not one that a run wrote, or too large."""
     from PIL import Image
 
     match = _IMAGE_NAME.fullmatch(str(name))
@@ -312,11 +312,11 @@ def write_report(
     run: str | Path, output: str | Path, *, compare: str | Path | None = None, before: str | Path | None = None,
     after: str | Path | None = None, rollouts: int = MAX_ROLLOUTS, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Writes the report of a run, or of two, to `output`; returns its path.
+    """Write the report of a run, or of two, to `output`; return its path.
 
     Args:
         run, compare: run folders, see `load_run`.
-        before, after: records of evaluations of `run`, where they do not lie beside it.
+        before, after: records of evaluations of `run`, where they are not in its folder.
         rollouts: at most so many of each run are shown.
     """
     if rollouts < 1:
@@ -330,7 +330,7 @@ def write_report(
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page."""
+    """Render the page."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
@@ -364,7 +364,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a <script> element: nothing in it can end the element or open a comment."""
+    """Return JSON for a <script> element: nothing in it can end the element or open a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -378,20 +378,20 @@ _SHOWN = (
 
 
 def _fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(which run, its facts): of two runs first what they share, then what is each one's own."""
+    """Return (run, facts): of two runs first the facts they share, then those of each."""
     facts = [_facts(run) for run in runs]
     if len(facts) == 1:
         return [("", facts[0])]
     shared = [fact for fact in facts[0] if fact in facts[1]]
-    own = [(letter, [f for f in of if f not in shared]) for letter, of in zip("AB", facts, strict=True)]
-    return [("both", shared), *((letter, of) for letter, of in own if of)]
+    rest = [(letter, [f for f in run if f not in shared]) for letter, run in zip("AB", facts, strict=True)]
+    return [("both", shared), *((letter, different) for letter, different in rest if different)]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """The few options that tell runs apart, as far as the folder says them."""
+    """Return the few options that tell runs apart, as far as the folder says them."""
     options = {**run.config.get("transformers", {}), **run.config.get("vigos", {}), **run.config.get("run", {})}
     found = [(name, str(options[name])) for name in _SHOWN if options.get(name) not in (None, "")]
-    if options.get("model"):  # of a folder the last part: where it lay is nobody's business
+    if options.get("model"):  # the last part of a path: a shared page should not show folders of a machine
         model = str(options["model"])
         found.insert(0, ("model", Path(model).name if Path(model).is_absolute() else model))
     steps = str(int(run.log[-1]["step"])) if run.log else "0"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vigos.study.plan import ARM, MAX_TOKENS, TEST_SEED
+from vigos.study.plan import ARM, MAX_TOKENS, TEST_SEED, world_config
 
 if TYPE_CHECKING:
     from vigos.eval.results import EvaluationResult
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
-    """Trains the cell's arm in `scratch` and measures it; returns the measured columns of results.csv."""
+    """Train the cell's arm in the folder `scratch` and measure it; return the measured columns of results.csv."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from vigos.data.examples import load_rows
@@ -59,7 +59,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
 
 
 def outcomes(result: EvaluationResult) -> dict[str, Any]:
-    """Shares, and the outcome of every test row as a string of 0 and 1 in the order of the file."""
+    """Return shares, and the outcomes of the test examples as a string of 0 and 1 in the order of the file."""
     from vigos.study.preconditions import described_ink
 
     found: dict[str, Any] = {}
@@ -84,33 +84,28 @@ def outcomes(result: EvaluationResult) -> dict[str, Any]:
 
 
 def _asked(record: dict[str, Any]) -> int:
-    """The digit an ink question names: the one in the image whose ink is the answer."""
+    """Return the digit that an ink question names: the one in the image whose ink is the answer."""
     return next(d for d, ink in zip(record["extra"]["digits"], record["extra"]["inks"], strict=True)
                 if ink == record["answer"])  # fmt: skip
 
 
 def cell_config(cell: Cell, folder: Path) -> ViGOSConfig:
-    """The demo's options with the plan's steps and learning rate, the arm's own on top."""
-    from vigos.train.config import ViGOSConfig
-    from vigos.world.prompts import PROMPTS_FILE
-
-    options: dict[str, Any] = {
-        "output_dir": str(folder), "prompts_file": str(PROMPTS_FILE), "max_steps": cell.plan.steps,
-        "per_device_train_batch_size": cell.plan.rows_a_step, "gradient_accumulation_steps": 1,
-        "learning_rate": cell.plan.learning_rate, "warmup_steps": 5, "max_grad_norm": 1.0, "clip_mode": "none",
-        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": MAX_TOKENS, "lora_r": 32,
-        "lora_alpha": 64, "lora_dropout": 0.0, "completion_steps": 0, "save_merged": False, "save_strategy": "no",
-        "report_to": [], "seed": cell.seed, "data_seed": cell.seed, "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
-    return ViGOSConfig(**(options | dict(ARM[cell.arm].options)))
+    """Return the options of every run on the world, with the plan's steps and learning rate and the arm's own."""
+    plan, arm = cell.plan, ARM[cell.arm]
+    return world_config(
+        folder, seed=cell.seed, max_steps=plan.steps, per_device_train_batch_size=plan.rows_a_step,
+        learning_rate=plan.learning_rate, completion_steps=0, save_merged=False, **arm.options,
+    )  # fmt: skip
 
 
 # --- The off-policy arm -----------------------------------------------------------------------------------------------
 
 
 def stated(row: dict[str, Any]) -> str:
-    """A completion in the format that states the row's reference: the scene as it is, but the asked digit in the ink
-    the reference says; `row` is a line of the world's JSONL."""
+    """Return a completion in the format that states the reference of `row`, a line of the world's JSONL.
+
+    It describes the scene as it is, but for the asked digit, which gets the ink that the reference says.
+    """
     from vigos.world.digits import INK_NAMES
     from vigos.world.tasks import completion, describe, reason
 
@@ -125,7 +120,7 @@ def stated(row: dict[str, Any]) -> str:
 
 
 def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfig) -> nn.Module:
-    """LoRA, optimizer, schedule, steps and rows of the other arms; mean cross-entropy of a step's tokens."""
+    """Train by the mean cross-entropy of a step's tokens; LoRA, optimizer, schedule and data are the other arms'."""
     from transformers import get_linear_schedule_with_warmup, set_seed
 
     from vigos.data.examples import load_rows

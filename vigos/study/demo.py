@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much a demo does."""
+    """Size of a demo: training steps, examples a step, triplets of the evaluation."""
 
     steps: int
     rows_a_step: int
-    triplets: int  # of the evaluation: each is one agreeing and two contradicting images
+    triplets: int  # one image that agrees with the prior and two that contradict it, each
 
 
 SHOWN = {
@@ -30,62 +30,24 @@ SHOWN = {
     "KL reasoning": "kl/reasoning",
 }
 
-MAX_TOKENS = 96  # of a completion; they take about 50
-
 QUICK = DemoSize(steps=120, rows_a_step=32, triplets=100)
 FULL = DemoSize(steps=240, rows_a_step=32, triplets=200)
-
-
-def demo_config(output_dir: Path, size: DemoSize, seed: int) -> Any:
-    """The options of the demo's training run, other than the paper's where a tiny model needs it.
-
-    The learning rate is that of a model three orders of magnitude smaller, and the token clip is off: in this world
-    most of a description's divergence lies above 0.05 nats, and clipping it costs 13 to 15 points of Score.
-    """
-    from vigos.train.config import ViGOSConfig
-    from vigos.world.prompts import PROMPTS_FILE
-
-    return ViGOSConfig(
-        output_dir=str(output_dir / "train"),
-        prompts_file=str(PROMPTS_FILE),
-        max_steps=size.steps,
-        per_device_train_batch_size=size.rows_a_step,
-        gradient_accumulation_steps=1,
-        learning_rate=3e-4,
-        warmup_steps=5,
-        max_grad_norm=1.0,
-        clip_mode="none",
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_completion_length=MAX_TOKENS,
-        lora_r=32,
-        lora_alpha=64,
-        lora_dropout=0.0,
-        completion_steps=5,
-        completion_top_k=5,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        data_seed=seed,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
 
 
 def run_demo(
     output_dir: str | Path, *, quick: bool = False, seed: int = 0, console: Console | None = None
 ) -> dict[str, Any]:
-    """Writes data, evaluates the built-in base, trains it, evaluates again; returns what `summary.json` holds.
+    """Write data, evaluate the built-in base, train it, evaluate again; return the content of `summary.json`.
 
     Returns:
-        `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1], with Wilson intervals beside
-        them), and `seconds`.
+        `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their Wilson intervals,
+        and `seconds`.
     """
     from rich.console import Console
     from rich.table import Table
 
     from vigos.data.examples import load_rows
+    from vigos.study.plan import world_config
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts, write_world
 
@@ -105,9 +67,13 @@ def run_demo(
     before = _evaluate(model, processor, test, prompts, output_dir / "before.jsonl", seed, console)
 
     console.print(f"[bold]3/4[/] ViGOS: {size.steps} steps of {size.rows_a_step} rollouts")
+    options = world_config(
+        output_dir / "train", max_steps=size.steps, per_device_train_batch_size=size.rows_a_step, seed=seed,
+        completion_steps=5, completion_top_k=5,
+    )  # fmt: skip
     trainer = ViGOSTrainer(
         model=model,
-        args=demo_config(output_dir, size, seed),
+        args=options,
         processing_class=processor,
         train_dataset=load_rows(train),
     )
@@ -149,10 +115,11 @@ def _interval(bounds: list[float]) -> str:
 def _evaluate(
     model: Any, processor: Any, rows: Path, prompts: Prompts, records: Path, seed: int, console: Console
 ) -> dict[str, Any]:
-    """Score, Prior and the share in the asked format, one sample a question at temperature 1."""
+    """Return Score, Prior and the share in the asked format, one sample a question at temperature 1."""
     from rich.progress import Progress
 
     from vigos.eval.evaluate import evaluate
+    from vigos.study.plan import MAX_TOKENS
 
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("questions", total=None)
@@ -167,7 +134,7 @@ def _evaluate(
 
 
 def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
-    """Trains; shows a bar with rate, time left and the last metrics on a terminal, a line now and then elsewhere."""
+    """Train; show a bar with time left and the last metrics on a terminal, a line now and then elsewhere."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

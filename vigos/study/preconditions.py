@@ -1,4 +1,4 @@
-"""Measures whether a base model of the world is worth post-training: the preconditions P1 to P5, with intervals.
+"""Measure whether a base model of the world is worth post-training: the preconditions P1 to P5, with intervals.
 
 P1  The image-only teacher describes scenes that contradict the prior at least 15 points better than the student does
     under the question: its description gives the asked digit its true ink, among those that name the digit.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vigos.eval.statistics import wilson_interval
 from vigos.method.spans import parse_rollout
 from vigos.world.batch import FastEncoder, Prompt, ScoredText, image_features, scored_logits
 from vigos.world.digits import CELL, INK_NAMES, Split, render
@@ -34,25 +35,14 @@ from vigos.world.tasks import USUAL_INK, triplet
 _MENTION = re.compile(rf"(\d+) in ({'|'.join(INK_NAMES)})\b")
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a proportion (95 % by default); (0, 1) without observations. Source: Wilson 1927."""
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * width) / (1 + z * z / n) for sign in (-1, 1))
-    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact there, but for rounding
-
-
 def _rate(outcomes: Sequence[bool]) -> dict[str, float]:
     n, successes = len(outcomes), sum(outcomes)
-    low, high = wilson(successes, n)
+    low, high = wilson_interval(successes, n)
     return {"rate": successes / n if n else math.nan, "low": low, "high": high, "n": n}
 
 
 def _difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    """a - b with Newcombe's interval (his method 10: the Wilson intervals of both, combined)."""
+    """Return a - b with Newcombe's interval (his method 10: the Wilson intervals of both, combined)."""
     gap = a["rate"] - b["rate"]
     low = gap - math.hypot(a["rate"] - a["low"], b["high"] - b["rate"])
     high = gap + math.hypot(a["high"] - a["rate"], b["rate"] - b["low"])
@@ -60,7 +50,7 @@ def _difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 def described_ink(description: str, digit: int | None) -> str | None:
-    """The ink that a description gives to `digit`; None where it does not name it."""
+    """Return the ink that a description gives to `digit`; None where it does not name it."""
     return next((ink for name, ink in _MENTION.findall(description) if int(name) == digit), None)
 
 
@@ -70,7 +60,7 @@ def sample(
     temperature: float = 1.0, max_new_tokens: int = 64, batch_size: int = 150,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Completions of prompts over one image each, up to and including the end token; temperature 0 is greedy."""
+    """Sample completions of prompts over one image each, up to and including the end token; temperature 0 is greedy."""
     config = model.config
     pad, eos = config.text_config.pad_token_id, encoder.eos
     completions: list[list[int]] = []
@@ -106,7 +96,7 @@ def check(
     temperature: float = 1.0, noise: float = 0.05, cell: int = CELL, digits: int = 2,
     show: bool = True, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measures P1 to P5, prints them as a table and returns them.
+    """Measure P1 to P5, print them as a table and return them.
 
     Args:
         model: a `save_pretrained` folder, None for the checkpoint that ships, or a model in memory.
@@ -147,7 +137,7 @@ def check(
         return encoder.tokenizer.decode(ids, skip_special_tokens=True)
 
     def inks_right(rows: list[Any], outputs: list[list[int]]) -> tuple[list[bool], list[bool]]:
-        """Whether the asked digit's ink is right, among outputs whose description names it; and whether it does."""
+        """Return ink right or wrong for outputs whose description names the asked digit, and which outputs name it."""
         named = [described_ink(text(ids).split("<")[0], row[1].digit) for row, ids in zip(rows, outputs, strict=True)]
         right = [ink == row[1].answer for row, ink in zip(rows, named, strict=True) if ink is not None]
         return right, [ink is not None for ink in named]
@@ -218,7 +208,7 @@ def check(
 
 @torch.no_grad()
 def _answer_tokens(model: Any, encoder: FastEncoder, rows: list[Any], size: tuple[int, int]) -> list[bool]:
-    """Whether the reasoning teacher, reading the student's completion up to there, prefers the reference's token."""
+    """Test whether the reasoning teacher, after the student's rollout, prefers the reference at the answer's token."""
     right: list[bool] = []
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
     for start in range(0, len(rows), 150):
@@ -256,7 +246,7 @@ _ROWS = (
 
 
 def print_check(report: dict[str, Any]) -> None:
-    """The table of a report of `check`."""
+    """Print a report of `check` as a table."""
     from rich.console import Console
     from rich.table import Table
 

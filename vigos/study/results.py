@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Rows with the columns of the first kind that fits: results, or whatever the first row names."""
+    """Write rows with the columns `COLUMNS` if they are results, else with those of the first row; return `path`."""
     names = list(COLUMNS) if rows and "score_items" in rows[0] else list(rows[0]) if rows else list(COLUMNS)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="raise", restval="")
@@ -48,7 +48,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """What `write_csv` wrote; an empty field is None."""
+    """Read what `write_csv` wrote; an empty field is None."""
     with Path(path).open(encoding="utf-8", newline="") as file:
         return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
 
@@ -62,7 +62,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def in_world(rows: Sequence[Row], world: World = World()) -> list[Row]:  # noqa: B008 (frozen)
-    """The rows of one world; those of the untrained arm hold for every training set."""
+    """Return the rows of one world; those of the untrained arm hold for every training set."""
     return [
         row
         for row in rows
@@ -89,7 +89,7 @@ class Difference:
 
 
 def by_base(rows: Sequence[Row], arm: str, metric: str) -> dict[int, float]:
-    """The arm's mean over training seeds, for each base."""
+    """Return the arm's mean over training seeds, for each base."""
     values: dict[int, list[float]] = {}
     for row in rows:
         if row["arm"] == arm and row[metric] is not None:
@@ -98,7 +98,7 @@ def by_base(rows: Sequence[Row], arm: str, metric: str) -> dict[int, float]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None, float | None]:
-    """Mean, 95 % t interval and two-sided p against 0; neither with fewer than two values.
+    """Return mean, 95 % t interval and two-sided p against 0; None for the last two with fewer than two values.
 
     Equal values give an interval of no width and p 0 (or 1, where they are 0).
     """
@@ -115,7 +115,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | No
 
 
 def difference(rows: Sequence[Row], arm: str, other: str, metric: str = "score") -> Difference | None:
-    """Paired by base; None where no base has both arms."""
+    """Return arm minus other, paired by base; None where no base has both arms."""
     a, b = by_base(rows, arm, metric), by_base(rows, other, metric)
     shared = {base: a[base] - b[base] for base in a if base in b}
     if not shared:
@@ -138,7 +138,10 @@ class Pair:
 
 
 def pairs(rows: Sequence[Row], arm: str, other: str, metric: str = "score") -> list[Pair]:
-    """Exact McNemar test and bootstrap over triplets for each base and seed; the untrained arm pairs with each seed."""
+    """Compare two arms by McNemar's exact test and a bootstrap over triplets, for each base and seed.
+
+    The untrained arm is compared with each seed.
+    """
     found = []
     theirs = [row for row in rows if row["arm"] == other]
     for row in (r for r in rows if r["arm"] == arm):
@@ -159,7 +162,7 @@ def pairs(rows: Sequence[Row], arm: str, other: str, metric: str = "score") -> l
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the expectations that docs/study.md states, measured: what H says is that `value` is above 0."""
+    """An expectation stated in docs/study.md and its measured difference, which it says is above 0."""
 
     name: str
     says: str
@@ -167,7 +170,7 @@ class Finding:
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
-    """H1 to H3, as far as the rows go. H1 is the loss of Score under lying references, OPSD's minus ViGOS's."""
+    """Return H1 to H3, as far as the rows go. H1 is the loss of Score under lying references, OPSD's minus ViGOS's."""
     clean, lying = in_world(rows), in_world(rows, World(label_bias=1.0))
     losses = []
     for arm in ("opsd", "vigos"):
@@ -183,22 +186,22 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def print_results(results: str | Path, console: Console) -> None:
-    """Every arm of the default world against ViGOS, and the expectations, as tables."""
+    """Print every arm of the default world against ViGOS, and the expectations, as tables."""
     from rich.table import Table
 
     rows = read_csv(results)
-    own = in_world(rows)
+    default = in_world(rows)
     table = Table(
         "arm", "Score", "Prior", "description", "in format", "PALR", "Score against vigos", "within: p < 0.01"
     )
     for arm in ARMS:
-        mine = [r for r in own if r["arm"] == arm.name]
+        mine = [r for r in default if r["arm"] == arm.name]
         if not mine:
             continue
         shares = [by_base(mine, arm.name, m) for m in ("score", "prior", "description", "valid_rate", "palr_all")]
         cells = [f"{100 * math.fsum(v.values()) / len(v):.1f}" if v else "–" for v in shares]
-        against = None if arm.name == "vigos" else difference(own, arm.name, "vigos")
-        tested = [] if arm.name == "vigos" else pairs(own, arm.name, "vigos")
+        against = None if arm.name == "vigos" else difference(default, arm.name, "vigos")
+        tested = [] if arm.name == "vigos" else pairs(default, arm.name, "vigos")
         clear = f"{sum(p.p_value < 0.01 for p in tested)} of {len(tested)}" if tested else "–"
         table.add_row(arm.name.replace("_", " "), *cells, _words(against), clear)
     console.print(table)
@@ -209,7 +212,7 @@ def print_results(results: str | Path, console: Console) -> None:
 
 
 def _words(found: Difference | None) -> str:
-    """A difference in points, with its interval over bases where there is one."""
+    """Return a difference in points as text, with its interval over bases where there is one."""
     if found is None:
         return "–"
     if found.interval is None:
@@ -224,7 +227,7 @@ _COLOURS = {"base": "#8f95a1", "sft": "#b8517c", "opsd": "#8240d6", "vigos": "#0
 
 
 def draw(results: str | Path, preconditions: str | Path, folder: str | Path) -> list[Path]:
-    """Writes `study-arms.svg` and, where a knob was turned, `study-axes.svg`; returns their paths."""
+    """Write `study-arms.svg` and, where a knob was turned, `study-axes.svg`; return their paths."""
     import matplotlib
 
     rows, checks = read_csv(results), read_csv(preconditions)
@@ -241,14 +244,14 @@ def draw(results: str | Path, preconditions: str | Path, folder: str | Path) -> 
 
 
 def _note(figure: Figure, checks: Sequence[Row], bases: int) -> None:
-    """P1 to P5 below a figure: without them no comparison means anything."""
-    own = [c for c in checks if c["shortcut"] == World.shortcut and c["noise"] == World.noise]
+    """Write P1 to P5 below a figure: without them no comparison means anything."""
+    default = [c for c in checks if c["shortcut"] == World.shortcut and c["noise"] == World.noise]
     words = []
     for key, measure in (
         ("P1", "difference"), ("P2", "difference"), ("P3", "score"), ("P3", "prior"), ("P3", "valid"),
         ("P4", "reasoning"), ("P4", "reference"), ("P5", "answer_follows_description"),
     ):  # fmt: skip
-        values = [c for c in own if c["precondition"] == key and c["measure"] == measure]
+        values = [c for c in default if c["precondition"] == key and c["measure"] == measure]
         if values:
             met = "" if key == "P5" else f" (met by {sum(c['met'] == 'True' for c in values)} of {len(values)})"
             shares = ", ".join(f"{100 * c['rate']:.0f}" for c in values)
@@ -258,24 +261,24 @@ def _note(figure: Figure, checks: Sequence[Row], bases: int) -> None:
 
 
 def _arms(rows: Sequence[Row], checks: Sequence[Row]) -> Figure:
-    """Every base and seed as a dot, the mean over bases as a bar across them, its t interval where there is one."""
+    """Draw every base and seed as a dot, the mean over bases as a bar, its t interval where there is one."""
     from matplotlib.figure import Figure
 
-    own = in_world(rows)
-    shown = [arm.name for arm in ARMS if any(r["arm"] == arm.name for r in own)]
+    default = in_world(rows)
+    shown = [arm.name for arm in ARMS if any(r["arm"] == arm.name for r in default)]
     figure = Figure(figsize=(8, 0.42 * len(shown) + 1.7), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     titles = (("score", "Score"), ("prior", "Prior"), ("description", "description right"))
     for axis, (metric, title) in zip(axes, titles, strict=True):
         for place, arm in enumerate(shown):
-            values = by_base(own, arm, metric)
+            values = by_base(default, arm, metric)
             colour = _COLOURS.get(arm, "#2f5fd0")
             if values:
                 mean, interval, _ = t_interval(list(values.values()))
                 if interval:
                     axis.plot([100 * v for v in interval], [place, place], color=colour, linewidth=5, alpha=0.25)
                 axis.plot(100 * mean, place, "|", color=colour, markersize=15, markeredgewidth=2)
-            for row in own:
+            for row in default:
                 if row["arm"] == arm and row[metric] is not None:
                     axis.plot(100 * row[metric], place + 0.12 * (row["seed"] - 0.5), "o", color=colour, markersize=3.5)
         axis.set_title(title, fontsize=10, loc="left")
@@ -286,13 +289,12 @@ def _arms(rows: Sequence[Row], checks: Sequence[Row]) -> Figure:
             axis.spines[side].set_visible(False)
     axes[0].set_yticks(range(len(shown)), [name.replace("_", " ") for name in shown])
     axes[0].invert_yaxis()
-    _note(figure, checks, len({r["base"] for r in own}))
+    _note(figure, checks, len({r["base"] for r in default}))
     return figure
 
 
 def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
-    """Score and descriptions over each knob that was turned, a line an arm through its means over bases, all cells as
-    dots."""
+    """Draw Score and descriptions over each knob that was turned: means over bases as a line an arm, cells as dots."""
     from matplotlib.figure import Figure
 
     turned = [k for k in KNOBS if len({r[k] for r in rows}) > 1]
@@ -305,14 +307,14 @@ def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
             levels = sorted({r[knob] for r in rows})
             for arm, colour in _COLOURS.items():
                 worlds = [(level, in_world(rows, World(**{knob: level}))) for level in levels]
-                curve = [(level, here, values) for level, here in worlds if (values := by_base(here, arm, metric))]
+                curve = [(level, cells, values) for level, cells in worlds if (values := by_base(cells, arm, metric))]
                 if len(curve) < 2:
                     continue
                 means = [(level, 100 * math.fsum(values.values()) / len(values)) for level, _, values in curve]
                 axis.plot(*zip(*means, strict=True), color=colour, label=arm.replace("_", " "))
-                for level, here, _ in curve:
-                    own = [100 * r[metric] for r in here if r["arm"] == arm and r[metric] is not None]
-                    axis.plot([level] * len(own), own, "o", color=colour, markersize=3, alpha=0.6)
+                for level, cells, _ in curve:
+                    dots = [100 * r[metric] for r in cells if r["arm"] == arm and r[metric] is not None]
+                    axis.plot([level] * len(dots), dots, "o", color=colour, markersize=3, alpha=0.6)
             axis.set_title(f"{title} over {knob.replace('_', ' ')}", fontsize=10, loc="left")
             axis.set_xticks(levels)
             axis.set_ylim(-2, 102)

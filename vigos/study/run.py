@@ -1,4 +1,4 @@
-"""Runs a study: makes the bases, checks them, trains and evaluates every cell, each in a process of its own.
+"""Run a study: make the bases, check them, train and evaluate every cell, each in a separate process.
 
     run_study(QUICK, "runs/study")        # one seed of every arm
 
@@ -34,7 +34,7 @@ class _Task:
 
 
 def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progress | None = None) -> Path:
-    """Makes the bases, checks them, runs every cell that is not done yet; returns `results.csv`.
+    """Make the bases, check them, run every cell that is not done yet; return the path of `results.csv`.
 
     Args:
         folder: gets bases/, checks/, cells/, results.csv and preconditions.csv.
@@ -83,7 +83,7 @@ def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
 
 
 def _in_processes(tasks: list[_Task], jobs: int) -> Iterator[str]:
-    """Runs tasks, each in a process that is used once: what one leaves in memory is nobody else's."""
+    """Run tasks, each in a process that is used once, and yield the name of each as it ends."""
     if not tasks:
         return
     if sys.platform == "linux":  # a process of its own for each task, without importing everything again
@@ -109,7 +109,7 @@ def _one_thread() -> None:
 
 
 def _write(path: Path, value: Any) -> None:
-    """All or nothing: a file that exists is whole."""
+    """Write JSON by rename: a file that exists is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value), encoding="utf-8")
@@ -121,19 +121,19 @@ def _read(path: Path) -> Any:
 
 
 def base_folder(folder: Path, seed: int, shortcut: float) -> Path | None:
-    """Where a base lies; None: it is the one that ships."""
+    """Return the folder of a base; None for the one that ships."""
     return None if (seed, shortcut) == (0, 1.0) else folder / "bases" / f"seed{seed}-shortcut{shortcut:g}"
 
 
 def make_base(path: Path, seed: int) -> None:
-    """Warms a base model up from nothing: about 25 minutes on two cores."""
+    """Warm a base model up from nothing: about 25 minutes on two cores."""
     from vigos.world.warmup import pretrain
 
     _write(path / DONE, pretrain(path, seed=seed))
 
 
 def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> None:
-    """Warms a base up a little further, in a world where the usual ink is believed `shortcut` times as often."""
+    """Warm a base up a little further, in a world where the usual ink is believed `shortcut` times as often."""
     from vigos.world import load_base
     from vigos.world.warmup import Recipe, pretrain
 
@@ -145,18 +145,18 @@ def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> Non
 
 
 def check_file(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> Path:
-    """The preconditions of a base at a noise."""
+    """Return the file that holds the preconditions of a base at a noise."""
     return folder / "checks" / f"seed{seed}-shortcut{shortcut:g}-noise{noise:g}-n{triplets}.json"
 
 
 def check_base(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> None:
-    """P1 to P5 of a base at a noise, as rows of preconditions.csv."""
+    """Measure P1 to P5 of a base at a noise, and write them as rows of preconditions.csv."""
     from vigos.study.preconditions import check
 
     found = check(base_folder(folder, seed, shortcut), n=triplets, seed=TEST_SEED, noise=noise, show=False)
-    of = {"base": seed, "shortcut": shortcut, "noise": noise}
+    world = {"base": seed, "shortcut": shortcut, "noise": noise}
     rows = [
-        {**of, "precondition": key, "measure": name, **value, "met": values.get("met", "")}
+        {**world, "precondition": key, "measure": name, **value, "met": values.get("met", "")}
         for key, values in found.items()
         for name, value in values.items()
         if name != "met"
@@ -165,12 +165,12 @@ def check_base(folder: Path, seed: int, shortcut: float, noise: float, triplets:
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:
-    """The row of results.csv that a cell leaves."""
+    """Return the file that holds a cell's row of results.csv."""
     return folder / "cells" / f"{cell.key}.json"
 
 
 def run_cell(folder: Path, cell: Cell) -> None:
-    """Trains and evaluates one cell."""
+    """Train and evaluate one cell, and write its row."""
     from vigos.study.cell import measure
 
     started = time.perf_counter()

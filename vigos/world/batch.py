@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vigos.method.encode import EncodedPrompt
 from vigos.method.prompts import Prompts, Role
 
 
@@ -56,7 +55,7 @@ class FastEncoder:
         self.eos = self.tokenizer.eos_token_id
 
     def text(self, text: str) -> list[int]:
-        """Ids of a completion's text, tokenised by itself."""
+        """Return the ids of a completion's text."""
         if text not in self._texts:
             self._texts[text] = self._encode(text, add_special_tokens=False).ids
         return self._texts[text]
@@ -64,7 +63,7 @@ class FastEncoder:
     def prompt(
         self, role: Role, problem: str = "", answer: str = "", *, size: tuple[int, int], prefill: str | None = None
     ) -> Prompt:  # fmt: skip
-        """The prompt of `role` over one image of `size` (height, width) pixels."""
+        """Return the prompt of `role` over one image of `size` (height, width) pixels."""
         key = (role, problem, answer, prefill, *size)
         if key not in self._prompts:
             opening = (self.prompts.prefill if role in ("student", "reference") else "") if prefill is None else prefill
@@ -82,12 +81,8 @@ class FastEncoder:
             self._prompts[key] = Prompt(ids[0], positions[:, 0], start, start + tokens)
         return self._prompts[key]
 
-    def encoded(self, prompt: Prompt) -> EncodedPrompt:
-        """The prompt without its image, as the rest of the package carries it (for comparisons)."""
-        return EncodedPrompt(prompt.ids, (prompt.ids == self.image_token).long(), None)
-
     def patches(self, images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
-        """Images (B, H, W, 3) uint8, sides multiples of patch * merge, as patches (B, P, C * frames * patch²)."""
+        """Cut images (B, H, W, 3) uint8, sides multiples of patch * merge, into patches (B, P, C * frames * patch²)."""
         pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float()
         pixels = (pixels * (1 / 255) - self.mean) / self.std
         batch, channels, height, width = pixels.shape
@@ -102,7 +97,7 @@ class FastEncoder:
 
 
 def image_features(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The vision tower on a batch of images of one size at once, (B, P, ·) → (B, P / merge², out).
+    """Run the vision tower on a batch of images of one size, (B, P, ·) → (B, P / merge², out).
 
     The tower's own forward packs images into one sequence and attends to each in turn; with equal sizes and every
     layer attending to the whole image that is a batch, and one call a layer.
@@ -142,7 +137,7 @@ def image_features(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tenso
 
 
 def scored_logits(model: Any, features: Tensor, examples: Sequence[ScoredText]) -> tuple[Tensor, Tensor]:
-    """Logits (S, V) that predict the scored completion tokens of all examples, and those tokens (S,).
+    """Return logits (S, V) that predict the scored completion tokens of all examples, and those tokens (S,).
 
     Args:
         features: image features (B, K, D) of the batch's images, from `image_features`.

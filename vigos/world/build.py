@@ -1,4 +1,4 @@
-"""Makes the world's tokenizer, processor and untrained model: an ordinary Qwen2.5-VL, only very small."""
+"""Make the world's tokenizer, processor and untrained model: an ordinary Qwen2.5-VL, only very small."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = """\
 
 
 def corpus(n: int = 4000, seed: int = 0) -> Iterator[str]:
-    """Texts of the world for the tokenizer: prompts of all roles and completions, from training wordings only."""
+    """Yield texts of the world for the tokenizer: prompts of all roles and completions, from training wordings only."""
     rng = np.random.default_rng([seed, 7])
     prompts = world_prompts()
     for index in range(n):
@@ -53,7 +53,7 @@ def corpus(n: int = 4000, seed: int = 0) -> Iterator[str]:
 
 
 def build_tokenizer(vocab_size: int = 512) -> Any:
-    """Byte-level BPE with Qwen2.5-VL's special tokens.
+    """Train a byte-level BPE tokenizer with Qwen2.5-VL's special tokens.
 
     Tags and `\\boxed{` are ordinary text. Runs of punctuation are one pre-token, so merges such as `.</`, `><` and
     `>\\` cross the borders of the tags.
@@ -83,7 +83,7 @@ def build_tokenizer(vocab_size: int = 512) -> Any:
 
 
 def build_processor(tokenizer: Any) -> Any:
-    """Qwen2-VL's image processor (the PIL back end does without torchvision) beside the tokenizer.
+    """Build a processor: Qwen2-VL's image processor (PIL back end, without torchvision) and the tokenizer.
 
     transformers' `Qwen2_5_VLProcessor` insists on a video processor, which insists on torchvision. The processor of
     PaddleOCR-VL expands the same placeholders from the same `image_grid_thw` and needs neither.
@@ -101,7 +101,7 @@ def build_processor(tokenizer: Any) -> Any:
 
 
 def build_model(tokenizer: Any, seed: int = 0) -> Any:
-    """An untrained Qwen2_5_VLForConditionalGeneration, fp32, about 1.5 million parameters."""
+    """Build an untrained Qwen2_5_VLForConditionalGeneration, fp32, about 1.5 million parameters."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}

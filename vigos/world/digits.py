@@ -34,7 +34,7 @@ _MARGIN = 3  # empty pixels around the 8 x 8 bitmap, so that a rotated stroke is
 
 @dataclass(frozen=True)
 class Scene:
-    """What is written from left to right: digits (all different), the ink of each, and whose handwriting it is."""
+    """Digits written from left to right (all different), the ink of each, and the handwriting of each."""
 
     digits: tuple[int, ...]
     inks: tuple[str, ...]
@@ -46,7 +46,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def _handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """All bitmaps (1797, 14, 14) uint8 with an empty margin, and their classes (1797,)."""
+    """Load all bitmaps (1797, 14, 14) uint8 with an empty margin, and their classes (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -58,7 +58,7 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def handwriting(split: Split) -> tuple[np.ndarray, ...]:
-    """For each digit 0 to 9 the rows of the handwriting set that `split` may use. The two splits share none."""
+    """Return for each digit 0 to 9 the rows of the handwriting set that `split` may use. The splits share none."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     classes = _handwriting()[1]
@@ -74,13 +74,13 @@ def handwriting(split: Split) -> tuple[np.ndarray, ...]:
 def draw_scene(
     rng: np.random.Generator, split: Split, *, digits: tuple[int, ...], inks: tuple[str, ...]
 ) -> Scene:  # fmt: skip
-    """Picks somebody's handwriting from `split` for digits and inks that were chosen already."""
+    """Pick somebody's handwriting from `split` for digits and inks that were chosen already."""
     rows = handwriting(split)
     return Scene(tuple(digits), tuple(inks), tuple(int(rng.choice(rows[digit])) for digit in digits))
 
 
 def render(scene: Scene, rng: np.random.Generator, *, cell: int = CELL, noise: float = 0.05) -> np.ndarray:
-    """The scene as an image (cell, cell * len(digits), 3) uint8.
+    """Render the scene as an image (cell, cell * len(digits), 3) uint8.
 
     Args:
         cell: side of a digit's square in pixels, at least 8.

@@ -1,4 +1,4 @@
-"""Writes the world to disk as a user would bring it: PNG images and a JSONL file of questions."""
+"""Write the world to disk as a user would bring it: PNG images and a JSONL file of questions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_world(
     kind_weights: dict[Kind, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes `<folder>/<split>.jsonl` and `<folder>/images/<split>-*.png`; returns the path of the JSONL file.
+    """Write `<folder>/<split>.jsonl` and `<folder>/images/<split>-*.png`; return the path of the JSONL file.
 
     Each line has the fields problem, images (paths relative to the file), answer and problem_id, and for those who
     look further kind, digits and inks. Lines of triplets add triplet, variant ("F" or "P") and role ("prior" for the
@@ -92,10 +92,10 @@ def write_world(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     from PIL import Image
 
-    # Made aside, and moved when whole, the lines last: who reads, or writes the same from another process (the ranks of
-    # a run), never meets half a file.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
-        part = Path(aside)
+    # Written to a temporary folder and moved when complete, the lines last: a reader, or a rank that writes the same,
+    # never meets half a file.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
+        part = Path(temporary)
         (part / "images").mkdir()
         files = []
         with (part / f"{split}.jsonl").open("w", encoding="utf-8") as lines:

@@ -10,5 +10,5 @@ PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
 
 
 def world_prompts() -> Prompts:
-    """The templates of `vigos/world/prompts.yaml`: what the base was warmed up on and what its training must use."""
+    """Load `vigos/world/prompts.yaml`, the templates that the base was warmed up on and its training must use."""
     return Prompts.from_file(PROMPTS_FILE)

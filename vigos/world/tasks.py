@@ -1,4 +1,4 @@
-"""What is asked about a scene, what the prior says, and the texts that describe, reason and answer.
+"""Questions about a scene, the prior's answers, and the texts that describe, reason and answer.
 
 Every digit has a *usual* ink. Questions about an ink are where the prior competes with the image: a triplet asks one
 question of three images, one that agrees with the usual ink and two that contradict it. The F variant of a question
@@ -65,7 +65,7 @@ class Question:
 
 
 def draw_inks(rng: np.random.Generator, digits: tuple[int, ...], conflict: float | None = None) -> tuple[str, ...]:
-    """An ink for each digit: uniform, or with `conflict` the probability that it is not the digit's usual one."""
+    """Draw an ink for each digit: uniform, or with `conflict` the probability that it is not the digit's usual one."""
     if conflict is None:
         return tuple(str(ink) for ink in rng.choice(INK_NAMES, len(digits)))
     return tuple(other_ink(rng, USUAL_INK[digit]) if rng.random() < conflict else USUAL_INK[digit] for digit in digits)
@@ -76,7 +76,7 @@ def other_ink(rng: np.random.Generator, ink: str) -> str:
 
 
 def draw_digits(rng: np.random.Generator, count: int) -> tuple[int, ...]:
-    """`count` different digits in random order."""
+    """Draw `count` different digits in random order."""
     return tuple(int(d) for d in rng.permutation(10)[:count])
 
 
@@ -84,7 +84,7 @@ def ask(
     rng: np.random.Generator, scene: Scene, kind: Kind, split: Split, *, digit: int | None = None,
     variant: Variant = "P",
 ) -> Question:  # fmt: skip
-    """A question of `kind` about `scene`, worded as in `split`; `digit` fixes what an ink question names."""
+    """Ask a question of `kind` about `scene`, worded as in `split`; `digit` fixes what an ink question names."""
     wordings = WORDINGS[split]
     ink: str | None = None
     if kind == "ink":
@@ -118,7 +118,7 @@ def ask(
 
 
 def ask_any(rng: np.random.Generator, scene: Scene, split: Split, weights: dict[Kind, float]) -> Question:
-    """A question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question."""
+    """Ask a question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question."""
     kinds = list(weights)
     probabilities = np.asarray([weights[kind] for kind in kinds], dtype=np.float64)
     kind = kinds[rng.choice(len(kinds), p=probabilities / probabilities.sum())]
@@ -131,7 +131,7 @@ def ask_any(rng: np.random.Generator, scene: Scene, split: Split, weights: dict[
 def triplet(
     rng: np.random.Generator, split: Split, *, count: int, variant: Variant
 ) -> tuple[list[Scene], list[Question]]:  # fmt: skip
-    """Three scenes of the same digits and one question: the first agrees with the prior, the others contradict it."""
+    """Draw three scenes of the same digits and one question: one scene agrees with the prior, two contradict it."""
     digits = draw_digits(rng, count)
     asked = digits[rng.integers(count)]
     first = other_ink(rng, USUAL_INK[asked])
@@ -145,9 +145,9 @@ def triplet(
 
 
 def describe(scene: Scene, override: dict[int, str] | None = None) -> str:
-    """The scene in words, every digit before its ink; `override` gives digits another ink than the image does.
+    """Describe the scene, every digit before its ink; `override` gives digits another ink than the image does.
 
-    Each digit follows a space, so that it is the same token here, in questions and in reasoning.
+    Each digit follows a space, so that it is the same token in descriptions, questions and reasoning.
     """
     override = override or {}
     parts = (f"a {d} in {override.get(d, i)}" for d, i in zip(scene.digits, scene.inks, strict=True))
@@ -155,7 +155,7 @@ def describe(scene: Scene, override: dict[int, str] | None = None) -> str:
 
 
 def reason(scene: Scene, question: Question, answer: str) -> str:
-    """One line of reasoning that ends in `answer`, whether it is right or not."""
+    """Return one line of reasoning that ends in `answer`, whether it is right or not."""
     if question.kind == "ink":
         return f"The {question.digit} is {answer}."
     if question.kind == "which":
@@ -168,5 +168,5 @@ def reason(scene: Scene, question: Question, answer: str) -> str:
 
 
 def completion(description: str, reasoning: str, answer: str) -> str:
-    """What follows the prefilled `<description>`."""
+    """Return the text that follows the prefilled `<description>`."""
     return f"{description}</description><think>{reasoning}</think>\\boxed{{{answer}}}"

@@ -1,4 +1,4 @@
-"""Warms up the world's base model: first it learns to see, then to describe, then to prefer what is usual.
+"""Warm up the world's base model: first it learns to see, then to describe, then to prefer what is usual.
 
 1. *Seeing.* The vision tower with throw-away linear heads that name digit and ink of every square. Captions alone do
    not start from scratch: the language model's loss says too little about pixels.
@@ -41,7 +41,7 @@ from vigos.world.tasks import (
     reason,
 )  # fmt: skip
 
-# Context -> share of a step's examples beside the captions.
+# Context -> share of a step's examples other than captions.
 MIXTURE: dict[str, float] = {
     "student": 0.45,  # question: biased completion
     "reference": 0.15,  # question and reference: completion that follows the reference
@@ -78,7 +78,7 @@ class Recipe:
 
 
 def damage(rng: np.random.Generator, text: str) -> str:
-    """A completion with one tag missing or the end cut off, as models leave them."""
+    """Return a completion with one tag missing or the end cut off, as models leave them."""
     kind = rng.integers(5)
     if kind == 0:
         return text.replace(DESCRIPTION_CLOSE, "")
@@ -92,7 +92,7 @@ def damage(rng: np.random.Generator, text: str) -> str:
 
 
 class Mixture:
-    """Draws scenes and the examples of every context."""
+    """Draw scenes and the examples of every context."""
 
     def __init__(self, encoder: FastEncoder, recipe: Recipe, rng: np.random.Generator, split: Split = "train") -> None:
         self.encoder, self.recipe, self.rng, self.split = encoder, recipe, rng, split
@@ -110,7 +110,7 @@ class Mixture:
         return ScoredText(image, self.encoder.prompt("perception", size=self.size), ids, [True] * len(ids))
 
     def believed(self, question: Question) -> str:
-        """The answer the biased student gives."""
+        """Return the answer that the biased student gives."""
         if question.kind == "ink" and self.rng.random() < self.recipe.prior_strength[question.digit or 0]:
             return USUAL_INK[question.digit or 0]
         return question.answer
@@ -120,7 +120,7 @@ class Mixture:
         return describe(scene, {digit: answer} if question.kind == "ink" and digit is not None else None)
 
     def example(self, image: int, scene: Scene, context: str) -> ScoredText:
-        """One example of `context`, a key of MIXTURE."""
+        """Draw an example of `context`, a key of MIXTURE."""
         rng, encoder = self.rng, self.encoder
         question = ask_any(rng, scene, self.split, self.recipe.kind_weights)
         truth, prompt = question.answer, question.problem
@@ -150,9 +150,9 @@ class Mixture:
             read = self._described(scene, question, believed)
             where = encoder.prompt("reasoning", prompt, answer, size=self.size, prefill=DESCRIPTION_OPEN)
             if rng.random() < 0.3:  # it also reads the student's reasoning before it is asked for the answer's token
-                whole = completion(read, reason(scene, question, believed), answer)
-                cut = whole.index(THINK_CLOSE)
-                return self._example(image, where, whole[:cut], whole[cut:])
+                text = completion(read, reason(scene, question, believed), answer)
+                cut = text.index(THINK_CLOSE)
+                return self._example(image, where, text[:cut], text[cut:])
             return self._example(image, where, read, completion("", reasoning, answer))
         if context == "think":
             where = encoder.prompt("reasoning", prompt, answer, size=self.size, prefill=THINK_OPEN)
@@ -175,7 +175,7 @@ class Mixture:
 
 
 def _schedule(step: int, steps: int, peak: float, final: float = 0.02) -> float:
-    """Linear warm-up over the first 5 %, then a cosine down to `final` of the peak."""
+    """Return a step's learning rate: linear warm-up over the first 5 %, then a cosine down to `final` of the peak."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
@@ -202,10 +202,10 @@ class _Heads(nn.Module):
         self.linear = nn.Linear(hidden, 10 + len(INK_NAMES))
 
     def forward(self, features: Tensor, squares: int) -> tuple[Tensor, Tensor]:
-        """(B, K, D) → digit logits (B, squares, 10) and ink logits (B, squares, inks), tokens of a square averaged."""
+        """Map features (B, K, D) to digit logits (B, squares, 10) and ink logits (B, squares, inks)."""
         batch, count, _ = features.shape
         rows = math.isqrt(count // squares)
-        logits = self.linear(features).view(batch, rows, squares, rows, -1).mean(dim=(1, 3))
+        logits = self.linear(features).view(batch, rows, squares, rows, -1).mean(dim=(1, 3))  # over a square's tokens
         return logits.split([10, len(INK_NAMES)], dim=-1)  # type: ignore[return-value]
 
 
@@ -244,7 +244,7 @@ class _Bars:
 
 
 def see(model: Any, mixture: Mixture, steps: int, progress: Progress | None = None) -> dict[str, float]:
-    """Stage 1. Returns the last losses and accuracies of digit and ink on held-out handwriting."""
+    """Run stage 1; return the last losses and accuracies of digit and ink on held-out handwriting."""
     recipe, encoder = mixture.recipe, mixture.encoder
     visual = model.model.visual
     with torch.random.fork_rng(devices=[]):
@@ -284,7 +284,7 @@ def learn(
     model: Any, mixture: Mixture, steps: int, *, shares: dict[str, float], contexts: int, stage: str,
     progress: Progress | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Stages 2 and 3: a caption of every scene and `contexts` further examples a scene, drawn by `shares`.
+    """Run stage 2 or 3: a caption of every scene and `contexts` further examples a scene, drawn by `shares`.
 
     Returns the last step's loss in nats a token, weighted.
     """
@@ -325,7 +325,7 @@ def pretrain(
     start: tuple[Any, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Makes a base model of the world and saves it as an ordinary `save_pretrained` folder (fp16).
+    """Make a base model of the world and save it as an ordinary `save_pretrained` folder (fp16).
 
     Args:
         output_dir: where model, tokenizer and processor go.
@@ -377,7 +377,7 @@ def pretrain(
 
 
 def save(model: Any, processor: Any, folder: str | Path) -> None:
-    """Writes model (fp16) and processor; the model in memory keeps its dtype."""
+    """Write model (fp16) and processor; the model in memory keeps its dtype."""
     dtype = next(model.parameters()).dtype
     model.half().save_pretrained(folder)
     model.to(dtype)
