@@ -59,7 +59,7 @@ def divergence_target() -> str:
         )
     first = found[0]
     size = f"N {int(first['n']):,}, D {int(first['d']):,}, V {int(first['v']):,}"
-    return table([f"{size}, float32", "time", "/ products", "memory", "gradient error"], lines) + about(first)
+    return table([f"{size}, float32", "time", "vs. 3 GEMMs", "memory", "gradient error"], lines) + about(first)
 
 
 def growth() -> str:
@@ -153,7 +153,7 @@ def async_rollout() -> str:
     found = rows("async_rollout")
     names = ("train_s", "rollout_s", "step_s", "ahead_step_s", "ahead_rollout_wait_s")
     lines = [[f"{float(row['delay_s']):g} s", *(f"{float(row[name]):.2f}" for name in names)] for row in found]
-    head = ["the server answers after", "training, s", "rollouts", "step, in turn", "step, beside", "waited"]
+    head = ["the server answers after", "training, s", "rollouts", "step, in turn", "step, overlapped", "waited"]
     return table(head, lines) + about(found[0])
 
 
