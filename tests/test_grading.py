@@ -1,4 +1,4 @@
-"""Boxes and grades. Pairs are written down with the judgement a careful person would give."""
+"""Grades. Pairs are written down with the judgement a careful person would give."""
 
 import os
 import signal
@@ -10,30 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vigos.eval import grading
-from vigos.eval.grading import extract_boxed, grade, normalise
+from vigos.eval.grading import grade, normalise
 from vigos.eval.math_verify_worker import serve, verify_pair
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("so \\boxed{42}", "42"),
-        ("\\boxed{1} or \\boxed{2}", "2"),
-        ("\\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
-        ("\\boxed{\\boxed{7}}", "7"),
-        ("\\boxed{ red }", "red"),
-        ("\\boxed{}", ""),
-        ("\\boxed{1} then \\boxed{2", "1"),
-        ("\\boxed{\\}}", "\\}"),
-        ("\\boxed{ż}", "ż"),
-        ("\\boxed 5", None),
-        ("boxed{5}", None),
-        ("", None),
-    ],
-)
-def test_extract_boxed(text, wanted):
-    assert extract_boxed(text) == wanted
-
 
 RIGHT = [
     # text
@@ -202,7 +180,6 @@ def test_any_text_can_be_graded(said, wanted):
         assert grade(said, wanted) in (True, False)
         if said.strip():
             assert grade(said, said)
-    extract_boxed(said)
 
 
 def test_normalise_keeps_what_distinguishes():

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from vigos.method.spans import REASONS, balanced_end, parse_rollout, token_bytes
+from vigos.method.boxed import fits_in_box
+from vigos.method.spans import REASONS, parse_rollout, token_bytes
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -297,7 +298,7 @@ def clean(text):
 @given(free_text, free_text, st.text("ab 7{}\\猫", max_size=8), free_text, free_text, free_text, st.data())
 def test_any_text_cut_anywhere(d, r, a, between, before_box, after, data):
     """Any content, tokens cut at any byte: also inside characters, inside tags and over several parts at once."""
-    if not all(map(clean, (d + "<", r + "<", between, before_box + "\\", after))) or balanced_end(a + "}", 0) != len(a):
+    if not all(map(clean, (d + "<", r + "<", between, before_box + "\\", after))) or not fits_in_box(a):
         reject()
     text = rollout(d, r, a, between, before_box, after)
     raw = text.encode()
@@ -453,13 +454,6 @@ def test_wrong_arguments_are_named():
         parse_rollout([1], tokenizer, validity="lax")
     with pytest.raises(ValueError, match=r"ids must be one completion of shape \(C,\)"):
         parse_rollout([[1, 2]], tokenizer)
-
-
-def test_balanced_end_reads_characters_beyond_latin():
-    assert balanced_end("ż猫}", 0) == 2  # U+017B and U+017D end in the bytes of braces
-    assert balanced_end("ŽŻ}", 0) == 2
-    assert balanced_end("a{b}c", 0) == -1
-    assert balanced_end(rb"\\}", 0) == 2
 
 
 WORLD = Path(__file__).parents[1] / "vigos" / "world" / "checkpoint"

@@ -22,7 +22,7 @@ import torch
 
 from vigos.data.images import BadImage, ImageLimits, ImageLoader, short
 from vigos.data.sources import Records, name_of, open_source
-from vigos.method.spans import braces_balance
+from vigos.method.boxed import fits_in_box
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +110,7 @@ class _Reader:
         if not isinstance(value, str | int | float):
             raise BadExample(row_id, "bad_answer", f"{column} must be text or a number, got {short(value)}")
         answer = str(value).strip()
-        if not braces_balance(answer):
+        if not fits_in_box(answer):
             raise BadExample(row_id, "unbalanced_answer", f"the braces of {column} {short(answer)} do not match")
         return answer
 

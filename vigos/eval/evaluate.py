@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, load_rows
 from vigos.eval.config import EvalConfig
-from vigos.eval.grading import extract_boxed, grade
+from vigos.eval.grading import grade
 from vigos.eval.judge import Judge, JudgeError
 from vigos.eval.results import FORMAT, EvaluationResult, append_lines, resume_records
+from vigos.method.boxed import last_box
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts
 from vigos.method.spans import parse_rollout, token_bytes
@@ -118,7 +119,7 @@ def evaluate(
         )
         content = ids[: spans.length - spans.finished].tolist()
         text = b"".join(token_bytes(content, tokenizer)).decode("utf-8", "replace")
-        prediction = extract_boxed(text)
+        prediction = last_box(text)
         correct = grader(prediction, answer)
         if judge is not None and prediction is not None and not correct:
             correct = judge(problem, answer, prediction)

@@ -1,6 +1,6 @@
 r"""Is an answer right? Offline, deterministic, bounded in time.
 
-    grade(extract_boxed(completion), "1/2")
+    grade(last_box(completion), "1/2")
 
 `grade` asks in this order, and the first question that applies decides:
 
@@ -23,23 +23,9 @@ import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
-from vigos.method.prompts import BOX_OPEN
-from vigos.method.spans import balanced_end
 from vigos.sandbox import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` with matching braces holds; None without one."""
-    at = text.rfind(BOX_OPEN)
-    while at >= 0:
-        start = at + len(BOX_OPEN)
-        end = balanced_end(text, start)
-        if end >= 0:
-            return text[start:end].strip()
-        at = text.rfind(BOX_OPEN, 0, at)
-    return None
 
 
 def grade(prediction: str | None, answer: str, *, timeout_s: float = 5.0) -> bool:

@@ -12,15 +12,15 @@ byte is never part of a longer UTF-8 character, so a character split over tokens
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, AnyStr, Literal, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+from vigos.method.boxed import boxes
 from vigos.method.prompts import BOX_OPEN, DESCRIPTION_CLOSE, THINK_CLOSE, THINK_OPEN
 
 SpanStyle = Literal["paper", "released"]
@@ -46,9 +46,6 @@ _NONE = (0, 0)
 _DESCRIPTION_CLOSE, _THINK_OPEN, _THINK_CLOSE, _BOX_OPEN = (
     tag.encode() for tag in (DESCRIPTION_CLOSE, THINK_OPEN, THINK_CLOSE, BOX_OPEN)
 )
-# Braces that count: a backslash takes the next character with it, another backslash included.
-_BRACES_TEXT = re.compile(r"\\.|[{}]", re.DOTALL)
-_BRACES = re.compile(rb"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -155,10 +152,10 @@ def parse_rollout(
     if style == "paper":
         parts["reasoning"] = tokens_within(reasoning_start, reasoning_end)
 
-    box = _first_balanced_box(text, after_think)
-    if box is None:
+    closed = boxes(text, after_think)
+    if not closed:
         return result("unbalanced_box" if _BOX_OPEN in text[after_think:] else "no_box", **parts)
-    box_start, answer_start, answer_end = box
+    answer_start, answer_end = closed[0]
     parts["answer_text"] = text[answer_start:answer_end].decode("utf-8", "replace")
     if style == "paper":
         parts["answer"] = tokens_within(answer_start, answer_end)
@@ -173,33 +170,13 @@ def parse_rollout(
     if validity == "strict":
         gaps = {
             "text_before_think": (after_description, think_open),
-            "text_before_box": (after_think, box_start),
+            "text_before_box": (after_think, answer_start - len(_BOX_OPEN)),
             "text_after_box": (answer_end + 1, len(text)),
         }
         for reason, gap in gaps.items():
             if not blank(*gap):
                 return result(reason, **parts)
     return result("", **parts)
-
-
-def balanced_end(text: AnyStr, start: int) -> int:
-    r"""Index of the brace that closes the one opened just before `start`; -1 if none does. `\{` and `\}` are text."""
-    depth = 1
-    pattern: re.Pattern[AnyStr] = _BRACES_TEXT if isinstance(text, str) else _BRACES  # type: ignore[assignment]
-    for match in pattern.finditer(text, start):
-        brace = match.group()
-        if brace in ("{", b"{"):
-            depth += 1
-        elif brace in ("}", b"}"):
-            depth -= 1
-            if depth == 0:
-                return match.start()
-    return -1
-
-
-def braces_balance(text: str) -> bool:
-    r"""Whether `text` can stand in `\boxed{…}`: its braces match, and no backslash at its end takes the closing one."""
-    return balanced_end(text + "}", 0) == len(text)
 
 
 def token_bytes(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
@@ -337,15 +314,3 @@ def _content_ids(
     while end > 0 and ids[end - 1] == pad:  # a rollout cut at the limit, padded to a longer one of its batch
         end -= 1
     return ids[:end], end, False
-
-
-def _first_balanced_box(text: bytes, start: int) -> tuple[int, int, int] | None:
-    """(start of `\\boxed{`, start of its content, index of its closing brace) of the first box that closes."""
-    opened = text.find(_BOX_OPEN, start)
-    while opened >= 0:
-        inside = opened + len(_BOX_OPEN)
-        close = balanced_end(text, inside)
-        if close >= 0:
-            return opened, inside, close
-        opened = text.find(_BOX_OPEN, inside)
-    return None
