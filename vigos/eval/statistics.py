@@ -1,13 +1,10 @@
-"""Shares, their intervals and exact tests: what evaluations and studies say about few rows."""
+"""Compute shares, their 95 % intervals and exact tests over few examples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -22,51 +19,52 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927); z = 1.96: 95 %. (0, 1) without observations."""
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of the proportion successes / n; (0, 1) without observations."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    p, z2 = successes / n, z * z
-    center = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
+    low, high = binomtest(int(successes), n).proportion_ci(0.95, "wilson")
+    return float(low), float(high)
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Exact two-sided p of `better` against `worse` under a fair coin; on discordant pairs this is McNemar's test."""
-    n, least = better + worse, min(better, worse)
-    if n == 0:
-        return 1.0
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(least + 1)
-    ]
-    return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
+    """Return the exact two-sided p of `better` against `worse` under a fair coin; on discordant pairs, McNemar's."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def bootstrap_interval(
     values: Sequence[float], clusters: Sequence[Any] | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (R,) under resampling of rows, or of whole `clusters`."""
+    """Return the 95 % percentile interval of the mean of `values` under resampling of them, or of whole clusters.
+
+    Args:
+        values: (R,) numbers; (0, 1) is returned without any.
+        clusters: (R,) names; values of one name are drawn together.
+        seed: of the resampling.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
     if len(values) == 0:
         return 0.0, 1.0
-    places: dict[Any, int] = {}
-    owner = torch.tensor([places.setdefault(c, len(places)) for c in (clusters or range(len(values)))])
-    C = len(places)
-    sums = torch.zeros(C, dtype=torch.float64).index_add_(0, owner, torch.tensor(values, dtype=torch.float64))
-    sizes = torch.zeros(C, dtype=torch.float64).index_add_(0, owner, torch.ones(len(values), dtype=torch.float64))
-    generator = torch.Generator().manual_seed(seed)
-    means: list[Tensor] = []
-    chunk = max(1, 2**21 // C)  # (chunk, C) indices at a time
-    for start in range(0, resamples, chunk):
-        drawn = torch.randint(C, (min(chunk, resamples - start), C), generator=generator)
-        rows = sizes[drawn].sum(1) if len(values) > C else float(C)
-        means.append(sums[drawn].sum(1) / rows)
-    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    numbers: dict[Any, int] = {}
+    cluster = [numbers.setdefault(c, len(numbers)) for c in clusters or range(len(values))]
+    sums, sizes = np.bincount(cluster, values), np.bincount(cluster).astype(float)
+    if len(sums) == 1:
+        return float(sums[0] / sizes[0]), float(sums[0] / sizes[0])
+    found = bootstrap(
+        (sums, sizes), lambda total, size, axis: total.sum(axis) / size.sum(axis), paired=True, method="percentile",
+        n_resamples=resamples, batch=max(1, 2**21 // len(sums)), rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval if every value is 0 or 1, otherwise (means over samples of a row) the bootstrap's over rows."""
+    """Return Wilson's interval if every value is 0 or 1, otherwise (means over samples) the bootstrap's."""
     if all(v in (0.0, 1.0) for v in values):
         return wilson_interval(sum(values), len(values))
     return bootstrap_interval(values)
