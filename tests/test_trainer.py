@@ -783,6 +783,21 @@ def test_constructor_says_what_it_wants(tmp_path: Path) -> None:
         trainer(tiny_student(), config(tmp_path, answer_column="answre"), rows(1))
 
 
+def test_a_model_that_is_sharded_already_is_refused(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    model = tiny_student()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        with pytest.raises(ValueError, match=r"model must be unsharded .* got the DTensor lm_head\.weight"):
+            trainer(model, config(tmp_path), rows(1))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_prompts_come_from_the_file_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.yaml").write_text("student: 'Look. {problem}'\n")
     args = config(tmp_path / "run", prompts_file=str(tmp_path / "prompts.yaml"))

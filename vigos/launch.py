@@ -44,9 +44,6 @@ class Source:
     trust_remote_code: bool = dataclasses.field(
         default=False, metadata={"help": "Run code from the model's repository."}
     )
-    tensor_parallel: int = dataclasses.field(
-        default=1, metadata={"help": "Ranks that hold one copy of the model in slices; the rest hold further copies."}
-    )
     resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
 
 
@@ -140,41 +137,29 @@ class EvalSource:
 
 
 def load_model(
-    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False,
-    tensor_parallel: int = 1, ranks: int = 1,
-) -> tuple[PreTrainedModel, Any]:  # fmt: skip
+    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """A model and its processor (a tokenizer for text-only models), from a folder or hub name; "builtin" is our own.
 
     Weights come from safetensors alone: a pickle is never loaded.
-
-    Args:
-        tensor_parallel: of the run's `ranks`, how many hold a copy of the model in slices.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     if name == "builtin":
         from vigos.world import load_base
 
-        if tensor_parallel != 1:
-            raise ValueError(f"tensor_parallel must be 1 for the built-in model, got {tensor_parallel}")
         return load_base()
     if dtype not in ("float32", "float16", "bfloat16", "auto"):
         raise ValueError(f"dtype must be float32, float16, bfloat16 or auto, got {dtype!r}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     has_vision = getattr(config, "vision_config", None) is not None
     family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    layout: dict[str, Any] = {}
-    if tensor_parallel != 1:
-        from vigos.models.tensor_parallel import layout_of
-
-        layout["distributed_config"] = layout_of(tensor_parallel, ranks)
     model = family.from_pretrained(
         name,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
-        **layout,
     )
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -204,8 +189,6 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         dtype=source.dtype,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
-        tensor_parallel=source.tensor_parallel,
-        ranks=config.world_size,
     )
     if adapter is not None:
         from peft import PeftModel

@@ -1,9 +1,8 @@
-"""Parameters that live in pieces on several ranks: FSDP2 (`fully_shard`), DeepSpeed ZeRO-3, tensor parallelism.
+"""Parameters that live in pieces on several ranks: FSDP2 (`fully_shard`), DeepSpeed ZeRO-3.
 
 What the trainer does outside of an ordinary forward has to know about the pieces: it reads the language-model head,
 puts a teacher's weights in place of the student's, and generates. Everything here is a no-op on whole parameters.
-Calls that gather are collectives: every rank makes them together. See `vigos.models.tensor_parallel` for what a
-group of tensor-parallel ranks does together beside its forwards.
+Calls that gather are collectives: every rank makes them together.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from vigos.models.parts import lm_head, replaced_forward, unwrap
 
-Kind = Literal["whole", "fsdp2", "zero3", "tensor"]
+Kind = Literal["whole", "fsdp2", "zero3"]
 T = TypeVar("T")
 
 
@@ -29,9 +28,7 @@ def sharding_of(model: nn.Module) -> Kind:
         raise ValueError("FSDP must be version 2 (fsdp_version: 2, as in configs/fsdp2.yaml), got version 1")
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         return "fsdp2"
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        return "zero3"
-    return "tensor" if any(isinstance(p, DTensor) for p in model.parameters()) else "whole"
+    return "zero3" if any(hasattr(p, "ds_id") for p in model.parameters()) else "whole"
 
 
 def local(x: Tensor) -> Tensor:
@@ -45,31 +42,6 @@ def full(piece: Tensor, like: Tensor) -> Tensor:
         return piece
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(piece, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()
-
-
-def head_like(piece: Tensor, parameter: Tensor, weight: Tensor) -> Tensor:
-    """Another head's `piece`, laid out as `parameter` is, in the layout of the head in use, `weight` (V, D).
-
-    That is whole, or in slices of the vocabulary under tensor parallelism; FSDP2's pieces are gathered either way.
-    """
-    if not isinstance(weight, DTensor):
-        return full(piece, parameter)
-    assert isinstance(parameter, DTensor)
-    mesh = weight.device_mesh
-    if parameter.device_mesh != mesh:  # (fsdp, tp)
-        placements = parameter.placements
-        pieces = DTensor.from_local(
-            piece, parameter.device_mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
-        )
-        kept = [Shard(0) if name in (mesh.mesh_dim_names or ()) else Replicate() for name in _dims(parameter)]
-        piece = pieces.redistribute(placements=kept).to_local()
-    return DTensor.from_local(
-        piece, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
-
-
-def _dims(x: DTensor) -> tuple[str, ...]:
-    return x.device_mesh.mesh_dim_names or ("",) * x.device_mesh.ndim
 
 
 def piece_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -138,8 +110,7 @@ def made_whole() -> Iterator[None]:
 def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight (V, D) and bias of the language-model head, whole on this rank.
 
-    Under FSDP2 the gathered parameters stay until the backward pass, whose hooks then reduce their gradients. A head
-    that tensor parallelism shards over the vocabulary stays a DTensor, which `linear_divergence` takes as it is.
+    Under FSDP2 the gathered parameters stay until the backward pass, whose hooks then reduce their gradients.
     """
     head: Any = lm_head(model)
     kind = sharding_of(model)

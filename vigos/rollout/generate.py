@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
 from vigos.models.memory import free_memory
-from vigos.models.sharding import sharding_of, with_whole_weights
+from vigos.models.sharding import with_whole_weights
 from vigos.rollout.engine import RolloutEngine, Sampling, eos_ids, placeholder_ids, prompt_seeds, stream_seed
 from vigos.scoring.teacher import base_model, concat_images
 
@@ -91,7 +91,7 @@ class TransformersEngine(RolloutEngine):
                 return [results[j] for j in range(len(prompts))]
             except torch.OutOfMemoryError:
                 size = self.batch_size or len(prompts)
-                if size == 1 or sharding_of(self.model) == "tensor":  # whose ranks all sample the same batch
+                if size == 1:
                     raise
                 self.batch_size = size // 2
                 logger.warning(

@@ -93,12 +93,12 @@ class RolloutsAhead:
         self._sampling: Background[list[Tensor]] | None = None  # the last one, over or not
         self._saved: dict[str, Any] | None = None  # from a checkpoint
 
-    def begin(self, request: Request, sample: Callable[[], list[Tensor]] | None) -> None:
-        """Has `sample` called on another thread; None: another rank samples for this one."""
+    def begin(self, request: Request, sample: Callable[[], list[Tensor]]) -> None:
+        """Start `sample` on another thread."""
         assert self.request is None
         self.settle()
         self.request = request
-        self._sampling = None if sample is None else Background(sample)
+        self._sampling = Background(sample)
 
     def take(self) -> Callable[[], list[Tensor]]:
         """What waits for the completions of `request`, which is thereby done, and raises what their sampling raised."""

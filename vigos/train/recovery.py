@@ -18,7 +18,6 @@ from vigos.errors import TrainingStopped
 from vigos.method.supervise import RoutedBatch
 from vigos.models.memory import free_memory
 from vigos.models.sharding import local
-from vigos.models.tensor_parallel import Replicas, share_gradients
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.checkpoint import SAVING, StopSignal, publish, read_state, rotate, saving, write_state
 from vigos.train.config import ViGOSConfig
@@ -51,7 +50,6 @@ class RobustTrainer(Trainer):
     runlog: RunLog
     phases: Phases
     policy: TeacherPolicy
-    replicas: Replicas
     scorer: TeacherScorer
     skipped: Counter[str]
     token_budget: int
@@ -63,10 +61,6 @@ class RobustTrainer(Trainer):
         self._saving = False  # a checkpoint is being written
         self._resumed_from: str | None = None
         self.begin_step([])
-
-    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Called by transformers for models that it loaded in pieces, before the first step."""
-        share_gradients(model, lambda: self.accelerator.sync_gradients)
 
     # --- Steps that go wrong --------------------------------------------------------------------------------------
 
@@ -137,7 +131,7 @@ class RobustTrainer(Trainer):
         for parameter in self.model.parameters():
             parameter.grad = None  # which optimizers pass over: no decay, no momentum
         self.dropped_in_a_row += 1
-        self.metrics.add("steps/dropped", 1.0 / self.replicas.count, 0.0)
+        self.metrics.add("steps/dropped", 1.0 / self.accelerator.num_processes, 0.0)
         step, what = self.state.global_step + 1, "loss" if ranks_bad[0] else "gradient"
         rollouts = [rollout for batch in self._step_batches for rollout in batch.rollouts]
         path = self.runlog.write_fault(step, f"{what} not finite", rollouts)
@@ -215,10 +209,6 @@ class RobustTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.policy.load(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        """The sum over the copies of the model, which differ in their rows."""
-        return self._over_world(self.replicas.once(values))
 
     def _over_world(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

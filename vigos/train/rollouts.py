@@ -143,7 +143,7 @@ class RolloutTrainer(RobustTrainer):
         return self._rollouts(request, self._completions(request))[0]
 
     def _request(self, micro_batches: Sequence[list[Example | BadExample]], step: int) -> Request:
-        args, ranks, rank = self.args, self.replicas.count, self.replicas.index
+        args, ranks, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
         rows: list[tuple[int, Example, EncodedPrompt]] = []
         seeds: list[int] = []
         unusable: list[BadExample] = []
@@ -166,7 +166,7 @@ class RolloutTrainer(RobustTrainer):
             self._skip(bad)
         with self.phases("rollouts"):
             if request is self.ahead.request:
-                completions = self.replicas.rollouts(self.ahead.take(), self.args.device, together=False)
+                completions = self.ahead.take()()
                 self.sampling_s = self.ahead.seconds
                 self.phases.beside("rollouts", self.sampling_s)
                 return completions
@@ -182,16 +182,13 @@ class RolloutTrainer(RobustTrainer):
         with self.phases("rollouts"):
             self._push_adapter()
             engine, prompts, sampling = self.engine, request.prompts, self.args.sampling
-            self.ahead.begin(
-                request,
-                (lambda: engine.generate(prompts, sampling, request.seeds)) if self.replicas.speaks else None,
-            )
+            self.ahead.begin(request, lambda: engine.generate(prompts, sampling, request.seeds))
 
     def _take_up(self, request: Request) -> None:
         """The first step after a restart goes on with the completions in the checkpoint, if every rank has its own."""
         saved = self.ahead.saved(request, self.args.sampling)
-        if self._over_ranks(int(saved is not None and self.replicas.speaks)) == self.replicas.count:
-            self.ahead.begin(request, None if saved is None else lambda: saved)
+        if self._over_ranks(int(saved is not None)) == self.accelerator.num_processes and saved is not None:
+            self.ahead.begin(request, lambda: saved)
 
     def _rollouts(self, request: Request, completions: Sequence[Tensor]) -> list[list[Rollout]]:
         """Parsed, those of each micro-batch."""
@@ -248,11 +245,8 @@ class RolloutTrainer(RobustTrainer):
         self._pushed_step = step
 
     def _generate(self, request: Request) -> list[Tensor]:
-        def sample() -> list[Tensor]:
-            with self.accelerator.autocast():
-                return self.engine.generate(request.prompts, self.args.sampling, request.seeds)
-
-        return self.replicas.rollouts(sample, self.args.device, together=self.engine.collective)
+        with self.accelerator.autocast():
+            return self.engine.generate(request.prompts, self.args.sampling, request.seeds)
 
     # --- Rows, prompts, spans -------------------------------------------------------------------------------------
 

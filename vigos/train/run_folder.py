@@ -51,11 +51,10 @@ class RunLog(TrainerCallback):
     Args:
         folder: the run's `output_dir`.
         rank: of this process; rank 0 writes what all ranks share.
-        writes: whether this process writes down what it saw; False where another one has the same rows and does.
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0, writes: bool = True) -> None:
-        self.folder, self.rank, self.writes = Path(folder), rank, writes
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+        self.folder, self.rank = Path(folder), rank
 
     def write_config(self, config: ViGOSConfig, **facts: Any) -> None:
         """`config.yaml`: the options of ViGOS, then those inherited from transformers, then `facts` about the run."""
@@ -132,8 +131,6 @@ class RunLog(TrainerCallback):
         if top is not None:
             for name, (ids, probabilities) in zip(("student_top", "teacher_top"), top, strict=True):
                 columns[name] = _top_column(ids, probabilities, tokenizer)
-        if not self.writes:
-            return
         clipped = output.clipped.tolist()
         by_rollout: dict[int, dict[str, list[int]]] = {}
         for r, (owner, term) in enumerate(zip(batch.owner.tolist(), batch.term.tolist(), strict=True)):
@@ -239,8 +236,6 @@ class RunLog(TrainerCallback):
         return saved
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
-        if not self.writes:
-            return
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vigos.models.parts import base_model, lm_head, unwrap
-from vigos.models.sharding import full, head_like, local, made_whole, piece_of, reshard, sharding_of
-from vigos.models.tensor_parallel import whole_widths
+from vigos.models.sharding import full, local, made_whole, piece_of, reshard, sharding_of
 from vigos.scoring.teacher import check_adapter
 
 if TYPE_CHECKING:
@@ -96,8 +95,7 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
         target_modules=rf"{re.escape(inside)}(?:.*\.)?(?:{names})",  # peft matches the whole path
         bias="none",
     )
-    with whole_widths():
-        return get_peft_model(base, lora)  # type: ignore[arg-type]
+    return get_peft_model(base, lora)  # type: ignore[arg-type]
 
 
 def _check_mergeable(model: Any) -> None:
@@ -225,10 +223,10 @@ class TeacherPolicy:
                     local(self.parameters[name]).copy_(values)
 
     def head_weight(self, head: Any) -> Tensor | None:
-        """The head (V, D) the teacher's hidden states belong to, laid out as the student's; None: the student's."""
+        """Return the gathered head (V, D) of the teacher's hidden states; None: it is the student's."""
         if self._head is None:
             return None
-        return head_like(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head], head.weight)
+        return full(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
 
     @torch.no_grad()
     def update(self) -> None:

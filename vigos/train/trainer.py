@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
@@ -46,7 +47,6 @@ from vigos.method.supervise import (
     route,
 )
 from vigos.models.sharding import head_tensors, sharding_of, whole_state
-from vigos.models.tensor_parallel import Replicas, check_accumulation, check_dropout, check_head
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
 from vigos.scoring.teacher import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
@@ -104,11 +104,11 @@ class ViGOSTrainer(RolloutTrainer):
         if processing_class is None:
             raise ValueError("processing_class must be the model's processor or tokenizer, got None")
         set_seed(args.seed)  # before the adapter is drawn
-        self.replicas = Replicas.of(model, args.process_index, args.world_size)
+        if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
+            raise ValueError(
+                f"model must be unsharded (args say how the trainer shards it), got the DTensor {sharded[0]}"
+            )
         model = prepare_model(model, args)
-        check_dropout(model, args.lora_dropout)
-        check_head(model)
-        check_accumulation(model, args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=args,
@@ -131,7 +131,7 @@ class ViGOSTrainer(RolloutTrainer):
             adapter=self.policy.adapter,
         )
         self.metrics = Metrics()
-        self.runlog = RunLog(str(args.output_dir), rank=args.process_index, writes=self.replicas.speaks)
+        self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
         self.add_callback(self.runlog)
         self.add_callback(_StepCallback(self))
         self.phases = Phases()
@@ -163,9 +163,9 @@ class ViGOSTrainer(RolloutTrainer):
         local = [count_terms(group, self.objective) for group in rollouts]
         # (micro-batches, tokens or rows, terms), summed over ranks
         table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
-        counts = [TermCounts(*row) for row in self._reduce(table.to(device)).cpu()]
+        counts = [TermCounts(*row) for row in self._over_world(table.to(device)).cpu()]
         step = sum(counts[1:], counts[0])
-        ranks = self.replicas.count  # gradients are averaged over them, and the loss is a sum over them
+        ranks = self.accelerator.num_processes  # gradients are averaged over them, and the loss is a sum over them
         routed = [
             route(group, self.objective, divisors(self.objective, step, count, len(counts)), scale=float(ranks))
             for group, count in zip(rollouts, counts, strict=True)
@@ -275,7 +275,7 @@ class ViGOSTrainer(RolloutTrainer):
     @torch.no_grad()
     def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> list[bool | None]:
         """Adds to the metrics; returns whether each rollout's answer is right (None: not graded)."""
-        args, ranks = self.args, self.replicas.count
+        args, ranks = self.args, self.accelerator.num_processes
         correct = _grade(batch.rollouts, args.grade_rollouts)
         self.metrics.add_rollouts(batch.rollouts, correct)
         self.metrics.add_terms(batch, out, self.objective.lambdas, scale=float(ranks))
@@ -321,7 +321,7 @@ class ViGOSTrainer(RolloutTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics to what is logged during training."""
         if "loss" in logs:
-            logs = {**logs, **self.metrics.collect(self._reduce), "perf/peak_gib": peak_gib(self.args.device)}
+            logs = {**logs, **self.metrics.collect(self._over_world), "perf/peak_gib": peak_gib(self.args.device)}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -371,7 +371,7 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ranks = self.trainer.accelerator.num_processes
-        seconds = (time.perf_counter() - self.trainer._step_started) / self.trainer.replicas.count
+        seconds = (time.perf_counter() - self.trainer._step_started) / ranks
         self.trainer.metrics.add("perf/step_s", seconds, 0.0)
         self.trainer.metrics.add("perf/tokens_per_s", 0.0, seconds)
         for name in ("perf/tflops", "perf/mfu") if self.trainer._peak_tflops else ("perf/tflops",):
