@@ -163,7 +163,7 @@ def test_released_empty_mask_and_refusals() -> None:
     mask = torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"target_logits must match source_logits \(1, 3, 20\), got \(1, 3, 19\)"):
         released.masked_kl_loss(teacher, student[..., :19], mask)
-    with pytest.raises(ValueError, match=r"token_mask must be \(1, 3\), got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"token_mask must be \(1, 3\), one value for each token, got \(1, 2\)"):
         released.masked_kl_loss(teacher, student, mask[:, :2])
     with pytest.raises(ValueError, match="both require a gradient"):
         released.masked_kl_loss(teacher.requires_grad_(), student, mask)

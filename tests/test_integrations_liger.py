@@ -14,6 +14,7 @@ import torch
 from helpers import peer_statements as statements
 from torch import Tensor
 
+from vigos.divergence import api
 from vigos.integrations import _patching
 from vigos.integrations import liger as drop_in
 
@@ -142,8 +143,8 @@ def test_three_dimensional_inputs() -> None:
 def test_three_dimensional_inputs_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the engine is two-dimensional, so that its chunks are chunks of tokens."""
     seen = []
-    real = drop_in.linear_divergence
-    monkeypatch.setattr(drop_in, "linear_divergence", lambda *a, **k: seen.append(a[0].shape) or real(*a, **k))
+    real = api.linear_op
+    monkeypatch.setattr(api, "linear_op", lambda *a, **k: seen.append(a[0].shape) or real(*a, **k))
     c = case(3, 12, 16, 101)
     cubes = c | {"student": c["student"].view(3, 4, 16), "teacher": c["teacher"].view(3, 4, 16)}
     run(drop_in.LigerFusedLinearJSDLoss(0.0), cubes | {"labels": c["labels"].view(3, 4)})
@@ -217,7 +218,7 @@ def test_bad_arguments_are_refused() -> None:
         drop_in.LigerFusedLinearJSDLoss(temperature=0)
     with pytest.raises(ValueError, match=r"beta must be between 0 .* got 2\.0"):
         run(drop_in.LigerFusedLinearJSDLoss(0.0, beta=2), c)
-    with pytest.raises(ValueError, match=r"labels must be \(4,\), one for each token, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"true_labels must be \(4,\), one value for each token, got \(3,\)"):
         run(drop_in.LigerFusedLinearJSDLoss(0.0), c | {"labels": c["labels"][:3]})
 
 

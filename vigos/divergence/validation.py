@@ -110,7 +110,7 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
     if supervision.shape is not None:
         wanted = torch.Size(supervision.shape)
         for side, shape in zip(("student", "teacher"), shapes, strict=True):
-            if shape not in (wanted, (wanted.numel(),)):
+            if shape != wanted and (shape.numel() != wanted.numel() or 1 not in (len(shape), len(wanted))):
                 raise ValueError(
                     f"supervision's mask is {tuple(wanted)} and must match the {side}'s leading dimensions, got "
                     f"{tuple(shape)}"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.api import linear_divergence
-from vigos.divergence.supervision import Supervision
-from vigos.integrations._logits import kind_and_beta
+from vigos.divergence.supervision import Supervision, kind_and_beta
+from vigos.integrations._logits import check_mask
 from vigos.integrations._patching import Patch, Target, UnknownPeer, described, say_once, version_of
 
 
@@ -32,12 +32,6 @@ class _Unasked(float):
 
 
 _LIGER_HARD = _Unasked(0.5)
-
-
-def _flat(hidden: Tensor, name: str) -> Tensor:
-    if hidden.dim() < 2:
-        raise ValueError(f"{name} must be (tokens, D) or (B, T, D), got {tuple(hidden.shape)}")
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _check_temperature(temperature: float) -> float:
@@ -49,27 +43,25 @@ def _check_temperature(temperature: float) -> float:
 def _fused_jsd(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, kept: Tensor | None,
     student_bias: Tensor | None, teacher_bias: Tensor | None, beta: float, temperature: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(sum of divergences over kept tokens, their number, at least 1)."""
+) -> Tensor:  # fmt: skip
+    """Return the mean divergence over the kept tokens, 0 without one."""
     kind, beta = kind_and_beta(beta)
-    if kept is not None and kept.shape != student.shape[:1]:
-        raise ValueError(f"labels must be ({student.shape[0]},), one for each token, got {tuple(kept.shape)}")
-    rows = (torch.arange(student.shape[0], device=student.device) if kept is None else kept.nonzero()).view(-1)
+    if kept is None:
+        kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     shared = teacher_weight is student_weight and teacher_bias is student_bias and teacher.dtype == student.dtype
     if not torch.is_autocast_enabled(student.device.type):
         student_weight, teacher_weight = student_weight.to(student.dtype), teacher_weight.to(teacher.dtype)
         student_bias = None if student_bias is None else student_bias.to(student.dtype)
         teacher_bias = None if teacher_bias is None else teacher_bias.to(teacher.dtype)
-    out = linear_divergence(
+    return linear_divergence(
         student, student_weight, teacher, None if shared else teacher_weight,
-        supervision=Supervision(rows, rows, kind), temperature=float(temperature), beta=beta,
-        student_bias=student_bias, teacher_bias=None if shared else teacher_bias,
-    )  # fmt: skip
-    return out.loss, torch.tensor(max(rows.shape[0], 1), device=student.device)
+        supervision=Supervision.from_mask(kept, kind=kind), temperature=float(temperature), beta=beta,
+        student_bias=student_bias, teacher_bias=None if shared else teacher_bias, reduction="mean",
+    ).loss  # fmt: skip
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore: int, width: int) -> Any:
-    """Sum of -log p(label) over labels that are not `ignore`, `width` tokens at a time, recomputed in backward."""
+    """Sum -log p(label) over labels that are not `ignore`, `width` tokens at a time, recomputed in backward."""
     kept = (labels != ignore).nonzero().squeeze(1)
 
     def part(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,17 +117,18 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         self, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor,
         true_labels: Tensor, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Hidden states (tokens, D) or (B, T, D), heads (V, D), labels (tokens,) or (B, T)."""
-        student, teacher = _flat(student_input, "student_input"), _flat(teacher_input, "teacher_input")
-        labels = true_labels.reshape(-1)
-        total, n = _fused_jsd(
-            student, student_weight, teacher, teacher_weight, labels != self.ignore_index, student_bias, teacher_bias,
-            self.beta, self.temperature,
+        """Compute the loss of hidden states (tokens, D) or (B, T, D), heads (V, D), labels (tokens,) or (B, T)."""
+        check_mask(true_labels, student_input, "true_labels")
+        kept = true_labels != self.ignore_index
+        soft = _fused_jsd(
+            student_input, student_weight, teacher_input, teacher_weight, kept, student_bias, teacher_bias, self.beta,
+            self.temperature,
         )  # fmt: skip
-        soft = total / n
         if self.weight_hard_loss == 0 and not self.return_soft_hard_loss:
             return self.weight_soft_loss * soft
-        hard = _cross_entropy(student, student_weight, student_bias, labels, self.ignore_index, self.chunk_size) / n
+        hidden, labels = student_input.flatten(0, -2), true_labels.flatten()
+        hard = _cross_entropy(hidden, student_weight, student_bias, labels, self.ignore_index, self.chunk_size)
+        hard = hard / kept.sum().clamp(min=1)
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
@@ -162,13 +155,14 @@ class LigerFusedLinearJSD(torch.nn.Module):
         self, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor,
         shift_labels: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states (tokens, D) or (B, T, D), heads (V, D), labels (tokens,), (B, T) or None: every token."""
-        kept = None if shift_labels is None else shift_labels.reshape(-1) != self.ignore_index
-        total, n = _fused_jsd(
-            _flat(student_input, "student_input"), student_weight, _flat(teacher_input, "teacher_input"),
-            teacher_weight, kept, None, None, self.jsd_beta, self.temperature,
+        """Compute the loss of hidden states (..., D), heads (V, D) and labels (...); labels None: every token."""
+        if shift_labels is not None:
+            check_mask(shift_labels, student_input, "shift_labels")
+        kept = None if shift_labels is None else shift_labels != self.ignore_index
+        return _fused_jsd(
+            student_input, student_weight, teacher_input, teacher_weight, kept, None, None, self.jsd_beta,
+            self.temperature,
         )  # fmt: skip
-        return total / n
 
 
 # --- the patch -------------------------------------------------------------------------------------------------------
@@ -180,7 +174,7 @@ _CLASSES = (  # where Liger defines it, ours
 
 
 def _checked(module: str, ours: type) -> type:
-    """Liger's class, if its constructor and its forward take what ours do."""
+    """Return Liger's class, if its constructor and its forward take what ours do."""
     theirs = getattr(importlib.import_module(module), ours.__name__, None)
     if theirs is None:
         raise UnknownPeer(f"{module} has no {ours.__name__}")
@@ -224,7 +218,7 @@ def unpatch() -> None:
 
 @contextmanager
 def patched() -> Iterator[tuple[str, ...]]:
-    """`patch` inside the block. A patch that was in place before it stays in place after it."""
+    """Patch inside the block. A patch that was in place before it stays in place after it."""
     outer = _patch.active
     try:
         yield patch()

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vigos.integrations._logits import generalized_jsd
+from vigos.integrations._logits import check_pair, generalized_jsd
 from vigos.integrations._patching import Patch, Target
 
 _FIRST = (
@@ -39,7 +39,7 @@ def generalized_jsd_loss(
     top_k: int | None = None,
     token_clip: float | None = None,
 ) -> Tensor:
-    """OPSD's loss of logits (B, T, V), a scalar in nats, for reductions to a scalar.
+    """Compute OPSD's loss of logits (B, T, V), a scalar in nats, for reductions to a scalar.
 
     Args:
         labels: (B, T), -100: token left out. beta: 0 forward KL, 1 reverse KL, between them JSD(beta).
@@ -48,27 +48,20 @@ def generalized_jsd_loss(
         top_k: the teacher's k most probable ids only, renormalised on both sides. None or 0: all.
         token_clip: bound of each vocabulary entry's term. None: no bound.
     """
-    if reduction not in ("batchmean", "mean", "sum") or logits_are_probs:
-        raise ValueError(
-            'reduction must be "batchmean", "mean" or "sum" and logits_are_probs False, got '
-            f"{reduction!r} and {logits_are_probs}: a fused loss has no term of each entry and needs logits"
-        )
+    if logits_are_probs:
+        raise ValueError("logits_are_probs must be False: a fused loss needs logits")
+    check_pair(student_logits, teacher_logits)
     if top_k is not None and top_k > 0:
         ids = torch.topk(teacher_logits, k=top_k, dim=-1).indices
         student_logits, teacher_logits = student_logits.gather(-1, ids), teacher_logits.gather(-1, ids)
-    total, kept = generalized_jsd(
-        student_logits, teacher_logits, labels=labels, beta=beta, temperature=temperature, entry_clip=token_clip
-    )
-    if reduction == "batchmean":
-        return total / (max(student_logits.shape[0], 1) if kept is None else kept.clamp(min=1))
-    if reduction == "mean":
-        tokens = student_logits.shape[:-1].numel() if kept is None else kept.clamp(min=1)
-        return total / (tokens * student_logits.shape[-1])
-    return total
+    return generalized_jsd(
+        student_logits, teacher_logits, labels=labels, beta=beta, temperature=temperature, reduction=reduction,
+        entry_clip=token_clip,
+    )  # fmt: skip
 
 
 def _make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Ours, but for what needs every entry's term or starts from probabilities: the original computes that."""
+    """Call ours, but for what needs every entry's term or starts from probabilities: the original computes that."""
 
     def loss(
         student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
@@ -103,7 +96,7 @@ def unpatch(trainer: type) -> None:
 
 @contextmanager
 def patched(trainer: type) -> Iterator[tuple[str, ...]]:
-    """`patch` inside the block. A patch that was in place before it stays in place after it."""
+    """Patch inside the block. A patch that was in place before it stays in place after it."""
     with _of(trainer).during([Target(trainer, "generalized_jsd_loss", KNOWN, _make)]) as replaced:
         yield replaced
 
@@ -113,5 +106,5 @@ def _of(trainer: type) -> Patch:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """OPSD cannot be looked for: it has no package."""
+    """Say that OPSD cannot be looked for: it has no package."""
     return [("opsd", None, "not a package: vigos.integrations.opsd.patch(OPSDTrainer) checks it where it is used")]

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.api import linear_divergence
+from vigos.divergence.api import linear_divergence, logits_divergence
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL, Supervision
-from vigos.integrations._logits import token_divergence
+from vigos.integrations._logits import check_mask, check_pair, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer
 
 KNOWN = {
@@ -50,14 +50,14 @@ _head: ContextVar[torch.nn.Module | None] = ContextVar("vigos_released_head", de
 
 
 def _direction(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(student, teacher, kind) of KL(source || target): the student is the side that has a gradient."""
+    """Return (student, teacher, kind) of KL(source || target): the student is the side that has a gradient."""
     if source.requires_grad and target.requires_grad:
         raise ValueError("source_logits and target_logits both require a gradient; detach the teacher's")
     return (source, target, REVERSE_KL) if source.requires_grad else (target, source, FORWARD_KL)
 
 
 def _clip(value: float | None) -> float:
-    """The released code reads None, 0 and negative numbers as "no clip"."""
+    """Translate the released code's None, 0 and negative numbers, which mean "no clip"."""
     return INF if value is None or value <= 0 else float(value)
 
 
@@ -67,10 +67,11 @@ def kl_tokens(
     temperature: float = 1.0,
     token_clip: float | None = None,
 ) -> Tensor:
-    """min(KL(source || target), token_clip) of each token in nats: (..., V) twice -> (...).
+    """Return min(KL(source || target), token_clip) of each token in nats: (..., V) twice -> (...).
 
     The side that requires a gradient is the student; a clipped token has none.
     """
+    check_pair(source_logits, target_logits, ("source_logits", "target_logits"))
     student, teacher, kind = _direction(source_logits, target_logits)
     tokens = token_divergence(student, teacher, kind=kind, temperature=temperature)
     return tokens.clamp(max=_clip(token_clip))
@@ -85,7 +86,7 @@ def masked_kl_loss(
     post_clip_mask: Tensor | None = None,
     post_token_clip: float | None = None,
 ) -> Tensor:
-    """Mean over the tokens of `token_mask` (B, T) of min(KL(source || target), clip), in nats.
+    """Average over the tokens of `token_mask` (B, T) of min(KL(source || target), clip), in nats.
 
     Args:
         source_logits, target_logits: (B, T, V); inside `FusedLossMixin.compute_loss` hidden states (B, T, D).
@@ -94,36 +95,29 @@ def masked_kl_loss(
 
     An empty mask gives 0, attached to the graph.
     """
-    if target_logits.shape != source_logits.shape:
-        raise ValueError(
-            f"target_logits must match source_logits {tuple(source_logits.shape)}, got {tuple(target_logits.shape)}"
-        )
+    check_pair(source_logits, target_logits, ("source_logits", "target_logits"))
     for name, mask in (("token_mask", token_mask), ("post_clip_mask", post_clip_mask)):
-        if mask is not None and mask.shape != source_logits.shape[:-1]:
-            raise ValueError(f"{name} must be {tuple(source_logits.shape[:-1])}, got {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(mask, source_logits, name)
     mask = token_mask.to(source_logits.device, torch.bool)
     clip = torch.full(mask.shape, _clip(token_clip), device=mask.device)
     if post_clip_mask is not None:
         clip = torch.where(post_clip_mask.to(mask.device, torch.bool), clip.clamp(max=_clip(post_token_clip)), clip)
     student, teacher, kind = _direction(source_logits, target_logits)
-    n = mask.sum().clamp(min=1)
+    options: dict[str, Any] = {
+        "supervision": Supervision.from_mask(mask, kind=kind, clip=clip), "temperature": float(temperature),
+        "reduction": "mean",
+    }  # fmt: skip
     head = _head.get()
     if head is None:
-        tokens = token_divergence(student, teacher, mask=mask, kind=kind, temperature=temperature)
-        return torch.minimum(tokens, clip.to(tokens.dtype)).sum() / n
-    rows = mask.reshape(-1).nonzero().squeeze(1)
-    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+        return logits_divergence(student, teacher, **options).loss
     weight, bias = head.weight, head.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     if not torch.is_autocast_enabled(student.device.type):
         # Mixed precision hands hidden states out as float32; the head's own dtype is what they were computed in.
         student, teacher = student.to(weight.dtype), teacher.to(weight.dtype)
-    out = linear_divergence(
-        student, weight, teacher, supervision=Supervision(rows, rows, kind, 1.0, clip.reshape(-1)[rows]),
-        temperature=float(temperature), student_bias=bias,
-    )  # fmt: skip
-    return out.loss / n
+    return linear_divergence(student, weight, teacher, student_bias=bias, **options).loss
 
 
 # --- the patch -------------------------------------------------------------------------------------------------------
@@ -158,7 +152,7 @@ def unpatch(*modules: ModuleType) -> None:
 
 @contextmanager
 def patched(*modules: ModuleType) -> Iterator[tuple[str, ...]]:
-    """`patch` inside the block. What was patched before it stays so after it."""
+    """Patch inside the block. What was patched before it stays so after it."""
     before = [module for module in modules if _of(module).active]
     try:
         yield patch(*modules)
@@ -173,7 +167,7 @@ def _of(module: ModuleType) -> Patch:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """The released code cannot be looked for: its package has our name."""
+    """Say that the released code cannot be looked for: its package has our name."""
     return [("released ViGOS", None, "not installable beside vigos: vigos.integrations.released.patch(...) checks it")]
 
 
@@ -182,7 +176,7 @@ def fit() -> list[tuple[str, bool | None, str]]:
 
 @contextmanager
 def _without_head(head: torch.nn.Module) -> Iterator[None]:
-    """The model's forward returns, as its logits, what the head would have been applied to."""
+    """Make the model's forward return, as its logits, what the head would have been applied to."""
     before = vars(head).get("forward")
     head.forward = lambda hidden: hidden  # type: ignore[method-assign]
     try:
@@ -208,7 +202,7 @@ class FusedLossMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The released `compute_loss`. With `return_outputs` the second value holds hidden states, not logits."""
+        """Run the released `compute_loss`. With `return_outputs` the second value holds hidden states, not logits."""
         module = self._released_module()
         unwrapped = self._unwrap_train_model(model)  # type: ignore[attr-defined]
         head = unwrapped.get_output_embeddings()
@@ -225,7 +219,7 @@ class FusedLossMixin:
         return loss, {"hidden_states": outputs["logits"]}
 
     def _build_vigos_rollout_batch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Sampling needs logits: the head works while rollouts are generated."""
+        """Let the head work while rollouts are generated: sampling needs logits."""
         head = self._unwrap_train_model(model).get_output_embeddings()  # type: ignore[attr-defined]
         off = head.forward
         del head.forward
@@ -235,7 +229,7 @@ class FusedLossMixin:
             head.forward = off
 
     def _released_module(self) -> ModuleType:
-        """The module whose `compute_loss` ours calls."""
+        """Return the module whose `compute_loss` ours calls."""
         classes = type(self).__mro__
         for cls in classes[classes.index(FusedLossMixin) + 1 :]:
             if "compute_loss" in vars(cls):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.api import linear_divergence, logits_divergence
-from vigos.divergence.supervision import Supervision
-from vigos.integrations._logits import generalized_jsd, kind_and_beta, token_divergence
+from vigos.divergence.supervision import Supervision, kind_and_beta
+from vigos.integrations._logits import generalized_jsd, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer, check_signature, say_once, version_of
 
 TRAINERS = ("distillation", "gkd", "gold", "sdft", "sdpo")
@@ -94,8 +94,8 @@ def chunked_divergence_loss(
         The rest: each side's bias (V,), scale and softcap, and the temperature of both.
     """
     kind, beta = kind_and_beta(beta)
-    mask = completion_mask.reshape(-1) != 0
-    rows = mask.nonzero().squeeze(1)
+    supervision = Supervision.from_mask(completion_mask != 0, kind=kind)
+    rows = supervision.student_row
     student = student_hidden_states.reshape(-1, student_hidden_states.shape[-1])
     teacher = teacher_hidden_states.reshape(-1, teacher_hidden_states.shape[-1])
     shared = teacher_lm_head_weight is student_lm_head_weight and teacher_lm_head_bias is student_lm_head_bias
@@ -113,7 +113,7 @@ def chunked_divergence_loss(
             shared = shared and student.dtype == teacher.dtype
             out = linear_divergence(
                 student, w_s, teacher, None if shared else w_t,
-                supervision=Supervision(rows, rows, kind), temperature=float(temperature), beta=beta,
+                supervision=supervision, temperature=float(temperature), beta=beta,
                 student_bias=b_s, teacher_bias=None if shared else b_t,
                 logit_softcap=student_final_logit_softcapping, logit_scale=float(student_logit_scale),
             )  # fmt: skip
@@ -125,12 +125,9 @@ def chunked_divergence_loss(
                 "kind": kind, "beta": beta, "temperature": float(temperature),
             }  # fmt: skip
             loss, entropy = _UnlikeHeads.apply(student, w_s, b_s, teacher, w_t, b_t, rows, options)
-    n_valid = mask.sum()
-    if num_items_in_batch is None:
-        return loss / n_valid.clamp(min=1), entropy, n_valid
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch, entropy, n_valid
+    kept = (completion_mask != 0).sum()
+    divisor = kept.clamp(min=1) if num_items_in_batch is None else _divisor(num_items_in_batch, loss)
+    return loss / divisor, entropy, kept
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -226,22 +223,16 @@ def generalized_jsd_loss(
     `num_items_in_batch` divides the sum over tokens; else "batchmean" divides it by the kept tokens (without labels by
     B), "mean" by tokens times V, "sum" by nothing.
     """
-    if reduction not in ("batchmean", "mean", "sum"):
-        raise ValueError(
-            f'reduction must be "batchmean", "mean" or "sum", got {reduction!r}: a fused loss has no term of '
-            "each vocabulary entry"
-        )
-    total, kept = generalized_jsd(student_logits, teacher_logits, labels=labels, beta=beta, temperature=temperature)
     if num_items_in_batch is not None:
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
-    if reduction == "batchmean":
-        return total / (max(student_logits.shape[0], 1) if kept is None else kept.clamp(min=1))
-    if reduction == "mean":
-        tokens = student_logits.shape[:-1].numel() if kept is None else kept
-        return total / (tokens * student_logits.shape[-1])
-    return total
+        reduction = "sum"
+    loss = generalized_jsd(
+        student_logits, teacher_logits, labels=labels, beta=beta, temperature=temperature, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / _divisor(num_items_in_batch, loss)
+
+
+def _divisor(items: Tensor | int, loss: Tensor) -> Tensor | int:
+    return items.to(loss.device) if isinstance(items, Tensor) else items
 
 
 def full_logit_self_distillation_loss(
