@@ -14,7 +14,7 @@ from helpers.processes import HELPERS
 
 from vigos.data.examples import load_rows
 from vigos.eval.evaluate import evaluate
-from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError
+from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError, verdict
 from vigos.rollout.engine import RolloutEngine
 
 
@@ -28,7 +28,7 @@ def address() -> Iterator[str]:
 
 
 def asked(address: str, behaviour: str, **options: Any) -> Judge:
-    return Judge(f"{address}/{behaviour}/v1", "judge", **({"pause": 0.01, "retries": 1} | options))
+    return Judge(f"{address}/{behaviour}/v1", "judge", **({"retries": 1} | options))
 
 
 @pytest.mark.parametrize("behaviour", ["good", "busy"])
@@ -36,6 +36,36 @@ def test_verdicts(behaviour: str, address: str) -> None:
     judge = asked(address, behaviour)
     assert judge("Which {colour}?", "red", "a Red one")
     assert not judge("Which?", "red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("correct", True), ("Correct.", True), ("**Correct**", True), ("The answer is correct.", True),
+        ("<think>Is it incorrect? No.</think>\n\nCorrect", True), ("It says red. That is not wrong: correct.", True),
+        ("The letters differ, so at first it looks incorrect. But B is red.\n\ncorrect", True),
+        ("incorrect", False), ("Incorrect.", False), ("Not correct.", False), ("That is not entirely correct", False),
+        ("It isn't correct.", False), ("I do not think the answer is correct.", False),
+        ("The answer cannot be called correct.", False), ("<think>correct?</think> incorrect", False),
+        ("Incorrect. The reference is correct.", None), ("<think>It looks correct", None), ("Not incorrect.", None),
+        ("Partially correct.", None), ("yes", None), ("", None), ("either correct or incorrect", None),
+        ("It is correct if red is meant.", None),
+    ],
+)  # fmt: skip
+def test_what_a_reply_says(reply: str, right: bool | None) -> None:
+    if right is None:
+        with pytest.raises(JudgeError, match="neither correct nor incorrect"):
+            verdict(reply)
+    else:
+        assert verdict(reply) == right
+
+
+def test_a_judge_may_think(address: str) -> None:
+    """The helper cuts a reply after as many words as the request allows tokens."""
+    assert asked(address, "thinks")("Which?", "red", "a red one")
+    assert not asked(address, "thinks")("Which?", "red", "blue")
+    with pytest.raises(JudgeError, match="neither correct nor"):
+        asked(address, "thinks", max_tokens=16)("Which?", "red", "a red one")
 
 
 @pytest.mark.parametrize(
@@ -55,9 +85,18 @@ def test_the_key_is_not_shown(address: str, monkeypatch: pytest.MonkeyPatch, cap
     assert "s3cr3t" not in str(refused.value) + caplog.text + repr(judge)
 
 
+def test_keys_of_another_server_stay_here(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "s3cr3t")
+    with pytest.raises(JudgeError, match="status 401") as refused:
+        asked(address, "headers")("Which?", "red", "red")
+    assert "authorization" in str(refused.value)
+    assert "s3cr3t" not in str(refused.value)
+
+
 def test_a_judge_that_is_gone() -> None:
     with pytest.raises(JudgeError, match="ConnectionError"):
-        Judge("http://127.0.0.1:9/v1", "judge", pause=0.0, retries=1)("Which?", "red", "red")
+        Judge("http://127.0.0.1:9/v1", "judge", retries=1)("Which?", "red", "red")
 
 
 def test_mistakes() -> None:

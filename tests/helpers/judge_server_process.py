@@ -18,7 +18,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         behaviour = self.path.split("/")[1]
         SEEN[behaviour] = count = SEEN.get(behaviour, 0) + 1
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = body["messages"][0]["content"]
         found = re.search(r"Reference:\n(.*)\n\nAnswer:\n(.*)\n\nReply", asked, re.DOTALL)
         assert found
         reference, answer = found.groups()
@@ -29,11 +30,20 @@ class Handler(BaseHTTPRequestHandler):
             status = 503
         if behaviour == "refuses":
             status, said = 401, f"{self.headers['Authorization']} is nobody's; try {count}"
+        if behaviour == "headers":
+            status, said = (
+                401,
+                " ".join(f"{k}={v}" for k, v in self.headers.items() if k.lower()[:4] in ("auth", "open")),
+            )
+        if behaviour == "thinks":
+            words = f"<think> {'Is this incorrect or correct? ' * 20} </think> {said}".split()
+            said = " ".join(words[: body["max_tokens"]])
         if behaviour == "undecided" or (behaviour == "sometimes" and count % 2):
             said = "Either correct or incorrect."
         content = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         content = b"<html>" if behaviour == "garbage" else b"{}" if behaviour == "empty" else content
         self.send_response(status)
+        self.send_header("Content-Type", "text/html" if behaviour == "garbage" else "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
