@@ -68,6 +68,12 @@ def prompts(base: tuple[Any, Any], rows: Path) -> list[EncodedPrompt]:
     ]
 
 
+def seen(port: int) -> dict[str, Any]:
+    """Requests by behaviour and adapters that the server has."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+        return json.load(answer)
+
+
 def engine(base: tuple[Any, Any], port: int, behaviour: str, **options: Any) -> ServerEngine:
     model, processor = base
     defaults = {"timeout": 60.0, "retries": 3, "pause": 0.01, "vocab_size": model.config.text_config.vocab_size}
@@ -82,9 +88,9 @@ def local(base: tuple[Any, Any], prompts: list[EncodedPrompt], seeds: list[int])
     return TransformersEngine.for_model(*base).generate(prompts, SAMPLING, seeds)
 
 
-@pytest.mark.parametrize(("behaviour", "retried"), [("good", 0), ("busy", 2), ("garbage-once", 1)])
+@pytest.mark.parametrize(("behaviour", "asked"), [("good", 3), ("busy", 5), ("garbage-once", 4)])
 def test_the_same_completions_as_with_the_model_at_hand(
-    behaviour: str, retried: int, base: tuple[Any, Any], prompts: list[EncodedPrompt], port: int
+    behaviour: str, asked: int, base: tuple[Any, Any], prompts: list[EncodedPrompt], port: int
 ) -> None:
     """Whatever failed in passing: images, prefill, sampling, seeds and order arrive."""
     seeds = [5, 2**62 + 1, 7]
@@ -93,7 +99,7 @@ def test_the_same_completions_as_with_the_model_at_hand(
     wanted = local(base, prompts, seeds)
     assert len(found) == 6
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert served.retried == retried
+    assert seen(port)["seen"][behaviour] == asked
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_the_same_completions_as_with_the_model_at_hand(
         ("placeholder", r"failed 2 times, last with a completion holds the banned ids"),
         ("text-only", r"returned no token ids"),
         ("other-prompt", r"v1 \(base\) rendered another prompt: it differs from token 4 on"),
-        ("hangs", r"failed 2 times, last with ReadTimeout"),
+        ("hangs", r"failed 2 times, last with ConnectionError.*Read timed out"),
         ("keyed", r"refused: status 401"),
         ("short", r"answered a completion cut after 5 of 40 tokens, finish_reason 'length': its context"),
     ],
@@ -116,6 +122,15 @@ def test_what_lasts_is_an_error_that_says_what(
     timeout = 1.0 if behaviour == "hangs" else 60.0
     with pytest.raises(RolloutError, match=message):
         engine(base, port, behaviour, retries=1, timeout=timeout).generate(prompts[:1], SAMPLING, 0)
+
+
+def test_one_failure_ends_it_and_asks_for_nothing_more(
+    base: tuple[Any, Any], prompts: list[EncodedPrompt], port: int
+) -> None:
+    before = seen(port)["seen"].get("refuses", 0)
+    with pytest.raises(RolloutServerError, match="refused"):
+        engine(base, port, "refuses", concurrency=2).generate(prompts[:1] * 50, SAMPLING, 0)
+    assert seen(port)["seen"]["refuses"] - before < 10
 
 
 @pytest.mark.slow
@@ -216,8 +231,6 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
     found, trainer = train(tmp_path / "served", rollout_engine="server", rollout_url=url, rollout_model="base")
     assert found == wanted
     assert trainer.engine.model == "vigos-2"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-        adapters = json.load(answer)["adapters"]
-    ours = [name for name, path in adapters.items() if path.startswith(str(tmp_path))]
+    ours = [name for name, path in seen(port)["adapters"].items() if path.startswith(str(tmp_path))]
     assert ours == [trainer.engine.served_name]  # the one before was unloaded
     assert [p.name for p in (tmp_path / "served" / "rollout_adapters").iterdir()] == ["vigos-2"]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
@@ -95,14 +96,8 @@ class RolloutEngine(Protocol):
 
 
 def stream_seed(seed: int, *streams: int) -> int:
-    """A 63-bit seed from a seed and stream numbers (splitmix64), so that neighbouring ones are unrelated."""
-    mask = 2**64 - 1
-    for stream in streams:
-        x = (seed * 0x9E3779B97F4A7C15 + stream + 1) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        seed = (x ^ (x >> 31)) >> 1
-    return seed
+    """Return a 63-bit seed from a seed and stream numbers, all at least 0; neighbouring ones give unrelated seeds."""
+    return int(np.random.SeedSequence((seed, *streams)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:

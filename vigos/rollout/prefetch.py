@@ -28,8 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import torch
@@ -38,7 +40,6 @@ from torch import Tensor
 from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt
 from vigos.rollout.engine import RolloutEngine, Sampling
-from vigos.rollout.threads import Background
 
 logger = logging.getLogger(__name__)
 
@@ -86,55 +87,67 @@ def check_engine(engine: RolloutEngine) -> None:
 
 
 class RolloutsAhead:
-    """The request of the next step, once it is under way, and the completions it brings."""
+    """Hold the request of the next step, once it is under way, and the completions it brings."""
 
     def __init__(self) -> None:
         self.request: Request | None = None
-        self._sampling: Background[list[Tensor]] | None = None  # the last one, over or not
+        self._sampling: AsyncResult[tuple[list[Tensor], float]] | None = None  # the last one, over or not
         self._saved: dict[str, Any] | None = None  # from a checkpoint
 
-    def begin(self, request: Request, sample: Callable[[], list[Tensor]]) -> None:
-        """Start `sample` on another thread."""
+    def start(self, request: Request, sample: Callable[[], list[Tensor]]) -> None:
+        """Call `sample` on another thread."""
         assert self.request is None
-        self.settle()
+        self.wait()
         self.request = request
-        self._sampling = Background(sample)
 
-    def take(self) -> Callable[[], list[Tensor]]:
-        """What waits for the completions of `request`, which is thereby done, and raises what their sampling raised."""
+        def timed() -> tuple[list[Tensor], float]:
+            started = time.perf_counter()
+            return sample(), time.perf_counter() - started
+
+        # A daemon thread, unlike those of concurrent.futures: a run that fails elsewhere does not wait for it.
+        self._sampling = ThreadPool(1).apply_async(timed)
+
+    def result(self) -> list[Tensor]:
+        """Clear `request` and block for its completions; re-raises sampling errors."""
+        assert self._sampling is not None
         self.request = None
-        return list if self._sampling is None else self._sampling.result
+        return self._sampling.get()[0]
 
-    def settle(self) -> BaseException | None:
-        """Waits until nobody samples; returns, and does not raise, what went wrong."""
-        return None if self._sampling is None else self._sampling.failure()
+    def wait(self) -> BaseException | None:
+        """Block until no sampling is under way; return, and do not raise, the error it ended in."""
+        try:
+            if self._sampling is not None:
+                self._sampling.get()
+        except Exception as error:
+            return error
+        return None
 
     def drop(self) -> None:
-        """Forgets the request, once nobody samples for it any more."""
-        self.settle()
+        """Forget the request, once its sampling is over."""
+        self.wait()
         self.request = self._sampling = None
 
     @property
     def seconds(self) -> float:
-        """How long the last sampling took, if it is over."""
-        return 0.0 if self._sampling is None else self._sampling.seconds
+        """Duration of the last sampling; 0 if there was none, or it failed. Blocks."""
+        return 0.0 if self._sampling is None or self.wait() is not None else self._sampling.get()[1]
 
     # --- Checkpoints keep the completions: no server promises to sample them alike once more --------------------------
 
     def state(self, sampling: Sampling) -> dict[str, Any] | None:
-        """For a checkpoint; waits. None where nothing is under way, or where it failed."""
-        if self.request is None or self._sampling is None or self.settle() is not None:
+        """Return the completions for a checkpoint, blocking for them; None without a request, or if it failed."""
+        if self.request is None or self._sampling is None or self.wait() is not None:
             return None
-        completions = [ids.tolist() for ids in self._sampling.result()]
+        completions = [ids.tolist() for ids in self._sampling.get()[0]]
         return {"identity": self.request.identity(sampling), "completions": completions}
 
     def restore(self, saved: dict[str, Any] | None) -> None:
-        """Begins anew, with the `state` of a checkpoint or with nothing."""
+        """Drop the request and take the `state` of a checkpoint, or nothing, in its place."""
         self.drop()
         self._saved = saved
 
     def saved(self, request: Request, sampling: Sampling) -> list[Tensor] | None:
-        """The completions of `request` if the checkpoint had them, which is asked once."""
+        """Return the completions of `request` if the checkpoint had them; the first call clears them."""
         saved, self._saved = self._saved, None
         if saved is None:
             return None

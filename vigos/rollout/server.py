@@ -15,8 +15,8 @@ What a server fills in by itself must not reach the samples: vLLM takes what a r
 generation config (Qwen2.5-VL's has a repetition penalty), and finds cached prefixes by an adapter's name and path,
 whatever its weights. So every sampling parameter is sent, and every engine has a cache of its own (`cache_salt`).
 
-Failures: connections, statuses 408, 429 and 5xx, and answers that make no sense are tried again with growing pauses;
-what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
+Failures: connections and statuses 408, 429 and 5xx are retried with growing pauses (by urllib3), and so are answers
+that make no sense; what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ import io
 import logging
 import os
 import secrets
-import time
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 from torch import Tensor, nn
+from urllib3.util import Retry
 
 from vigos.method.encode import Chat, EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion
 from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
-from vigos.rollout.threads import each
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
-_PASSING = (408, 429, 500, 502, 503, 504)
+_RETRYABLE = (408, 429, 500, 502, 503, 504)
 _SHOWN = 300  # characters of an answer in a message
 _ADVICE = {
     ("chat/completions", 422): ". The server must take the fields of vLLM's API, return_token_ids above all: "
@@ -69,8 +70,8 @@ class ServerEngine(RolloutEngine):
         vocab_size: ids must lie below it; None does not check.
         concurrency: requests in flight.
         timeout: seconds that one request may take.
-        retries: further tries of a request that failed in passing.
-        pause: seconds before the second try, doubled for each further one.
+        retries: further tries after a transient failure.
+        pause: seconds before the third try, doubled for each further one; the second follows at once.
         adapters: folder in which adapters are saved for the server; None: none are.
     """
 
@@ -93,14 +94,20 @@ class ServerEngine(RolloutEngine):
         self.url, self.base, self.model = url.rstrip("/"), model, model
         self.eos_token_ids = tuple(eos_token_ids)
         self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
-        self.concurrency, self.timeout, self.retries, self.pause = concurrency, timeout, retries, pause
+        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.adapters = None if adapters is None else Path(adapters)
-        self.retried = 0  # tries beyond the first, over the run
         self._salt = secrets.token_hex(16)
         # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
         self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
-        key = os.environ.get(KEY_VARIABLE)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # Any method: a completion that is asked for twice is the same. A status that lasts comes back, with its text.
+        retry = Retry(
+            retries, backoff_factor=pause, status_forcelist=_RETRYABLE, allowed_methods=None, raise_on_status=False
+        )
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
+        if key := os.environ.get(KEY_VARIABLE):
+            self._session.headers["Authorization"] = f"Bearer {key}"
 
     def __repr__(self) -> str:  # without the key
         return f"ServerEngine({self.url!r}, {self.model!r})"
@@ -109,10 +116,12 @@ class ServerEngine(RolloutEngine):
         """See `RolloutEngine.generate`. Raises RolloutServerError."""
         asked = sampling.without_copies()
         seeds = prompt_seeds(seed, len(prompts))
-        bodies = [self._body(prompt, asked, s) for prompt, s in zip(prompts, seeds, strict=True)]
-        found = each(
-            lambda job: self._completions(*job, asked), list(zip(prompts, bodies, strict=True)), self.concurrency
-        )
+        jobs = [(p, self._body(p, asked, s), asked) for p, s in zip(prompts, seeds, strict=True)]
+        if not jobs:
+            return []
+        # Daemon threads, unlike those of concurrent.futures: a run that fails elsewhere does not wait for them.
+        with ThreadPool(min(self.concurrency, len(jobs))) as pool:
+            found = list(pool.imap(lambda job: self._completions(*job), jobs))  # the first failure drops the rest
         return [completion for completions in found for completion in completions * (sampling.n // asked.n)]
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
@@ -210,32 +219,27 @@ class ServerEngine(RolloutEngine):
         return self._request("chat/completions", body, read)
 
     def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
-        """Posts (without a body: gets), reads, and tries again what failed in passing."""
-        where, failure = f"{self.url}/{path}", "nothing was tried"
-        for attempt in range(self.retries + 1):
-            if attempt:
-                self.retried += 1
-                logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, self.retries + 1)
-                time.sleep(self.pause * 2 ** (attempt - 1))
+        """Post (without a body: get) and read the answer; one that cannot be used is asked for again."""
+        where, tries = f"{self.url}/{path}", self.retries + 1
+        method, failure = "GET" if body is None else "POST", ""
+        for attempt in range(tries):
             try:
-                method = "GET" if body is None else "POST"
-                answer = requests.request(method, where, json=body, headers=self._headers, timeout=self.timeout)
-                if answer.status_code in _PASSING:
-                    raise UnusableCompletion(f"status {answer.status_code}: {answer.text[:_SHOWN]}")
+                answer = self._session.request(method, where, json=body, timeout=self.timeout)
+                text = f"status {answer.status_code}: {answer.text[:_SHOWN]}"
+                if answer.status_code in _RETRYABLE:  # retried already
+                    failure = text
+                    break
                 if not answer.ok:
-                    raise RolloutServerError(
-                        f"{where} refused: status {answer.status_code}: {answer.text[:_SHOWN]}"
-                        f"{_ADVICE.get((path, answer.status_code), '')}"
-                    )
+                    raise RolloutServerError(f"{where} refused: {text}{_ADVICE.get((path, answer.status_code), '')}")
                 return answer if read is None else read(answer.json())
-            except (
-                requests.RequestException,
-                UnusableCompletion,
-            ) as error:  # RequestException: also an answer that is no JSON
-                failure = (
-                    f"{type(error).__name__}: {error}" if not isinstance(error, UnusableCompletion) else str(error)
-                )
-        raise RolloutServerError(f"{where} failed {self.retries + 1} times, last with {failure}")
+            except UnusableCompletion as error:
+                failure = str(error)
+            except requests.RequestException as error:
+                failure = f"{type(error).__name__}: {error}"
+                if not isinstance(error, requests.JSONDecodeError | requests.exceptions.ChunkedEncodingError):
+                    break  # retried already
+            logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, tries)
+        raise RolloutServerError(f"{where} failed {tries} times, last with {failure}")
 
 
 def wire_messages(chat: Chat) -> list[dict[str, Any]]:

@@ -166,7 +166,7 @@ class RolloutTrainer(RobustTrainer):
             self._skip(bad)
         with self.phases("rollouts"):
             if request is self.ahead.request:
-                completions = self.ahead.take()()
+                completions = self.ahead.result()
                 self.sampling_s = self.ahead.seconds
                 self.phases.beside("rollouts", self.sampling_s)
                 return completions
@@ -182,13 +182,13 @@ class RolloutTrainer(RobustTrainer):
         with self.phases("rollouts"):
             self._push_adapter()
             engine, prompts, sampling = self.engine, request.prompts, self.args.sampling
-            self.ahead.begin(request, lambda: engine.generate(prompts, sampling, request.seeds))
+            self.ahead.start(request, lambda: engine.generate(prompts, sampling, request.seeds))
 
     def _take_up(self, request: Request) -> None:
         """The first step after a restart goes on with the completions in the checkpoint, if every rank has its own."""
         saved = self.ahead.saved(request, self.args.sampling)
         if self._over_ranks(int(saved is not None)) == self.accelerator.num_processes and saved is not None:
-            self.ahead.begin(request, lambda: saved)
+            self.ahead.start(request, lambda: saved)
 
     def _rollouts(self, request: Request, completions: Sequence[Tensor]) -> list[list[Rollout]]:
         """Parsed, those of each micro-batch."""
@@ -212,7 +212,7 @@ class RolloutTrainer(RobustTrainer):
     def own_state(self) -> dict[str, Any]:
         """Also the rollouts under way: this waits for them."""
         state = self.ahead.state(self.args.sampling)
-        if state is None and self.interrupted and (failure := self.ahead.settle()) is not None:
+        if state is None and self.interrupted and (failure := self.ahead.wait()) is not None:
             logger.warning("the checkpoint is without the next step's rollouts, whose sampling failed: %s", failure)
         return super().own_state() | {
             "rows_used": self.rows_used, "valid_rollouts": self.valid_rollouts, "rollouts": state
@@ -233,7 +233,7 @@ class RolloutTrainer(RobustTrainer):
         if step == self._pushed_step or not self.engine.owns_weights:
             return
         if self.args.async_rollout:  # until no rank samples from the adapter that the server now drops
-            self.ahead.settle()
+            self.ahead.wait()
             self.accelerator.wait_for_everyone()
         student = self.accelerator.unwrap_model(self.model_wrapped)
         weights = whole_trained(student)
