@@ -6,12 +6,12 @@ STAMP := $(VENV)/.vigos-ready
 # What a set-up depends on: change one and the next command installs again.
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
 
-.PHONY: help setup demo test test-fast lint format bench gpu-check clean
+.PHONY: help setup demo test test-fast lint format docs bench gpu-check clean
 help:
 	@echo "make demo       set up and run the built-in post-training job"
 	@echo "make test       set up, lint and run every test"
 	@echo "make test-fast  the tests a developer runs all day"
-	@echo "make setup | lint | format | bench | gpu-check | clean"
+	@echo "make setup | lint | format | docs | bench | gpu-check | clean"
 
 setup: $(STAMP)
 $(STAMP): $(INPUTS)
@@ -40,6 +40,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+# The documentation site, in site/; without a network.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,bench]'
