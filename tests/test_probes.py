@@ -44,7 +44,7 @@ def test_a_swap_needs_another_row_with_as_many_images() -> None:
     pair[0]["images"] = [picture(1), picture(2)]
     data = load_rows(pair)
     assert isinstance(data, ExampleDataset)
-    with pytest.raises(BadExample, match=r"no other row has 2 image\(s\) to swap in"):
+    with pytest.raises(BadExample, match=r"no other example has 2 image\(s\) to swap in"):
         ProbedExamples(data, "swapped")[0]
     same = [row | {"answer": "red"} for row in rows(2)]
     data = load_rows(same)

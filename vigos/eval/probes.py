@@ -1,10 +1,10 @@
-"""Cheap probes of grounding: the accuracy with the image removed, blurred, or swapped for another row's.
+"""Measure how much accuracy depends on the image: remove it, blur it, or swap it for another example's.
 
-    found = probe(model, processor, load_rows("test.jsonl"), folder="probes", temperature=1.0)
+    intact, found = probe(model, processor, load_rows("test.jsonl"), folder="probes", temperature=1.0)
     found["swapped"].comparison.difference     # how much accuracy the right image is worth
 
 A model that answers as well without the image does not look at it. The questions, the prompts and the random numbers of
-every sample are those of the intact evaluation, so that the difference is paired row by row.
+every sample are those of the intact evaluation, so that the difference is paired example by example.
 """
 
 from __future__ import annotations
@@ -27,54 +27,53 @@ Probe = Literal["removed", "blurred", "swapped"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 
 BLUR = 0.15  # standard deviation of the blur, as a share of the image's shorter side: a few patches remain
-TRIES = 64  # rows looked at for another image; an image that shows another answer is preferred
+TRIES = 64  # examples looked at for another image; an image that shows another answer is preferred
 
 
 @dataclass(frozen=True)
 class Probed:
-    """One probe. `comparison` is probe − intact, so a grounded model has a negative difference."""
+    """Hold one probe's result; `comparison` is probe − intact, so a grounded model has a negative difference."""
 
     result: EvaluationResult
     comparison: Comparison
 
 
 class ProbedExamples(ExampleDataset):
-    """The rows of a dataset with their images removed, blurred or swapped; everything else is theirs.
+    """Read the examples of a dataset with their images removed, blurred or swapped, and nothing else changed.
 
     Args:
-        rows: read by number, since a swapped image comes from somewhere else in the file.
+        examples: read by number, since a swapped image comes from somewhere else in the file.
         probe: what happens to the images. "removed" leaves a prompt of text alone.
-        seed: of the swaps. A row gets the images of a row with as many of them, and with another answer if one of the
-            first `TRIES` drawn has one. Without any such row it is a `BadExample`.
+        seed: of the swaps. An example gets the images of one with as many of them, and with another answer if one of
+            the first `TRIES` drawn has one. Without any such example it is a `BadExample`.
     """
 
-    def __init__(self, rows: ExampleDataset, probe: Probe, *, seed: int = 0) -> None:
+    def __init__(self, examples: ExampleDataset, probe: Probe, *, seed: int = 0) -> None:
         if probe not in PROBES:
             raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
-        super().__init__(rows.records, rows.reader, rows.bad_rows)
+        super().__init__(examples.records, examples.reader, examples.bad_rows)
         self.probe, self.seed = probe, seed
 
     def __getitem__(self, index: int) -> Example:
-        row: Any = super().__getitem__(index)
-        if isinstance(row, BadExample) or not row["images"]:
-            return row
+        example: Any = super().__getitem__(index)
+        if isinstance(example, BadExample) or not example["images"]:
+            return example
         if self.probe == "removed":
-            return row | {"images": []}
+            return example | {"images": []}
         if self.probe == "blurred":
-            return row | {"images": [blurred(image) for image in row["images"]]}
-        images = self._others(index % len(self), row)
+            return example | {"images": [blurred(image) for image in example["images"]]}
+        images = self._others(index % len(self), example)
         if images is not None:
-            return row | {"images": images}
-        bad = BadExample(
-            row["problem_id"], "no_other_image", f"no other row has {len(row['images'])} image(s) to swap in"
-        )
+            return example | {"images": images}
+        detail = f"no other example has {len(example['images'])} image(s) to swap in"
+        bad = BadExample(example["problem_id"], "no_other_image", detail)
         if self.bad_rows == "return":
             return bad  # type: ignore[return-value]
         raise bad
 
-    def _others(self, index: int, row: Example) -> list[Image] | None:
-        """Images of another row: of one with another answer, else of any with as many images."""
-        rng = random.Random(f"{self.seed}/{row['problem_id']}")
+    def _others(self, index: int, example: Example) -> list[Image] | None:
+        """Return the images of an example with another answer, else of any with as many images."""
+        rng = random.Random(f"{self.seed}/{example['problem_id']}")
         candidates = rng.sample(range(len(self)), min(len(self), TRIES))
         spare: list[Image] | None = None
         for other in candidates:
@@ -84,16 +83,16 @@ class ProbedExamples(ExampleDataset):
                 found: Any = super().__getitem__(other)
             except BadExample:
                 continue
-            if isinstance(found, BadExample) or len(found["images"]) != len(row["images"]):
+            if isinstance(found, BadExample) or len(found["images"]) != len(example["images"]):
                 continue
-            if found["answer"] != row["answer"]:
+            if found["answer"] != example["answer"]:
                 return found["images"]
             spare = spare or found["images"]
         return spare
 
 
 def blurred(image: Image) -> Image:
-    """A Gaussian blur whose standard deviation is `BLUR` of the shorter side."""
+    """Blur with a Gaussian whose standard deviation is `BLUR` of the shorter side."""
     from PIL import ImageFilter
 
     return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
@@ -142,7 +141,7 @@ def probe(
 
 
 def summarise(intact: EvaluationResult, probes: Mapping[Probe, Probed]) -> dict[str, Any]:
-    """Accuracies with intervals, and each probe's paired difference from the intact images, for a JSON file."""
+    """Return accuracies with intervals and each probe's paired difference from the intact images, ready for JSON."""
     found: dict[str, Any] = {"intact": _short(intact)}
     for name, probed in probes.items():
         c = probed.comparison

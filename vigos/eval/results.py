@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics with intervals, paired comparison of two, and the file of records behind them."""
+"""Turn the records of an evaluation into metrics with intervals, compare two evaluations, read and append records."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, 
 FORMAT = 1  # of the records file
 Metric = Literal["accuracy", "score", "prior", "valid_rate", "unparseable"]
 
-# Two runs are compared in every metric at once; so that a false alarm in any of them is rarer than 5 %.
-LEVEL = 0.05 / len(get_args(Metric))
+LEVEL = 0.05 / len(get_args(Metric))  # Bonferroni: two runs are compared in every metric at once
 
 ROLE, CONFLICT, PRIOR, TRIPLET, VARIANT = "role", "conflict", "prior", "triplet", "variant"
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found, row by row.
+    """Hold the records of an evaluation, one an example.
 
     Attributes:
-        settings: what the samples depend on: seed, sampling, prompts, model.
-        records: one for each row, in order: key, problem_id, answer, extra and `samples`, a list of {text, prediction,
-            correct, valid, reason, finished, tokens}; for a row that could not be used `skipped` {reason, detail}.
+        settings: everything the samples depend on: seed, sampling, prompts, model.
+        records: one for each example, in order: key, problem_id, answer, extra and `samples`, a list of {text,
+            prediction, correct, valid, reason, finished, tokens}; for an example that could not be used `skipped`
+            {reason, detail}.
     """
 
     settings: dict[str, Any]
@@ -37,7 +37,7 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
-        """Reads a records file; a line cut off by a kill is left out."""
+        """Read a records file; a line cut off by a kill is left out. Raises ValueError for another kind of file."""
         settings, records, _ = _read_records(Path(path))
         if settings is None:
             raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
@@ -45,32 +45,32 @@ class EvaluationResult:
 
     @property
     def answered(self) -> list[dict[str, Any]]:
-        """The records of rows that could be used."""
+        """Return the records of examples that could be used."""
         return [r for r in self.records if "samples" in r]
 
     def check_same_prompt(self, other: EvaluationResult) -> None:
-        """Raises ValueError unless both were asked with the same prompts, sampling and judge."""
+        """Raise ValueError unless both were asked with the same prompts, sampling and judge."""
         for name in ("prompts", "sampling", "judge"):
             mine, theirs = self.settings.get(name), other.settings.get(name)
             if mine != theirs:
                 raise ValueError(f"baseline must be asked the same way: {name} {mine!r} there, {theirs!r} here")
 
     def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
-        """The records that a metric is taken over."""
+        """Return the records that a metric is taken over."""
         role = {"score": CONFLICT, "prior": PRIOR}.get(metric)
         return [r for r in self.answered if role is None or r["extra"].get(ROLE) == role]
 
     def values(self, metric: Metric) -> dict[str, float]:
-        """Mean over the samples of each row the metric is taken over, by the row's key."""
+        """Return a metric's mean over the samples of each example it is taken over, by the example's key."""
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.rows_of(metric)}
 
     def summary(self, by: str | None = None) -> dict[str, Any]:
-        """Shares in [0, 1]; beside each, under `<name>_interval`, its 95 % interval over rows.
+        """Return shares in [0, 1] and, under `<name>_interval`, the 95 % interval of each over examples.
 
         Args:
-            by: a field of the rows; adds `groups`, the accuracy and its interval for each of the field's values.
+            by: a field of the examples; adds `groups`, accuracy and interval for each of the field's values.
         """
         n, k = self.settings["n"], self.settings["k"]
         answered = self.answered
@@ -118,7 +118,7 @@ class EvaluationResult:
         return found
 
     def _levels(self, field: str) -> dict[Any, set[str]]:
-        """Keys of the answered rows by their value of `field`, in order of appearance."""
+        """Group the keys of answered examples by their value of `field`, in order of appearance."""
         levels: dict[Any, set[str]] = {}
         for record in self.answered:
             if field in record["extra"]:
@@ -143,12 +143,16 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same rows. `difference` is b − a.
+    """Hold the paired difference of two runs on the same examples.
 
     Attributes:
-        interval: 95 % bootstrap interval of the difference, over rows, or over triplets where the rows have them.
-        p_value: exact two-sided sign test on the rows where they differ; with one sample a row, McNemar's test.
-        better, worse: rows where b is above a, and below.
+        metric: the metric that is compared.
+        rows: number of examples that both runs answered.
+        a, b: the metric's mean over them.
+        difference: b − a.
+        interval: its 95 % bootstrap interval, over examples, or over triplets where the examples have them.
+        p_value: exact two-sided sign test on the examples where they differ; with one sample each, McNemar's test.
+        better, worse: examples where b is above a, and below.
         differs: p_value below `LEVEL`.
     """
 
@@ -168,20 +172,25 @@ class Comparison:
 
 
 def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accuracy", seed: int = 0) -> Comparison:
-    """Paired comparison on the rows that both runs answered.
+    """Compare two runs on the examples that both answered.
+
+    Args:
+        a, b: two results, or results loaded from their records.
+        metric: what is compared.
+        seed: of the bootstrap.
 
     Raises:
-        ValueError: they share no row that the metric is taken over, or disagree on a row's reference answer.
+        ValueError: they share no example that the metric is taken over, or disagree on a reference answer.
     """
     in_a, in_b = a.values(metric), b.values(metric)
     keys = [key for key in in_a if key in in_b]
     if not keys:
-        raise ValueError(f"the two runs have no row in common that {metric} is taken over")
+        raise ValueError(f"the two runs have no example in common that {metric} is taken over")
     records_a, records_b = ({r["key"]: r for r in result.answered} for result in (a, b))
     for key in keys:
         if records_a[key]["answer"] != records_b[key]["answer"]:
             raise ValueError(
-                f"the two runs are not of one dataset: the answer of row {key} is {records_a[key]['answer']!r} in a "
+                f"the two runs are not of one dataset: the answer of example {key} is {records_a[key]['answer']!r} in a "
                 f"and {records_b[key]['answer']!r} in b"
             )
     differences = [in_b[key] - in_a[key] for key in keys]
@@ -212,7 +221,7 @@ def append_lines(path: Path, text: str) -> None:
 
 
 def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[int]]:
-    """(settings or None, records, byte offset after the settings and after each record); a cut line is left out."""
+    """Return settings (or None), records and the byte offset after each line; a line that was cut off is left out."""
     settings: dict[str, Any] | None = None
     records: list[dict[str, Any]] = []
     offsets: list[int] = []
@@ -239,7 +248,7 @@ def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any
 def resume_records(
     path: Path, settings: dict[str, Any], resume: bool, rows_a_batch: int, total: int | None
 ) -> list[dict[str, Any]]:
-    """The records that stand in `path` already; the file is left with those alone, ready to be appended to.
+    """Return the records that `path` holds already, and leave the file ready to be appended to.
 
     Only whole batches are kept, so that the batches to come are those of an uninterrupted run.
     """
