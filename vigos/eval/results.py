@@ -188,10 +188,10 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
         raise ValueError(f"the two runs have no example in common that {metric} is taken over")
     records_a, records_b = ({r["key"]: r for r in result.answered} for result in (a, b))
     for key in keys:
-        if records_a[key]["answer"] != records_b[key]["answer"]:
+        answer, other = records_a[key]["answer"], records_b[key]["answer"]
+        if answer != other:
             raise ValueError(
-                f"the two runs are not of one dataset: the answer of example {key} is {records_a[key]['answer']!r} in a "
-                f"and {records_b[key]['answer']!r} in b"
+                f"the two runs are not of one dataset: the answer of example {key} is {answer!r} in a and {other!r} in b"
             )
     differences = [in_b[key] - in_a[key] for key in keys]
     clusters = [records_a[key]["extra"].get(TRIPLET, key) for key in keys]
