@@ -186,7 +186,7 @@ def test_compare_resamples_triplets_together():
 def test_compare_refuses_runs_of_different_data():
     a, b = result_of([[True]]), result_of([[True]])
     b.records[0]["answer"] = "y"
-    with pytest.raises(ValueError, match="not of one dataset: the answer of example r0 is 'x' in a and 'y' in b"):
+    with pytest.raises(ValueError, match="the answer of example r0 is 'x' in a and 'y' in b"):
         compare(a, b)
     with pytest.raises(ValueError, match="no example in common that score is taken over"):
         compare(a, a, metric="score")

@@ -191,7 +191,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
         answer, other = records_a[key]["answer"], records_b[key]["answer"]
         if answer != other:
             raise ValueError(
-                f"the two runs are not of one dataset: the answer of example {key} is {answer!r} in a and {other!r} in b"
+                f"the runs are not of one dataset: the answer of example {key} is {answer!r} in a and {other!r} in b"
             )
     differences = [in_b[key] - in_a[key] for key in keys]
     clusters = [records_a[key]["extra"].get(TRIPLET, key) for key in keys]
