@@ -55,15 +55,15 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
 def one_visit(student: Tensor, teacher: Tensor) -> Tensor:
     """The CUDA row kernel by itself: statistics and gradient of every row from one launch."""
     from vigos.divergence.engines import cuda
-    from vigos.divergence.engines.problem import LogitsProblem, Statistics
+    from vigos.divergence.engines.problem import LogitsProblem, LogitTransform, Statistics
 
     n, v = student.shape
     rows = torch.arange(n, device=student.device)
     problem = LogitsProblem(
         student_row=rows, teacher_row=rows, kind=torch.zeros_like(rows, dtype=torch.int8),
         weight=torch.ones(n, device=student.device), clip=torch.full((n,), float("inf"), device=student.device),
-        labels=None, temperature=1.0, scale=1.0, softcap=None, beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0,
-        group=None, student_logits=student, teacher_logits=teacher,
+        labels=None, student_transform=LogitTransform(), teacher_transform=LogitTransform(), beta=0.5, entry_clip=None,
+        vocab_size=v, vocab_start=0, group=None, student_logits=student, teacher_logits=teacher,
     )  # fmt: skip
     reason = cuda.logits_why_not(problem)
     if reason is not None:

@@ -199,7 +199,7 @@ void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const f
   });
 }
 
-void chunk_statistics(const Chunk& chunk, const Transform& f, double* out, int threads) {
+void chunk_statistics(const Chunk& chunk, const Transforms& f, double* out, int threads) {
   const Isa& of = isa();
   const Slices slices(chunk.v);
   std::vector<ColumnStatistics> partial(slices.n * chunk.width, kNothing);
@@ -213,7 +213,7 @@ void chunk_statistics(const Chunk& chunk, const Transform& f, double* out, int t
   }
 }
 
-void chunk_measure(const Chunk& chunk, const Transform& f, const Options& o, const Normalised& normalised, double* out,
+void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, double* out,
                    int threads) {
   const Isa& of = isa();
   const Slices slices(chunk.v);
@@ -228,7 +228,7 @@ void chunk_measure(const Chunk& chunk, const Transform& f, const Options& o, con
   }
 }
 
-void chunk_gradient(const Chunk& chunk, const Transform& f, const Options& o, const Normalised& normalised,
+void chunk_gradient(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised,
                     const int32_t* live, int64_t n_live, int64_t padded, int threads) {
   const Isa& of = isa();
   const std::vector<float> ones(chunk.width, 1.0f);
@@ -290,7 +290,7 @@ struct RowConstants {
 }  // namespace
 
 void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
-                  const int32_t* kind, int64_t n, int64_t v, const Transform& f, const Options& o, double* out,
+                  const int32_t* kind, int64_t n, int64_t v, const Transforms& f, const Options& o, double* out,
                   int threads) {
   const Isa& of = isa();
   parallel_for(n, threads, [&](int64_t r) {
@@ -329,7 +329,7 @@ void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* s
 
 void rows_backward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
                    const int32_t* kind, const float* state, int64_t ld_state, const float* scale, int64_t n, int64_t v,
-                   const Transform& f, const Options& o, const Matrix& out, bool add, int threads) {
+                   const Transforms& f, const Options& o, const Matrix& out, bool add, int threads) {
   const Isa& of = isa();
   parallel_for(n, threads, [&](int64_t r) {
     float known[6], factor[kLanes];

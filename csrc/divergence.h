@@ -6,21 +6,19 @@
 
 #include <cstdint>
 
+#include "numerics.h"
+
 namespace vigos::cpu {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-// As in vigos/divergence/supervision.py.
-constexpr int32_t kForwardKL = 0, kReverseKL = 1, kJSD = 2;
 
-// From raw logits to z = softcap * tanh((raw + bias) * scale / softcap) / temperature, or (raw + bias) * alpha.
-struct Transform {
-  float alpha = 1.0f;             // scale / temperature
-  float inner = 0.0f;             // scale / softcap; 0: no softcap
-  float height = 0.0f;            // softcap / temperature
+// From both sides' raw logits to z.
+struct Transforms {
+  Transform student, teacher;
   const float* bias_s = nullptr;  // (V,), both or neither
   const float* bias_t = nullptr;
   const float* bias_gap = nullptr;  // bias_s - bias_t, 0 where both are -inf
-  bool difference = false;          // the student's raw logits are given as raw_s - raw_t
+  bool difference = false;          // the student's raw logits are given as raw_s - raw_t; the transforms are alike
 };
 
 struct Options {
@@ -70,11 +68,11 @@ struct Isa {
   int tile_rows;  // rows of a tile of them
 
   // First visit: adds a view to the running statistics of its columns.
-  void (*statistics)(const View&, const Transform&, ColumnStatistics*);
+  void (*statistics)(const View&, const Transforms&, ColumnStatistics*);
   // Second visit: value[c] += the divergence's terms, gradient[c] += the terms of S.
-  void (*measure)(const View&, const Transform&, const Options&, const Normalised&, double* value, double* gradient);
+  void (*measure)(const View&, const Transforms&, const Options&, const Normalised&, double* value, double* gradient);
   // Third visit: d divergence / d raw student logit, (steps, lanes) to out (row stride ld_out), times scale[c].
-  void (*gradient)(const View&, const Transform&, const Options&, const Normalised&, const float* scale, float* out,
+  void (*gradient)(const View&, const Transforms&, const Options&, const Normalised&, const float* scale, float* out,
                    int64_t ld_out);
   // Rows of any dtype to and from float32.
   void (*widen)(const void* from, DType dtype, int64_t n, float* to);
@@ -136,24 +134,24 @@ void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const f
                      int threads);
 
 // out (6, width): the fields of ColumnStatistics.
-void chunk_statistics(const Chunk& chunk, const Transform& f, double* out, int threads);
+void chunk_statistics(const Chunk& chunk, const Transforms& f, double* out, int threads);
 // out (2, width): divergence and S.
-void chunk_measure(const Chunk& chunk, const Transform& f, const Options& o, const Normalised& normalised, double* out,
+void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, double* out,
                    int threads);
 // Writes the gradient of column live[j] over column j of the student's logits, for j < n_live, and 0 up to `padded`.
-void chunk_gradient(const Chunk& chunk, const Transform& f, const Options& o, const Normalised& normalised,
+void chunk_gradient(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised,
                     const int32_t* live, int64_t n_live, int64_t padded, int threads);
 
 // Rows of logits that exist: row r of `n` is student row student_row[r] against teacher row teacher_row[r], over the
 // first v columns. out (n, 11): divergence, S, top_s, log total_s, top_t, log total_t, lse_s - lse_t, the entropies,
 // the lse.
 void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
-                  const int32_t* kind, int64_t n, int64_t v, const Transform& f, const Options& o, double* out,
+                  const int32_t* kind, int64_t n, int64_t v, const Transforms& f, const Options& o, double* out,
                   int threads);
 // Gradient of each row times scale[r] to row student_row[r] of `out`, columns past v set to 0; added to what is there
 // if `add`. state (n, ld_state): S, top_s, log total_s, top_t, log total_t, delta.
 void rows_backward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
                    const int32_t* kind, const float* state, int64_t ld_state, const float* scale, int64_t n, int64_t v,
-                   const Transform& f, const Options& o, const Matrix& out, bool add, int threads);
+                   const Transforms& f, const Options& o, const Matrix& out, bool add, int threads);
 
 }  // namespace vigos::cpu

@@ -22,8 +22,9 @@ namespace vigos::cpu::VIGOS_ISA {
 
 constexpr int kBlock = 64;
 
-// How raw logits become z; kDifference is added to one of the three.
-enum { kScaled, kBiased, kCapped, kDifference = 4 };
+// How raw logits become z: alpha * raw, the same with biases, with a softcap, or each side in a way of its own.
+// kDifference is added to one of the first three.
+enum { kScaled, kBiased, kCapped, kUnlike, kDifference = 4 };
 
 struct Entry {
   vf z_s, z_t, gap;  // gap = z_s - z_t, with as little rounding as possible
@@ -31,7 +32,7 @@ struct Entry {
 };
 
 template <int FORM>
-inline Entry entry(vf raw_s, vf raw_t, const Transform& f, int64_t v) {
+inline Entry entry(vf raw_s, vf raw_t, const Transforms& f, int64_t v) {
   Entry out;
   vf difference = raw_s - raw_t;
   if constexpr ((FORM & kDifference) != 0) {
@@ -45,25 +46,37 @@ inline Entry entry(vf raw_s, vf raw_t, const Transform& f, int64_t v) {
       difference += f.bias_gap[v];
     }
   }
+  const float alpha = f.student.alpha, inner = f.student.inner, height = f.student.height;
   if constexpr ((FORM & 3) == kCapped) {
-    const vf t_s = tanh_(raw_s * f.inner), t_t = tanh_(raw_t * f.inner);
-    out.z_s = t_s * f.height;
-    out.z_t = t_t * f.height;
-    const vf gap = tanh_(difference * f.inner) * (1.0f - t_s * t_t) * f.height;
+    const vf t_s = tanh_(raw_s * inner), t_t = tanh_(raw_t * inner);
+    out.z_s = t_s * height;
+    out.z_t = t_t * height;
+    const vf gap = tanh_(difference * inner) * (1.0f - t_s * t_t) * height;
     out.gap = abs_(difference) < kInf ? gap : out.z_s - out.z_t;  // the cap makes infinite logits finite
-    out.slope = (1.0f - t_s * t_s) * f.alpha;
-  } else {
-    out.z_s = raw_s * f.alpha;
-    out.z_t = raw_t * f.alpha;
-    const vi neither = (out.z_s == -kInf) & (out.z_t == -kInf);
-    out.gap = neither ? vf{} : difference * f.alpha;
-    out.slope = splat(f.alpha);
+    out.slope = (1.0f - t_s * t_s) * alpha;
+    return out;
   }
+  out.z_s = raw_s * alpha;
+  out.z_t = raw_t * f.teacher.alpha;
+  out.slope = splat(alpha);
+  if constexpr (FORM == kUnlike) {
+    if (inner != 0.0f) {
+      const vf t_s = tanh_(raw_s * inner);
+      out.z_s = t_s * height;
+      out.slope = (1.0f - t_s * t_s) * alpha;
+    }
+    if (f.teacher.inner != 0.0f) out.z_t = tanh_(raw_t * f.teacher.inner) * f.teacher.height;
+    difference = out.z_s - out.z_t;
+  } else {
+    difference *= alpha;
+  }
+  const vi neither = (out.z_s == -kInf) & (out.z_t == -kInf);
+  out.gap = neither ? vf{} : difference;
   return out;
 }
 
 template <int FORM>
-void statistics_form(const View& view, const Transform& f, ColumnStatistics* statistics) {
+void statistics_form(const View& view, const Transforms& f, ColumnStatistics* statistics) {
   vf z_s[kBlock], z_t[kBlock];
   for (int64_t from = 0; from < view.steps; from += kBlock) {
     const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
@@ -180,7 +193,7 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
 // A strip with rows of several kinds runs the code of each and keeps its own columns: a row's result does not depend on
 // who stands beside it, to the last bit.
 template <int FORM, int KIND, bool CLIP>
-void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
+void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Transforms& f, const Options& o,
                    const Normalised& normalised, double* value, double* gradient) {
   const Column c = column(normalised, lane);
   const float* s = view.s + from * view.ld_s + lane;
@@ -200,7 +213,7 @@ void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Tr
 }
 
 template <int FORM, int KIND, bool CLIP>
-void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const Transform& f, const Options& o,
+void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const Transforms& f, const Options& o,
                     const Normalised& normalised, const float* scale, float* out, int64_t ld_out) {
   const Column c = column(normalised, lane);
   const vf S = load(normalised.gradient + lane), factor = load(scale + lane);
@@ -217,8 +230,9 @@ void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const T
 }
 
 template <typename Visit>
-void with_form(const Transform& f, Visit&& visit) {
-  const int form = f.inner != 0.0f ? kCapped : (f.bias_gap != nullptr ? kBiased : kScaled);
+void with_form(const Transforms& f, Visit&& visit) {
+  const int alike = f.student.inner != 0.0f ? kCapped : (f.bias_gap != nullptr ? kBiased : kScaled);
+  const int form = f.student == f.teacher ? alike : kUnlike;
   switch (f.difference ? form + kDifference : form) {
     case kScaled:
       return visit.template operator()<kScaled>();
@@ -226,6 +240,8 @@ void with_form(const Transform& f, Visit&& visit) {
       return visit.template operator()<kBiased>();
     case kCapped:
       return visit.template operator()<kCapped>();
+    case kUnlike:
+      return visit.template operator()<kUnlike>();
     case kScaled + kDifference:
       return visit.template operator()<kScaled + kDifference>();
     case kBiased + kDifference:
@@ -237,7 +253,7 @@ void with_form(const Transform& f, Visit&& visit) {
 
 // Runs `visit<FORM, KIND, CLIP>(from, n, lane)` for every block, strip and kind of a row in it.
 template <typename Visit>
-void for_strips(const View& view, const Transform& f, const Options& o, const Normalised& normalised, Visit&& visit) {
+void for_strips(const View& view, const Transforms& f, const Options& o, const Normalised& normalised, Visit&& visit) {
   with_form(f, [&]<int FORM>() {
     const auto with_clip = [&]<int KIND>(int64_t from, int n, int64_t lane) {
       if (o.has_clip)
@@ -258,18 +274,18 @@ void for_strips(const View& view, const Transform& f, const Options& o, const No
   });
 }
 
-void statistics(const View& view, const Transform& f, ColumnStatistics* to) {
+void statistics(const View& view, const Transforms& f, ColumnStatistics* to) {
   with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, to); });
 }
 
-void measure(const View& view, const Transform& f, const Options& o, const Normalised& normalised, double* value,
+void measure(const View& view, const Transforms& f, const Options& o, const Normalised& normalised, double* value,
              double* gradient) {
   for_strips(view, f, o, normalised, [&]<int FORM, int KIND, bool CLIP>(int64_t from, int n, int64_t lane) {
     measure_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, value, gradient);
   });
 }
 
-void gradient(const View& view, const Transform& f, const Options& o, const Normalised& normalised, const float* scale,
+void gradient(const View& view, const Transforms& f, const Options& o, const Normalised& normalised, const float* scale,
               float* out, int64_t ld_out) {
   for_strips(view, f, o, normalised, [&]<int FORM, int KIND, bool CLIP>(int64_t from, int n, int64_t lane) {
     gradient_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, scale, out, ld_out);

@@ -37,23 +37,25 @@ VIGOS_HD float exp_of(float x) {
   return expf(x);
 }
 
-// What turns a raw logit x into z: softcap * tanh((x + bias) * scale / softcap) / temperature.
+// From a raw logit x to z: height * tanh(inner * (x + bias)) with a softcap, else alpha * (x + bias).
+// LogitTransform in vigos/divergence/engines/problem.py.
 struct Transform {
-  float scale = 1.0f;            // logit_scale; without softcap the temperature is folded into it
-  float softcap = 0.0f;          // 0: none
-  float inv_temperature = 1.0f;  // read with a softcap only
+  float alpha = 1.0f;   // scale / temperature
+  float inner = 0.0f;   // scale / softcap; 0: no softcap
+  float height = 0.0f;  // softcap / temperature
+
+  bool operator==(const Transform&) const = default;
 };
 
 VIGOS_HD float transformed(float x, float bias, const Transform& t) {
-  x = (x + bias) * t.scale;
-  return t.softcap > 0.0f ? t.softcap * t.inv_temperature * tanhf(x / t.softcap) : x;
+  return t.inner > 0.0f ? t.height * tanhf((x + bias) * t.inner) : (x + bias) * t.alpha;
 }
 
 // dz/dx at the raw logit x.
 VIGOS_HD float transform_slope(float x, float bias, const Transform& t) {
-  if (!(t.softcap > 0.0f)) return t.scale;
-  const float y = tanhf((x + bias) * t.scale / t.softcap);
-  return t.scale * t.inv_temperature * (1.0f - y * y);
+  if (!(t.inner > 0.0f)) return t.alpha;
+  const float y = tanhf((x + bias) * t.inner);
+  return t.alpha * (1.0f - y * y);
 }
 
 // An entry on both sides. gap = z_t - z_s, taken from the raw logits: it is exact to its own rounding where the models
@@ -62,17 +64,19 @@ struct Logits {
   float z_s, z_t, gap;
 };
 
-VIGOS_HD Logits scaled_pair(float x_s, float x_t, float scale) {
-  return {x_s * scale, x_t * scale, (x_t - x_s) * scale};
+VIGOS_HD Logits scaled_pair(float x_s, float x_t, float alpha) {
+  return {x_s * alpha, x_t * alpha, (x_t - x_s) * alpha};
 }
 
-VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_t, const Transform& t) {
-  const float difference = ((x_t - x_s) + (bias_t - bias_s)) * t.scale;
-  const float z_s = transformed(x_s, bias_s, t), z_t = transformed(x_t, bias_t, t);
-  if (!(t.softcap > 0.0f)) return {z_s, z_t, difference};
+// f_t: the teacher's transform; `alike`: it is the student's.
+VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_t, const Transform& f,
+                                 const Transform& f_t, bool alike) {
+  const float z_s = transformed(x_s, bias_s, f), z_t = transformed(x_t, bias_t, f_t);
+  if (!alike) return {z_s, z_t, z_t - z_s};
+  const float difference = (x_t - x_s) + (bias_t - bias_s);
+  if (!(f.inner > 0.0f)) return {z_s, z_t, difference * f.alpha};
   // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); an infinite logit is at the cap, finite.
-  const float height = t.softcap * t.inv_temperature;
-  const float gap = tanhf(difference / t.softcap) * (1.0f - (z_s / height) * (z_t / height)) * height;
+  const float gap = tanhf(difference * f.inner) * (1.0f - (z_s / f.height) * (z_t / f.height)) * f.height;
   return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_t - z_s};
 }
 

@@ -1,6 +1,8 @@
-// The CPU engine's functions as Python sees them: pointers and strides as integers, checked by vigos/divergence/engines/cpu.py.
+// The CPU engine's functions as Python sees them: pointers and strides as integers, checked by
+// vigos/divergence/engines/cpu.py.
 #include "register_divergence.h"
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -39,15 +41,22 @@ void register_divergence(py::module_& m) {
   py::class_<Matrix>(m, "Matrix", py::module_local(),
                      "Address, dtype (0 float32, 1 bfloat16, 2 float16), row stride, rows, columns.")
       .def(py::init(&matrix), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("rows"), py::arg("columns"));
-  py::class_<Transform>(m, "Transform", py::module_local(), "From raw logits to z.")
-      .def(py::init([](float alpha, float inner, float height, Address bias_s, Address bias_t, Address bias_gap,
-                       bool difference) {
-             return Transform{
-                 alpha,     inner, height, at<const float>(bias_s), at<const float>(bias_t), at<const float>(bias_gap),
-                 difference};
+  py::class_<Transforms>(m, "Transforms", py::module_local(),
+                         "From both sides' raw logits to z: (alpha, inner, height).")
+      .def(py::init([](std::array<float, 3> s, std::array<float, 3> t, bool difference) {
+             Transforms f{{s[0], s[1], s[2]}, {t[0], t[1], t[2]}};
+             f.difference = difference;
+             return f;
            }),
-           py::arg("alpha"), py::arg("inner"), py::arg("height"), py::arg("bias_s"), py::arg("bias_t"),
-           py::arg("bias_gap"), py::arg("difference"));
+           py::arg("student"), py::arg("teacher"), py::arg("difference"))
+      .def(
+          "set_biases",
+          [](Transforms& f, Address bias_s, Address bias_t, Address bias_gap) {
+            f.bias_s = at<const float>(bias_s);
+            f.bias_t = at<const float>(bias_t);
+            f.bias_gap = at<const float>(bias_gap);
+          },
+          py::arg("bias_s"), py::arg("bias_t"), py::arg("bias_gap"));
   py::class_<Options>(m, "Options", py::module_local(), "beta of JSD, and the clip of each entry's term or None.")
       .def(py::init([](float beta, std::optional<float> clip) {
              return Options{beta, clip.value_or(0.0f), clip.has_value()};
@@ -90,19 +99,19 @@ void register_divergence(py::module_& m) {
       py::arg("threads"), released);
   m.def(
       "chunk_statistics",
-      [](const Chunk& chunk, const Transform& f, Address out, int threads) {
+      [](const Chunk& chunk, const Transforms& f, Address out, int threads) {
         chunk_statistics(chunk, f, at<double>(out), threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("out"), py::arg("threads"), released);
   m.def(
       "chunk_measure",
-      [](const Chunk& chunk, const Transform& f, const Options& o, Address floats, Address kind, Address out,
+      [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address out,
          int threads) { chunk_measure(chunk, f, o, normalised(floats, chunk.width, kind), at<double>(out), threads); },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
       py::arg("out"), py::arg("threads"), released);
   m.def(
       "chunk_gradient",
-      [](const Chunk& chunk, const Transform& f, const Options& o, Address floats, Address kind, Address live,
+      [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address live,
          int64_t n_live, int64_t padded, int threads) {
         chunk_gradient(chunk, f, o, normalised(floats, chunk.width, kind), at<const int32_t>(live), n_live, padded,
                        threads);
@@ -112,7 +121,7 @@ void register_divergence(py::module_& m) {
   m.def(
       "rows_forward",
       [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
-         int64_t n, int64_t v, const Transform& f, const Options& o, Address out, int threads) {
+         int64_t n, int64_t v, const Transforms& f, const Options& o, Address out, int threads) {
         rows_forward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
                      at<const int32_t>(kind), n, v, f, o, at<double>(out), threads);
       },
@@ -122,7 +131,7 @@ void register_divergence(py::module_& m) {
   m.def(
       "rows_backward",
       [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
-         Address state, int64_t ld_state, Address scale, int64_t n, int64_t v, const Transform& f, const Options& o,
+         Address state, int64_t ld_state, Address scale, int64_t n, int64_t v, const Transforms& f, const Options& o,
          const Matrix& out, bool add, int threads) {
         rows_backward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
                       at<const int32_t>(kind), at<const float>(state), ld_state, at<const float>(scale), n, v, f, o,

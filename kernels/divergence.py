@@ -1,6 +1,6 @@
 """Divergence of each row of logits and its gradient, one sweep over the vocabulary for each.
 
-    z = cap * tanh(scale * (raw + bias) / cap) / temperature, or scale / temperature * (raw + bias) without a cap
+    z = height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias); each side has its own
     divergence[r] of z_s[student_row[r]] against z_t[teacher_row[r]], formulas and gradients in entries.py
     dlogits[n] = sum over r with student_row[r] = n of row_grad[r] * d divergence[r] / d raw_s[n]
 
@@ -74,8 +74,8 @@ class Options:
     labels: Tensor | None  # int64, global ids
     vocab: int  # entries here that are real: columns from here on have probability 0
     vocab_start: int  # global id of the first column
-    alpha: float  # logit_scale / temperature
-    softcap: tuple[float, float] | None  # (logit_scale / cap, cap / temperature)
+    student_transform: tuple[float, float, float]  # (alpha, inner, height) of entries.transform; inner 0: no softcap
+    teacher_transform: tuple[float, float, float]
     beta: float
     entry_clip: float | None
     difference: bool = False  # a student row's logits are given less its teacher row's
@@ -91,15 +91,20 @@ class Options:
         return float("inf") if self.entry_clip is None else self.entry_clip
 
     @property
-    def scalars(self) -> tuple[float, float, float]:
-        """(alpha, cap_in, cap_out) as the kernels take them."""
-        return (self.alpha, *(self.softcap or (0.0, 0.0)))
+    def transforms(self) -> tuple[float, ...]:
+        """Both transforms as the kernels take them, the student's first."""
+        return (*self.student_transform, *self.teacher_transform)
+
+    @property
+    def softcaps(self) -> dict[str, bool]:
+        """Which sides have a softcap, as the kernels' constants."""
+        return {"SOFTCAP_S": self.student_transform[1] > 0, "SOFTCAP_T": self.teacher_transform[1] > 0}
 
 
 @triton.jit
 def _load_pair(
-    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-    SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr,
+    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+    alpha_t, inner_t, height_t, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     """(z_s, z_t, z_s - z_t, dz_s/draw) of a block of columns."""
     mask = offs < V
@@ -112,7 +117,9 @@ def _load_pair(
         b_s = tl.load(s_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if t_bias_ptr is not None:
         b_t = tl.load(t_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    z_s, z_t, gap, slope = transform_pair(s, t, b_s, b_t, alpha, cap_in, cap_out, SOFTCAP, DIFFERENCE)
+    z_s, z_t, gap, slope = transform_pair(
+        s, t, b_s, b_t, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE
+    )
     real = offs < vocab  # beside the mask: V is a multiple of 16 and keeps the loads wide, the logical size need not be
     return tl.where(real, z_s, -float("inf")), tl.where(real, z_t, -float("inf")), tl.where(real, gap, 0.0), slope
 
@@ -120,9 +127,9 @@ def _load_pair(
 @triton.jit
 def _stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, label_ptr, partial_ptr,
-    V, vocab, vocab_start, span, alpha, cap_in, cap_out,
+    V, vocab, vocab_start, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     r, split = tl.program_id(0), tl.program_id(1)
     s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm  # row * stride passes 2**31 on long batches
@@ -141,8 +148,8 @@ def _stats_kernel(
     for start in range(first, last, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         z_s, z_t, apart, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-            SOFTCAP, DIFFERENCE,
+            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+            alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
         )  # fmt: skip
         top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot = observe_pair(
             top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, apart, reverse
@@ -166,8 +173,8 @@ def _stats_kernel(
         mine = (at >= first) & (at < last) & (at < vocab)
         at = tl.where(mine, at, 0).to(tl.int32) + tl.arange(0, 1)
         z_s, z_t, _, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-            SOFTCAP, DIFFERENCE,
+            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+            alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
         )  # fmt: skip
         here = out + tl.arange(0, 1)
         tl.store(here + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
@@ -228,9 +235,10 @@ def _finish_kernel(
 @triton.jit
 def _second_stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, partial_ptr,
-    V, vocab, span, alpha, cap_in, cap_out, beta, entry_clip,
+    V, vocab, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, beta, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc, stride_state,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     r, split = tl.program_id(0), tl.program_id(1)
     kind = tl.load(kind_ptr + r).to(tl.int32)
@@ -247,8 +255,8 @@ def _second_stats_kernel(
         for start in range(first, tl.minimum(first + span, V), BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
             z_s, z_t, gap, _ = _load_pair(
-                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-                SOFTCAP, DIFFERENCE,
+                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+                alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
             )  # fmt: skip
             p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, scale_s, scale_t, lse_gap)
             more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES)
@@ -279,9 +287,10 @@ def _second_finish_kernel(
 def _grad_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, row_grad_ptr,
     order_ptr, offsets_ptr, out_ptr,
-    V, vocab, alpha, cap_in, cap_out, beta, entry_clip,
+    V, vocab, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, beta, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_state, stride_om, stride_ov,
-    BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     """Output row i is the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
 
@@ -299,8 +308,8 @@ def _grad_kernel(
             kind = tl.load(kind_ptr + r).to(tl.int32)
             state = state_ptr + r * stride_state
             z_s, z_t, gap, slope = _load_pair(
-                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha, cap_in, cap_out,
-                SOFTCAP, DIFFERENCE,
+                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+                alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
             )  # fmt: skip
             p_s, p_t, delta = probabilities(
                 z_s, z_t, gap, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
@@ -331,9 +340,9 @@ def row_partials(
         block = min(STATS_BLOCK[wide], triton.next_power_of_2(v))
         _stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            options.labels, partial, v, options.vocab, options.vocab_start, SPAN, *options.scalars,
+            options.labels, partial, v, options.vocab, options.vocab_start, SPAN, *options.transforms,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            BLOCK_V=block, SOFTCAP=options.softcap is not None, DIFFERENCE=options.difference,
+            BLOCK_V=block, **options.softcaps, DIFFERENCE=options.difference,
             num_warps=STATS_WARPS, **FUSION,
         )  # fmt: skip
     return partial
@@ -362,9 +371,9 @@ def second_partials(
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, partial, v, options.vocab, SPAN, *options.scalars, options.beta, options.clip_of_entries,
+            state, partial, v, options.vocab, SPAN, *options.transforms, options.beta, options.clip_of_entries,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            state.stride(0), BLOCK_V=min(SECOND_BLOCK, triton.next_power_of_2(v)), SOFTCAP=options.softcap is not None,
+            state.stride(0), BLOCK_V=min(SECOND_BLOCK, triton.next_power_of_2(v)), **options.softcaps,
             CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=STATS_WARPS, **FUSION,
         )  # fmt: skip
     return partial
@@ -396,9 +405,9 @@ def row_grad(
         block = min(GRAD_BLOCK, triton.next_power_of_2(v))
         _grad_kernel[(n, triton.cdiv(v, block))](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, row_grad, order, offsets, out, v, options.vocab, *options.scalars, options.beta,
+            state, row_grad, order, offsets, out, v, options.vocab, *options.transforms, options.beta,
             options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
-            state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, SOFTCAP=options.softcap is not None,
+            state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.softcaps,
             CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=GRAD_WARPS, **FUSION,
         )  # fmt: skip
 

@@ -68,33 +68,37 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def transform(raw, bias, alpha, cap_in, cap_out, SOFTCAP: tl.constexpr):
-    """(z, dz/draw): cap_out * tanh(cap_in * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
+def transform(raw, bias, alpha, inner, height, SOFTCAP: tl.constexpr):
+    """(z, dz/draw): height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
     x = raw + bias
     if SOFTCAP:
-        y, slope = tanh_and_slope(x * cap_in)
-        return y * cap_out, slope * alpha
+        y, slope = tanh_and_slope(x * inner)
+        return y * height, slope * alpha
     else:
         return x * alpha, alpha
 
 
 @triton.jit
 def transform_pair(
-    raw_s, raw_t, bias_s, bias_t, alpha, cap_in, cap_out, SOFTCAP: tl.constexpr, DIFFERENCE: tl.constexpr
+    raw_s, raw_t, bias_s, bias_t, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """(z_s, z_t, z_s - z_t, dz_s/draw). DIFFERENCE: raw_s is given as raw_s - raw_t, and the gap keeps its digits."""
+    """(z_s, z_t, z_s - z_t, dz_s/draw).
+
+    DIFFERENCE: raw_s is given as raw_s - raw_t and both transforms are the same, and the gap keeps its digits.
+    """
     if DIFFERENCE:
         apart = raw_s + (bias_s - bias_t)
         raw_s = raw_t + raw_s
-    z_s, slope = transform(raw_s, bias_s, alpha, cap_in, cap_out, SOFTCAP)
-    z_t, _ = transform(raw_t, bias_t, alpha, cap_in, cap_out, SOFTCAP)
+    z_s, slope = transform(raw_s, bias_s, alpha_s, inner_s, height_s, SOFTCAP_S)
+    z_t, _ = transform(raw_t, bias_t, alpha_t, inner_t, height_t, SOFTCAP_T)
     gap = z_s - z_t
     if DIFFERENCE:
-        if SOFTCAP:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
-            near, _ = tanh_and_slope(apart * cap_in)
-            gap = tl.where(tl.abs(apart) < INF, near * (1.0 - (z_s / cap_out) * (z_t / cap_out)) * cap_out, gap)
+        if SOFTCAP_S:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
+            near, _ = tanh_and_slope(apart * inner_s)
+            gap = tl.where(tl.abs(apart) < INF, near * (1.0 - (z_s / height_s) * (z_t / height_s)) * height_s, gap)
         else:
-            gap = apart * alpha
+            gap = apart * alpha_s
     return z_s, z_t, gap, slope
 
 

@@ -152,7 +152,7 @@ def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
         ({"dtype": "float64"}, "dtype must be float32, float16 or bfloat16, got float64"),
         ({"dtype": "bfloat16", "gradient_dtype": "float16"}, "gradient_dtype must be the logits' dtype"),
         ({"path": "magic"}, "path must be auto, resident or two_pass, got magic"),
-        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"student_transform": (0.0, 0.0, 0.0)}, "student_transform must have alpha > 0"),
         ({"dlogits": 64, "stride_dlogits": 4}, "stride_dlogits must be at least vocab, got 4"),
         ({"dlogits": 4096, "stride_dlogits": 8, "gradient_dtype": "bfloat16"}, "dlogits must be another buffer"),
         ({"dlogits": 4096, "stride_dlogits": 8, "student_row": 16}, "dlogits_by_student_row must be true"),

@@ -206,16 +206,16 @@ def test_offsets_beyond_two_to_the_31() -> None:
 def test_row_kernel_in_a_cuda_graph() -> None:
     """The linear path captures and replays: nothing in it waits for the device."""
     from vigos.divergence.engines.cuda import forward
-    from vigos.divergence.engines.problem import LinearProblem
+    from vigos.divergence.engines.problem import LinearProblem, LogitTransform
 
     student, head, teacher = hidden_states(64, 128, 4096, torch.bfloat16, seed=7)
     index = torch.arange(64, device="cuda")
     problem = LinearProblem(
         student_row=index, teacher_row=index, kind=kinds_of(64), weight=torch.ones(64, device="cuda"),
-        clip=torch.full((64,), INF, device="cuda"), labels=None, temperature=1.0, scale=1.0, softcap=None, beta=0.5,
-        entry_clip=None, vocab_size=4096, vocab_start=0, group=None, student_hidden=student, student_weight=head,
-        teacher_hidden=teacher, teacher_weight=None, student_bias=None, teacher_bias=None, need_dhidden=True,
-        need_dweight=False, need_dbias=False,
+        clip=torch.full((64,), INF, device="cuda"), labels=None, student_transform=LogitTransform(),
+        teacher_transform=LogitTransform(), beta=0.5, entry_clip=None, vocab_size=4096, vocab_start=0, group=None,
+        student_hidden=student, student_weight=head, teacher_hidden=teacher, teacher_weight=None, student_bias=None,
+        teacher_bias=None, need_dhidden=True, need_dweight=False, need_dbias=False,
     )  # fmt: skip
     eager = forward(problem)
     graph = torch.cuda.CUDAGraph()

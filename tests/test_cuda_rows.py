@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cuda_emulation import build, wide_mm
+from helpers.divergence_cases import UNLIKE, assert_close, case, unlike
 from torch import Tensor
 
 import vigos
@@ -311,6 +312,22 @@ def test_linear_without_rows_or_gradients() -> None:
     with torch.no_grad():
         out = vigos.linear_divergence(student, head, teacher, impl="cuda")
     assert out.divergence.shape == (3,)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_heads_that_differ_in_scale_and_softcap(name: str) -> None:
+    """Each side has a transform of its own, with one head and with two, with and without biases."""
+    for shared in (True, False):
+        c = case(8, v=201, near=0.2, bias=name != "scales", shared=shared)
+        outcomes = [
+            unlike(c, impl, dtype, UNLIKE[name])
+            for impl, dtype in (
+                ("cuda", torch.float32),
+                (None, torch.float64),
+                (None, torch.float32),
+            )
+        ]
+        assert_close(c, *outcomes, textbook=True)
 
 
 # --- plan and refusals -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.divergence_cases import KINDS, assert_close, case, error, peaked_hidden, run
+from helpers.divergence_cases import KINDS, UNLIKE, assert_close, case, error, peaked_hidden, run, unlike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +62,23 @@ OPTIONS = {
 def test_options(impl, name):
     c = case(**OPTIONS[name])
     assert_close(c, run(c, impl, torch.float32), run(c, None, torch.float64), run(c, None, torch.float32))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", UNLIKE)
+def test_heads_that_differ_in_scale_and_softcap(impl, name):
+    """Each side has a transform of its own, with one head and with two, with and without biases."""
+    for shared in (True, False):
+        c = case(near=0.2, bias=name != "scales", shared=shared)
+        outcomes = [
+            unlike(c, impl, dtype, UNLIKE[name])
+            for impl, dtype in (
+                (impl, torch.float32),
+                (None, torch.float64),
+                (None, torch.float32),
+            )
+        ]
+        assert_close(c, *outcomes)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

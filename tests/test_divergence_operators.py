@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vigos
 from vigos.divergence import ops as operators
+from vigos.divergence.engines.problem import LogitTransform
 
 IMPLS = ["reference", "cpu"]
 N, D, V = 8, 6, 41
@@ -28,10 +29,9 @@ def inputs(dtype=torch.float32, seed=0):
 
 def linear_arguments(impl, dtype=torch.float32, need=(True, True, True), labels=None):
     student, head, bias, teacher, rows = inputs(dtype)
-    return (
-        student, head, teacher, None, bias, None, rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip,
-        labels, 1.2, 0.9, 15.0, 0.3, None, -1, "", impl, *need,
-    )  # fmt: skip
+    transform = LogitTransform(0.9, 15.0, 1.2)
+    packed = operators.Call(transform, transform, 0.3, impl=impl).packed()
+    return (student, head, bias, [teacher, None, None], list(vars(rows).values()), labels, *packed, list(need))
 
 
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, False, False)])
@@ -48,10 +48,8 @@ def test_opcheck_traced():
     torch.library.opcheck(operators.linear_op, linear_arguments("cpu"), test_utils=("test_aot_dispatch_dynamic",))
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     rows = inputs()[4]
-    arguments = (
-        student, teacher, rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip, None, 1.0, 1.0, None,
-        0.5, None, -1, "", "cpu", False,
-    )  # fmt: skip
+    packed = operators.Call(LogitTransform(), LogitTransform(), impl="cpu").packed()
+    arguments = (student, teacher, list(vars(rows).values()), None, *packed, False)
     torch.library.opcheck(operators.logits_op, arguments)
 
 
@@ -60,14 +58,15 @@ def test_opcheck_backward(impl):
     arguments = linear_arguments(impl)
     out = operators.linear_op(*arguments)
     saved = [x.detach() for x in (out[1], *out[8:12])]
-    rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*arguments[:11], *arguments[12:])]
+    student, (teacher, supervision, _), rest = arguments[:3], arguments[3:6], arguments[6:]
+    rest = ([x.detach() for x in student], teacher, supervision, *rest)
     for grad_loss, grad_divergence in (
         (torch.tensor(2.0), None),
         (None, torch.rand(N)),
         (torch.tensor(2.0), torch.rand(N)),
     ):
         torch.library.opcheck(
-            operators._linear_backward_op, (grad_loss, grad_divergence, *saved, *rest),
+            operators._linear_backward_op, ([grad_loss, grad_divergence], saved, *rest),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

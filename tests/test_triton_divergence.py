@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.divergence_cases import UNLIKE, assert_close, case, unlike
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -173,6 +174,23 @@ def test_digits_next_to_the_teacher(small, kind, near, options):
     # Clipped sums have terms of both signs; theirs are far larger than what is left.
     atol = 2e-6 if "entry_clip" in options else 2e-9
     torch.testing.assert_close(out.divergence.double(), divergence, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its cases lie on the CPU")
+@pytest.mark.parametrize("name", UNLIKE)
+def test_heads_that_differ_in_scale_and_softcap(small, name):
+    """Each side has a transform of its own, with one head and with two, with and without biases."""
+    for shared in (True, False):
+        c = case(8, v=201, near=0.2, bias=name != "scales", shared=shared)
+        outcomes = [
+            unlike(c, impl, dtype, UNLIKE[name])
+            for impl, dtype in (
+                ("triton", torch.float32),
+                (None, torch.float64),
+                (None, torch.float32),
+            )
+        ]
+        assert_close(c, *outcomes, textbook=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -166,12 +166,13 @@ def test_offsets_past_2_to_the_31():
 def test_cuda_graph():
     """The engine's own work can be captured: supervision is checked before, and nothing waits for the GPU."""
     from vigos.divergence.engines import engine
-    from vigos.divergence.engines.problem import LinearProblem
+    from vigos.divergence.engines.problem import LinearProblem, LogitTransform
 
     *tensors, rows = problem(100, 128, 5_003, torch.bfloat16, near=0.1)
     rows = Supervision(rows.student_row, rows.teacher_row, rows.kind, rows.weight, torch.full_like(rows.clip, 0.05))
     whole = LinearProblem(
-        rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip, None, 1.0, 1.0, None, 0.5, None, 5_003,
+        rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip, None, LogitTransform(),
+        LogitTransform(), 0.5, None, 5_003,
         0, None, tensors[0], tensors[1], tensors[2], None, None, None, True, False, False,
     )  # fmt: skip
     run_it = engine("triton").forward

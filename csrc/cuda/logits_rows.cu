@@ -19,7 +19,7 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   const LogitsRowsPlan plan = chosen_plan(params, logits, path, 10 * major + minor, limit);
 
   LogitsRowsParams p = params;
-  p.transform = folded(p.transform);
+  p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaErrorInvalidValue;
@@ -41,7 +41,7 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void* str
   check_gradient(params, logits);
   if (params.rows == 0) return;
   LogitsGradientParams p = params;
-  p.transform = folded(p.transform);
+  p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, logits);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = logits == Dtype::kFloat32    ? dispatch_gradient<float>(p, aligned, cuda_stream)

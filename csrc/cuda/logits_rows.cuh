@@ -126,21 +126,26 @@ struct RowReader {
 
   // i: the entry's place in the slice.
   __device__ __forceinline__ float bias(const float* of, int i) const { return of ? of[first * kVec + i] : 0.0f; }
-  __device__ __forceinline__ float z(T raw, const float* bias_of, int i) const {
+  __device__ __forceinline__ float z(T raw, const float* bias_of, const Transform& f, int i) const {
     const float x = static_cast<float>(raw);
-    if constexpr (!TRANSFORMED) return x * p.transform.scale;
-    return transformed(x, bias(bias_of, i), p.transform);
+    if constexpr (!TRANSFORMED) return x * f.alpha;
+    return transformed(x, bias(bias_of, i), f);
   }
-  __device__ __forceinline__ float z_student(T raw, int i) const { return z(raw, p.student_bias, i); }
-  __device__ __forceinline__ float z_teacher(T raw, int i) const { return z(raw, p.teacher_bias, i); }
+  __device__ __forceinline__ float z_student(T raw, int i) const {
+    return z(raw, p.student_bias, p.student_transform, i);
+  }
+  __device__ __forceinline__ float z_teacher(T raw, int i) const {
+    return z(raw, p.teacher_bias, p.teacher_transform, i);
+  }
   __device__ __forceinline__ Logits pair(T raw_s, T raw_t, int i) const {
     const float x_s = static_cast<float>(raw_s), x_t = static_cast<float>(raw_t);
-    if constexpr (!TRANSFORMED) return scaled_pair(x_s, x_t, p.transform.scale);
-    return transformed_pair(x_s, bias(p.student_bias, i), x_t, bias(p.teacher_bias, i), p.transform);
+    if constexpr (!TRANSFORMED) return scaled_pair(x_s, x_t, p.student_transform.alpha);
+    return transformed_pair(x_s, bias(p.student_bias, i), x_t, bias(p.teacher_bias, i), p.student_transform,
+                            p.teacher_transform, p.alike);
   }
   __device__ __forceinline__ float slope(T raw, int i) const {
-    if constexpr (!TRANSFORMED) return p.transform.scale;
-    return transform_slope(static_cast<float>(raw), bias(p.student_bias, i), p.transform);
+    if constexpr (!TRANSFORMED) return p.student_transform.alpha;
+    return transform_slope(static_cast<float>(raw), bias(p.student_bias, i), p.student_transform);
   }
 };
 
@@ -193,8 +198,8 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
     const int64_t label = p.labels[r];
     const float bias_s = p.student_bias ? p.student_bias[label] : 0.0f;
     const float bias_t = p.teacher_bias ? p.teacher_bias[label] : 0.0f;
-    label_s = transformed(static_cast<float>(reader.student[label]), bias_s, p.transform);
-    label_t = transformed(static_cast<float>(reader.teacher[label]), bias_t, p.transform);
+    label_s = transformed(static_cast<float>(reader.student[label]), bias_s, p.student_transform);
+    label_t = transformed(static_cast<float>(reader.teacher[label]), bias_t, p.teacher_transform);
   }
 
   // First visit: maxima, sums, moments, gap.

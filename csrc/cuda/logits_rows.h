@@ -40,7 +40,8 @@ struct LogitsRowsParams {
   int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
   bool dlogits_by_student_row = false;  // dlogits row of r: student_row[r] instead of r
 
-  Transform transform;
+  Transform student_transform, teacher_transform;
+  bool alike = true;  // the transforms are the same; set by the launcher
   float beta = 0.5f;
   float entry_clip = INFINITY;
 };
@@ -74,7 +75,8 @@ struct LogitsGradientParams {
   const float* teacher_bias = nullptr;   // (V,) or null
   int64_t rows = 0, vocab = 0, logical_vocab = 0;
   int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
-  Transform transform;
+  Transform student_transform, teacher_transform;
+  bool alike = true;  // the transforms are the same; set by the launcher
   float beta = 0.5f;
   float entry_clip = INFINITY;
 };

@@ -76,13 +76,10 @@ inline void check_gradient(const LogitsGradientParams& p, Dtype logits) {
           "stride_student where the gradient goes in place of the logits", p.stride_dlogits);
 }
 
-// The kernels read z = x * scale where there is no softcap: the temperature goes in with it.
-inline Transform folded(Transform t) {
-  if (!(t.softcap > 0.0f)) {
-    t.scale *= t.inv_temperature;
-    t.inv_temperature = 1.0f;
-  }
-  return t;
+// Whether rows need the general code: biases, a softcap, or sides that differ.
+template <typename P>
+bool transforms_fully(const P& p) {
+  return p.student_bias || p.teacher_bias || p.student_transform.inner > 0.0f || !p.alike;
 }
 
 // 16-byte loads of both sides, and stores of as many gradients.

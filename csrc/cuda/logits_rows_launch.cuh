@@ -47,7 +47,7 @@ cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& pl
 // Run-time flags to template booleans. Unaligned rows take the general transform: one slow path is enough.
 template <typename T, typename G>
 cudaError_t dispatch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned, cudaStream_t stream) {
-  const bool transformed = p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f;
+  const bool transformed = transforms_fully(p);
   if (!aligned) {
     return plan.resident ? launch_rows<T, G, false, true, true>(p, plan, stream)
                          : launch_rows<T, G, false, true, false>(p, plan, stream);
@@ -72,7 +72,7 @@ cudaError_t dispatch_gradient(const LogitsGradientParams& p, bool aligned, cudaS
   const dim3 grid(static_cast<unsigned>(blocks));
   if (!aligned) {
     logits_gradient_kernel<T, false, true><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
-  } else if (p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f) {
+  } else if (transforms_fully(p)) {
     logits_gradient_kernel<T, true, true><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);
   } else {
     logits_gradient_kernel<T, true, false><<<grid, kGradientThreads, 0, stream>>>(p, blocks_per_row);

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -28,11 +29,13 @@ Dtype dtype_of(const std::string& name, const char* argument) {
   throw std::invalid_argument(std::string(argument) + " must be float32, float16 or bfloat16, got " + name);
 }
 
-Transform transform_of(float temperature, float scale, float softcap) {
-  if (!(temperature > 0.0f)) {
-    throw std::invalid_argument("temperature must be > 0, got " + std::to_string(temperature));
+using Constants = std::array<float, 3>;  // alpha, inner, height
+
+Transform transform_of(const Constants& f, const char* argument) {
+  if (!(f[0] > 0.0f)) {
+    throw std::invalid_argument(std::string(argument) + " must have alpha > 0, got " + std::to_string(f[0]));
   }
-  return {scale, softcap, 1.0f / temperature};
+  return {f[0], f[1], f[2]};
 }
 
 }  // namespace
@@ -58,8 +61,9 @@ void register_cuda(py::module_& parent) {
          Address clipped, Address student_entropy, Address teacher_entropy, Address student_lse, Address teacher_lse,
          Address student_logprob, Address teacher_logprob, Address state, int64_t rows, int64_t vocab,
          int64_t logical_vocab, int64_t stride_student, int64_t stride_teacher, int64_t stride_dlogits,
-         bool dlogits_by_student_row, float temperature, float scale, float softcap, float beta, float entry_clip,
-         const std::string& dtype, const std::string& gradient_dtype, const std::string& path, Address stream) {
+         bool dlogits_by_student_row, const Constants& student_transform, const Constants& teacher_transform,
+         float beta, float entry_clip, const std::string& dtype, const std::string& gradient_dtype,
+         const std::string& path, Address stream) {
         LogitsRowsParams p;
         p.student = pointer<const void>(student);
         p.teacher = pointer<const void>(teacher);
@@ -88,7 +92,8 @@ void register_cuda(py::module_& parent) {
         p.stride_teacher = stride_teacher;
         p.stride_dlogits = stride_dlogits;
         p.dlogits_by_student_row = dlogits_by_student_row;
-        p.transform = transform_of(temperature, scale, softcap);
+        p.student_transform = transform_of(student_transform, "student_transform");
+        p.teacher_transform = transform_of(teacher_transform, "teacher_transform");
         p.beta = beta;
         p.entry_clip = entry_clip;
         logits_rows(p, dtype_of(dtype, "dtype"), dtype_of(gradient_dtype, "gradient_dtype"), path.c_str(),
@@ -100,9 +105,11 @@ void register_cuda(py::module_& parent) {
       py::arg("student_entropy"), py::arg("teacher_entropy"), py::arg("student_lse"), py::arg("teacher_lse"),
       py::arg("student_logprob") = 0, py::arg("teacher_logprob") = 0, py::arg("state") = 0, py::arg("rows"),
       py::arg("vocab"), py::arg("logical_vocab"), py::arg("stride_student"), py::arg("stride_teacher"),
-      py::arg("stride_dlogits") = 0, py::arg("dlogits_by_student_row") = false, py::arg("temperature") = 1.0f,
-      py::arg("scale") = 1.0f, py::arg("softcap") = 0.0f, py::arg("beta") = 0.5f, py::arg("entry_clip") = INFINITY,
-      py::arg("dtype"), py::arg("gradient_dtype"), py::arg("path") = "auto", py::arg("stream") = 0,
+      py::arg("stride_dlogits") = 0, py::arg("dlogits_by_student_row") = false,
+      py::arg("student_transform") = Constants{1.0f, 0.0f, 0.0f},
+      py::arg("teacher_transform") = Constants{1.0f, 0.0f, 0.0f}, py::arg("beta") = 0.5f,
+      py::arg("entry_clip") = INFINITY, py::arg("dtype"), py::arg("gradient_dtype"), py::arg("path") = "auto",
+      py::arg("stream") = 0,
       "Statistics, and with dlogits the gradient, of `rows` supervised rows: see logits_rows.h.");
 
   m.def(
@@ -110,8 +117,8 @@ void register_cuda(py::module_& parent) {
       [](Address student, Address teacher, Address dlogits, Address order, Address offsets, Address teacher_row,
          Address kind, Address row_grad, Address state, Address student_bias, Address teacher_bias, int64_t rows,
          int64_t vocab, int64_t logical_vocab, int64_t stride_student, int64_t stride_teacher, int64_t stride_dlogits,
-         float temperature, float scale, float softcap, float beta, float entry_clip, const std::string& dtype,
-         Address stream) {
+         const Constants& student_transform, const Constants& teacher_transform, float beta, float entry_clip,
+         const std::string& dtype, Address stream) {
         LogitsGradientParams p;
         p.student = pointer<const void>(student);
         p.teacher = pointer<const void>(teacher);
@@ -130,7 +137,8 @@ void register_cuda(py::module_& parent) {
         p.stride_student = stride_student;
         p.stride_teacher = stride_teacher;
         p.stride_dlogits = stride_dlogits;
-        p.transform = transform_of(temperature, scale, softcap);
+        p.student_transform = transform_of(student_transform, "student_transform");
+        p.teacher_transform = transform_of(teacher_transform, "teacher_transform");
         p.beta = beta;
         p.entry_clip = entry_clip;
         logits_gradient(p, dtype_of(dtype, "dtype"), pointer<void>(stream));
@@ -138,9 +146,11 @@ void register_cuda(py::module_& parent) {
       py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("dlogits"), py::arg("order"), py::arg("offsets"),
       py::arg("teacher_row"), py::arg("kind"), py::arg("row_grad"), py::arg("state"), py::arg("student_bias") = 0,
       py::arg("teacher_bias") = 0, py::arg("rows"), py::arg("vocab"), py::arg("logical_vocab"),
-      py::arg("stride_student"), py::arg("stride_teacher"), py::arg("stride_dlogits"), py::arg("temperature") = 1.0f,
-      py::arg("scale") = 1.0f, py::arg("softcap") = 0.0f, py::arg("beta") = 0.5f, py::arg("entry_clip") = INFINITY,
-      py::arg("dtype"), py::arg("stream") = 0, "The gradient of `rows` student rows from saved states.");
+      py::arg("stride_student"), py::arg("stride_teacher"), py::arg("stride_dlogits"),
+      py::arg("student_transform") = Constants{1.0f, 0.0f, 0.0f},
+      py::arg("teacher_transform") = Constants{1.0f, 0.0f, 0.0f}, py::arg("beta") = 0.5f,
+      py::arg("entry_clip") = INFINITY, py::arg("dtype"), py::arg("stream") = 0,
+      "The gradient of `rows` student rows from saved states.");
 }
 
 }  // namespace vigos

@@ -204,7 +204,7 @@ void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligne
       logits_rows_body<T, G, decltype(aligned_)::value, decltype(transformed_)::value, decltype(resident_)::value>(p);
     });
   };
-  const bool transformed = p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f;
+  const bool transformed = transforms_fully(p);
   using std::false_type, std::true_type;
   if (!aligned)
     return plan.resident ? run(false_type{}, true_type{}, true_type{}) : run(false_type{}, true_type{}, false_type{});
@@ -218,7 +218,7 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   if (params.rows == 0) return;
   const LogitsRowsPlan plan = chosen_plan(params, logits, path, compute_capability, shared_limit);
   LogitsRowsParams p = params;
-  p.transform = folded(p.transform);
+  p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
   using emulator::bfloat16, emulator::float16;
   if (logits == Dtype::kBFloat16) return run_rows<bfloat16, bfloat16>(p, plan, aligned);
@@ -238,7 +238,7 @@ void run_gradient(const LogitsGradientParams& p, bool aligned) {
   };
   using std::false_type, std::true_type;
   if (!aligned) return run(false_type{}, true_type{});
-  if (p.student_bias || p.teacher_bias || p.transform.softcap > 0.0f) return run(true_type{}, true_type{});
+  if (transforms_fully(p)) return run(true_type{}, true_type{});
   run(true_type{}, false_type{});
 }
 
@@ -246,7 +246,7 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
   check_gradient(params, logits);
   if (params.rows == 0) return;
   LogitsGradientParams p = params;
-  p.transform = folded(p.transform);
+  p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, logits);
   if (logits == Dtype::kFloat32) return run_gradient<float>(p, aligned);
   if (logits == Dtype::kBFloat16) return run_gradient<emulator::bfloat16>(p, aligned);

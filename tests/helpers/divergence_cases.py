@@ -10,6 +10,8 @@ from torch import Tensor
 
 import vigos
 from vigos import reference
+from vigos.divergence.engines.problem import LogitTransform
+from vigos.divergence.ops import Call, linear
 
 KINDS = (vigos.FORWARD_KL, vigos.REVERSE_KL, vigos.JSD)
 
@@ -113,16 +115,47 @@ def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = T
     return Outcome(loss.detach().double(), divergence.detach().double(), *grads)  # type: ignore[arg-type]
 
 
+UNLIKE = {
+    "scales": (LogitTransform(0.7), LogitTransform(1.2)),
+    "one softcap": (LogitTransform(1.0, 9.0), LogitTransform(0.9)),
+    "the other": (LogitTransform(0.8), LogitTransform(1.1, 12.0)),
+    "two softcaps": (LogitTransform(1.3, 9.0, 1.4), LogitTransform(0.9, 30.0, 0.8)),
+}
+
+
+def unlike(c: Case, impl: str | None, dtype: torch.dtype, sides: tuple[LogitTransform, LogitTransform]) -> Outcome:
+    """Run `c` with a transform of each side's own; impl None: the oracle."""
+    hidden, head = (x.to(dtype).clone().requires_grad_() for x in (c.student, c.head))
+    bias = None if c.student_bias is None else c.student_bias.to(dtype).clone().requires_grad_()
+    teacher, teacher_head, teacher_bias = (
+        None if x is None else x.to(dtype) for x in (c.teacher, c.teacher_head, c.teacher_bias)
+    )
+    rows = c.supervision
+    if impl is None:
+        head_t, bias_t = (head, bias) if teacher_head is None else (teacher_head, teacher_bias)
+        raw_s = torch.nn.functional.linear(hidden, head, bias)[rows.student_row]
+        raw_t = torch.nn.functional.linear(teacher, head_t, bias_t)[rows.teacher_row].detach()
+        divergence = reference.divergence(sides[0](raw_s), sides[1](raw_t), rows.kind, **c.options)
+        loss = reference.loss(divergence, rows.weight, rows.clip)
+    else:
+        call = Call(*sides, impl=impl, **c.options)
+        fields = list(vars(rows).values())
+        loss, divergence, *_ = linear((hidden, head, bias), (teacher, teacher_head, teacher_bias), fields, None, call)
+    loss.backward()
+    grads = [None if x is None else x.grad.double() for x in (hidden, head, bias)]
+    return Outcome(loss.detach().double(), divergence.detach().double(), *grads)  # type: ignore[arg-type]
+
+
 def error(x: Tensor, exact: Tensor) -> float:
     """Norm of the difference, relative to the norm of the truth (or to 1e-6, where the truth is 0)."""
     return ((x - exact).norm() / exact.norm().clamp_min(1e-6)).item()
 
 
-def assert_close(c: Case, ours: Outcome, exact: Outcome, eager: Outcome) -> None:
+def assert_close(c: Case, ours: Outcome, exact: Outcome, eager: Outcome, *, textbook: bool = False) -> None:
     """Each result within twice what plain PyTorch loses in float32, or within a few roundings of the truth.
 
-    The textbook terms, which an entry clip needs, are differences of logits: their sum may be off by the rounding of
-    the largest one.
+    textbook: the engine sums the terms of the definition, as every engine does under an entry clip. They are
+    differences of logits, and their sum may be off by the rounding of the largest one.
     """
     eps = 6e-8
     theirs, truths = dict(eager.items()), dict(exact.items())
@@ -131,6 +164,6 @@ def assert_close(c: Case, ours: Outcome, exact: Outcome, eager: Outcome) -> None
         assert torch.isfinite(x).all(), f"{name}: not finite"
         mine, plain = error(x, truths[name]), error(theirs[name], truths[name])
         bound = 2 * plain + 4 * eps
-        if "entry_clip" in c.options and name in ("loss", "divergence"):
+        if (textbook or "entry_clip" in c.options) and name in ("loss", "divergence"):
             bound += eps * largest * max(1, x.numel()) ** 0.5 / truths["divergence"].norm().item()
         assert mine <= bound, f"{name}: error {mine:.1e}, plain PyTorch {plain:.1e}, bound {bound:.1e}"

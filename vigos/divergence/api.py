@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vigos.divergence.ops import linear_op, logits_op
+from vigos.divergence.engines.problem import LogitTransform
+from vigos.divergence.ops import Call, linear, logits
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.validation import (
@@ -147,14 +148,11 @@ def linear_divergence(
     teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     if teacher_lm_head_weight is None and teacher_bias is student_bias:
         teacher_bias = None  # the operator's spelling of "the same one"
-    grad = torch.is_grad_enabled()
-    out = linear_op(
-        student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias,
-        *rows, labels, float(temperature), float(logit_scale), None if logit_softcap is None else float(logit_softcap),
-        float(beta), None if entry_clip is None else float(entry_clip), size,
-        "" if group is None else str(group.group_name), impl,
-        grad and student_hidden.requires_grad, grad and lm_head_weight.requires_grad,
-        grad and student_bias is not None and student_bias.requires_grad,
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    call = Call(transform, transform, beta, entry_clip, size, "" if group is None else str(group.group_name), impl)
+    out = linear(
+        (student_hidden, lm_head_weight, student_bias), (teacher_hidden, teacher_lm_head_weight, teacher_bias), rows,
+        labels, call,
     )  # fmt: skip
     return _output(out, rows[3], rows[4], labels, reduction)
 
@@ -204,11 +202,9 @@ def logits_divergence(
     size = check_vocab_size(vocab_size, v, process_group is not None)
     rows = supervision_tensors(supervision, student_logits, teacher_logits)
     labels = check_labels(labels, supervision, rows[0], device)
-    scalars = (
-        float(temperature), float(logit_scale), None if logit_softcap is None else float(logit_softcap), float(beta),
-        None if entry_clip is None else float(entry_clip), size,
-        "" if process_group is None else str(process_group.group_name), impl,
-    )  # fmt: skip
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    group_name = "" if process_group is None else str(process_group.group_name)
+    call = Call(transform, transform, beta, entry_clip, size, group_name, impl)
     teacher = merged(teacher_logits)
     if teacher is None:
         teacher, index = as_matrix(teacher_logits)
@@ -217,9 +213,9 @@ def logits_divergence(
     if student is None and overlaps(student_logits):
         student = student_logits.reshape(-1, v)
     if student is None:
-        out = strided_logits(student_logits, teacher, rows, labels, scalars, inplace)
+        out = strided_logits(student_logits, teacher, rows, labels, call, inplace)
     else:
-        out = logits_op(student, teacher, *rows, labels, *scalars, inplace)
+        out = logits(student, teacher, rows, labels, call, inplace)
     return _output(out, rows[3], rows[4], labels, reduction)
 
 

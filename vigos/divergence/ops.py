@@ -8,8 +8,9 @@ weights of the supervision and scaled by the upstream of `loss`, or computed aga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines import choose
-from vigos.divergence.engines.problem import STATE, LinearProblem, LogitsProblem, Rows, Statistics, live_rows
+from vigos.divergence.engines.problem import (
+    STATE,
+    LinearProblem,
+    LogitsProblem,
+    LogitTransform,
+    Rows,
+    Statistics,
+    live_rows,
+)
 
 
 def _check_rows(
@@ -57,23 +66,67 @@ def _shard(v: int, group_name: str, device: torch.device) -> tuple[dist.ProcessG
     return group, int(sizes[: group.rank()].sum()), int(sizes.sum())
 
 
+def _given(x: float) -> float | None:
+    return None if x == math.inf else x
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for beside its tensors, and how it travels through an operator's schema.
+
+    Attributes:
+        student, teacher: each side's transform from raw logits to z.
+        beta: of rows of kind JSD. entry_clip: clip of each vocabulary entry's term, or None.
+        vocab_size: logical size of the whole vocabulary; -1: every entry that the heads hold.
+        group_name: of the process group that the vocabulary is sharded over, or "".
+        impl: "auto" or the name of an engine.
+    """
+
+    student: LogitTransform
+    teacher: LogitTransform
+    beta: float = 0.5
+    entry_clip: float | None = None
+    vocab_size: int = -1
+    group_name: str = ""
+    impl: str = "auto"
+
+    def packed(self) -> tuple[list[float], int, str, str]:
+        """Return the operators' arguments scalars, vocab_size, group_name, impl; in `scalars` inf stands for None."""
+        numbers: list[float | None] = []
+        for side in (self.student, self.teacher):
+            numbers += [side.scale, side.softcap, side.temperature]
+        numbers += [self.beta, self.entry_clip]
+        scalars = [math.inf if x is None else float(x) for x in numbers]
+        return scalars, self.vocab_size, self.group_name, self.impl
+
+    @classmethod
+    def unpacked(cls, scalars: Sequence[float], vocab_size: int, group_name: str, impl: str) -> Call:
+        """Return the call that `packed` gave these arguments."""
+        scale_s, cap_s, temperature_s, scale_t, cap_t, temperature_t, beta, entry_clip = scalars
+        return cls(
+            LogitTransform(scale_s, _given(cap_s), temperature_s),
+            LogitTransform(scale_t, _given(cap_t), temperature_t),
+            beta, _given(entry_clip), vocab_size, group_name, impl,
+        )  # fmt: skip
+
+
 def _rows(
-    supervision: Sequence[Tensor], labels: Tensor | None, scalars: Sequence[Any], n: int, m: int, v: int,
-    device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
-    """The fields of `Rows` from the operator's arguments, checked and on the device."""
-    temperature, scale, softcap, beta, entry_clip, vocab_size, group_name = scalars
-    group, start, total = _shard(v, group_name, device)
-    if vocab_size > total:
-        raise ValueError(f"vocab_size must be at most the heads' {total} vocabulary entries, got {vocab_size}")
-    vocab_size = total if vocab_size < 0 else vocab_size
-    student_row, teacher_row, kind, weight, clip = supervision
+    call: Call, supervision: Sequence[Tensor], labels: Tensor | None, sizes: tuple[int, int, int], device: torch.device
+) -> dict[str, Any]:
+    """Return the fields of `Rows`, checked and on the device; `sizes`: student rows, teacher rows, vocabulary here."""
+    n, m, v = sizes
+    group, start, total = _shard(v, call.group_name, device)
+    if call.vocab_size > total:
+        raise ValueError(f"vocab_size must be at most the heads' {total} vocabulary entries, got {call.vocab_size}")
+    vocab_size = total if call.vocab_size < 0 else call.vocab_size
+    names = ("student_row", "teacher_row", "kind", "weight", "clip")
+    student_row, teacher_row, kind, _, clip = supervision
     _check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
     return {
-        "student_row": student_row.to(device), "teacher_row": teacher_row.to(device), "kind": kind.to(device),
-        "weight": weight.to(device), "clip": clip.to(device), "labels": None if labels is None else labels.to(device),
-        "temperature": temperature, "scale": scale, "softcap": softcap, "beta": beta, "entry_clip": entry_clip,
-        "vocab_size": vocab_size, "vocab_start": start, "group": group,
+        **{name: x.to(device) for name, x in zip(names, supervision, strict=True)},
+        "labels": None if labels is None else labels.to(device), "student_transform": call.student,
+        "teacher_transform": call.teacher, "beta": call.beta, "entry_clip": call.entry_clip, "vocab_size": vocab_size,
+        "vocab_start": start, "group": group,
     }  # fmt: skip
 
 
@@ -112,10 +165,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake_statistics(like: Tensor, student_row: Tensor, labels: Tensor | None) -> list[Tensor]:
-    r, dtype = student_row.shape[0], _compute_dtype(like)
-    sizes = [r] * 5 + [0 if labels is None else r] * 2
+def _fake_statistics(like: Tensor, r: int, labels: Tensor | None) -> list[Tensor]:
+    dtype, sizes = _compute_dtype(like), [r] * 5 + [0 if labels is None else r] * 2
     return [like.new_empty((), dtype=dtype), *(like.new_empty((size,), dtype=dtype) for size in sizes)]
+
+
+def _no_gradient(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """Return None for a list argument in the structure that autograd wants: a list only if all of it are tensors."""
+    return None if any(x is None for x in tensors) else [None] * len(tensors)
 
 
 def _once(*_: Any) -> Any:
@@ -126,46 +183,65 @@ def _once(*_: Any) -> Any:
 
 
 # --- from hidden states ----------------------------------------------------------------------------------------------
+#
+# student is (student_hidden, student_weight, student_bias), teacher likewise; supervision is (student_row, teacher_row,
+# kind, weight, clip); need says which gradients forward prepares: of hidden states, head, bias.
 
 
 def _linear_problem(
-    tensors: Sequence[Tensor | None], supervision: Sequence[Tensor], labels: Tensor | None, scalars: Sequence[Any],
-    need: tuple[bool, bool, bool],
+    call: Call, student: Sequence[Tensor | None], teacher: Sequence[Tensor | None], supervision: Sequence[Tensor],
+    labels: Tensor | None, need: Sequence[bool],
 ) -> LinearProblem:  # fmt: skip
-    hidden, weight, teacher_hidden, teacher_weight, student_bias, teacher_bias = (
-        None if x is None else x.detach() for x in tensors
-    )
+    tensors = [None if x is None else x.detach() for x in (*student, *teacher)]
+    hidden, weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
     assert hidden is not None
     assert weight is not None
     assert teacher_hidden is not None
     if teacher_weight is None and teacher_bias is None:
         teacher_bias = student_bias
-    n, m, v = hidden.shape[0], teacher_hidden.shape[0], weight.shape[0]
+    sizes = (hidden.shape[0], teacher_hidden.shape[0], weight.shape[0])
     return LinearProblem(
-        **_rows(supervision, labels, scalars, n, m, v, hidden.device),
+        **_rows(call, supervision, labels, sizes, hidden.device),
         student_hidden=hidden, student_weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias,
         need_dhidden=need[0], need_dweight=need[1], need_dbias=need[2],
     )  # fmt: skip
 
 
+def linear(
+    student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None, Tensor | None],
+    supervision: Sequence[Tensor], labels: Tensor | None, call: Call,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Call the operator `vigos::linear_divergence`; autograd goes through it.
+
+    Args:
+        student: hidden states (N, D), head (V, D), bias (V,) or None.
+        teacher: hidden states (M, D_t), head (V, D_t) or None for the student's, bias (V,) or None. Without a head and
+            a bias of its own the teacher has the student's bias.
+        supervision: student_row, teacher_row int64, kind int8, weight, clip float32, each (R,).
+        labels: (R,) int64 or None.
+
+    Returns:
+        loss (), then (R,) each: divergence, student_entropy, teacher_entropy, student_lse, teacher_lse and the labels'
+        log-probabilities of student and teacher, (0,) without labels; then what backward reads.
+    """
+    grad = torch.is_grad_enabled()
+    need = [grad and x is not None and x.requires_grad for x in student]
+    return linear_op(*student, list(teacher), list(supervision), labels, *call.packed(), need)
+
+
 @torch.library.custom_op("vigos::linear_divergence", mutates_args=())
 def linear_op(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None,
-    student_bias: Tensor | None, teacher_bias: Tensor | None,
-    student_row: Tensor, teacher_row: Tensor, kind: Tensor, weight: Tensor, clip: Tensor, labels: Tensor | None,
-    temperature: float, scale: float, softcap: float | None, beta: float, entry_clip: float | None, vocab_size: int,
-    group_name: str, impl: str, need_dhidden: bool, need_dweight: bool, need_dbias: bool,
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher: list[Tensor | None],
+    supervision: list[Tensor], labels: Tensor | None, scalars: list[float], vocab_size: int, group_name: str, impl: str,
+    need: list[bool],
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """loss, divergence, both entropies, both lse, both log-probabilities, computed, drow, dweight, dbias."""
-    problem = _linear_problem(
-        (student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias),
-        (student_row, teacher_row, kind, weight, clip), labels,
-        (temperature, scale, softcap, beta, entry_clip, vocab_size, group_name),
-        (need_dhidden, need_dweight, need_dbias),
-    )  # fmt: skip
+    """Return loss, divergence, both entropies, lse, log-probabilities, then computed, drow, dweight, dbias."""
+    call = Call.unpacked(scalars, vocab_size, group_name, impl)
+    student = (student_hidden, student_weight, student_bias)
+    problem = _linear_problem(call, student, teacher, supervision, labels, need)
     with _no_autocast(problem.device), torch.no_grad():
         result = choose(impl, problem).forward(problem)
         like = result.statistics.divergence
@@ -181,46 +257,42 @@ def linear_op(
 
 @linear_op.register_fake
 def _linear_fake(  # type: ignore[no-untyped-def]
-    student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-    student_row, teacher_row, kind, weight, clip, labels, temperature, scale, softcap, beta, entry_clip, vocab_size,
-    group_name, impl, need_dhidden, need_dweight, need_dbias,
+    student_hidden, student_weight, student_bias, teacher, supervision, labels, scalars, vocab_size, group_name, impl,
+    need,
 ):  # fmt: skip
-    r, (v, d), dtype = student_row.shape[0], student_weight.shape, _compute_dtype(student_hidden)
+    r, (v, d), dtype = supervision[0].shape[0], student_weight.shape, _compute_dtype(student_hidden)
     return (
-        *_fake_statistics(student_hidden, student_row, labels),
-        student_hidden.new_empty((r if need_dhidden else 0,), dtype=torch.bool),
-        student_hidden.new_empty((r if need_dhidden else 0, d), dtype=dtype),
-        student_hidden.new_empty((v if need_dweight else 0, d), dtype=dtype),
-        student_hidden.new_empty((v if need_dbias else 0,), dtype=dtype),
+        *_fake_statistics(student_hidden, r, labels),
+        student_hidden.new_empty((r if need[0] else 0,), dtype=torch.bool),
+        student_hidden.new_empty((r if need[0] else 0, d), dtype=dtype),
+        student_hidden.new_empty((v if need[1] else 0, d), dtype=dtype),
+        student_hidden.new_empty((v if need[2] else 0,), dtype=dtype),
     )
 
 
 @torch.library.custom_op("vigos::linear_divergence_backward", mutates_args=())
 def _linear_backward_op(
-    grad_loss: Tensor | None, grad_divergence: Tensor | None, divergence: Tensor, computed: Tensor, drow: Tensor,
-    dweight: Tensor, dbias: Tensor,
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None,
-    student_bias: Tensor | None, teacher_bias: Tensor | None,
-    student_row: Tensor, teacher_row: Tensor, kind: Tensor, weight: Tensor, clip: Tensor,
-    temperature: float, scale: float, softcap: float | None, beta: float, entry_clip: float | None, vocab_size: int,
-    group_name: str, impl: str, need_dhidden: bool, need_dweight: bool, need_dbias: bool,
+    upstream: list[Tensor | None], saved: list[Tensor], student: list[Tensor | None], teacher: list[Tensor | None],
+    supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str, need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dhidden (N, D), dweight (V, D), dbias (V,) in their inputs' dtypes; empty where not needed."""
+    """Return dhidden (N, D), dweight (V, D), dbias (V,) in their inputs' dtypes; empty where not needed.
+
+    upstream: gradients of loss and divergence, or None; saved: divergence, computed, drow, dweight, dbias of forward.
+    """
     problem = _linear_problem(
-        (student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias),
-        (student_row, teacher_row, kind, weight, clip), None,
-        (temperature, scale, softcap, beta, entry_clip, vocab_size, group_name),
-        (need_dhidden, need_dweight, need_dbias),
-    )  # fmt: skip
+        Call.unpacked(scalars, vocab_size, group_name, impl), student, teacher, supervision, None, need
+    )
+    (grad_loss, grad_divergence), (divergence, computed, drow, dweight, dbias) = upstream, saved
+    hidden, bias = problem.student_hidden, problem.student_bias
     with _no_autocast(problem.device), torch.no_grad():
         g = _upstream(problem, divergence, grad_loss, grad_divergence)
-        head = need_dweight or need_dbias
+        head = problem.need_dweight or problem.need_dbias
         if grad_divergence is not None:
             # Rows that forward left out, and the head's gradient under these upstreams, are computed now.
             again = g != 0 if head else (g != 0) & ~computed
             index = again.nonzero().squeeze(1)
             if index.shape[0] > 0 or head:
-                missing = bool(again.any()) and need_dhidden and not bool(computed[index].all())
+                missing = bool(again.any()) and problem.need_dhidden and not bool(computed[index].all())
                 selected = replace(
                     problem, student_row=problem.student_row[index], teacher_row=problem.teacher_row[index],
                     kind=problem.kind[index], weight=g[index], clip=torch.full_like(g[index], float("inf")),
@@ -235,50 +307,44 @@ def _linear_backward_op(
         elif head:
             factor = torch.zeros_like(divergence[:1]) if grad_loss is None else grad_loss.to(dweight.dtype)
             dweight, dbias = dweight * factor, dbias * factor
-        dhidden = student_hidden.new_zeros((student_hidden.shape if need_dhidden else (0, 0)), dtype=drow.dtype)
-        if need_dhidden:
+        dhidden = hidden.new_zeros((hidden.shape if problem.need_dhidden else (0, 0)), dtype=drow.dtype)
+        if problem.need_dhidden:
             # A row without upstream adds nothing, whatever was computed for it.
             scaled = torch.where((g != 0)[:, None], drow * g[:, None], 0.0)
             dhidden.index_add_(0, problem.student_row, scaled)
-        bias_dtype = dbias.dtype if student_bias is None else student_bias.dtype
-        outputs = (dhidden.to(student_hidden.dtype), dweight.to(student_weight.dtype), dbias.to(bias_dtype))
+        bias_dtype = dbias.dtype if bias is None else bias.dtype
+        outputs = (dhidden.to(hidden.dtype), dweight.to(problem.student_weight.dtype), dbias.to(bias_dtype))
         given = (dweight, dbias)  # an operator must not hand back its own arguments
         return tuple(x.clone() if any(x is y for y in given) else x for x in outputs)  # type: ignore[return-value]
 
 
 @_linear_backward_op.register_fake
 def _linear_backward_fake(  # type: ignore[no-untyped-def]
-    grad_loss, grad_divergence, divergence, computed, drow, dweight, dbias, student_hidden, student_weight,
-    teacher_hidden, teacher_weight, student_bias, teacher_bias, student_row, teacher_row, kind, weight, clip,
-    temperature, scale, softcap, beta, entry_clip, vocab_size, group_name, impl, need_dhidden, need_dweight, need_dbias,
-):  # fmt: skip
-    v, d = student_weight.shape
-    bias_dtype = dbias.dtype if student_bias is None else student_bias.dtype
+    upstream, saved, student, teacher, supervision, scalars, vocab_size, group_name, impl, need
+):
+    hidden, weight, bias = student
+    v, d = weight.shape
     return (
-        student_hidden.new_empty(student_hidden.shape if need_dhidden else (0, 0)),
-        student_weight.new_empty((v if need_dweight else 0, d)),
-        student_weight.new_empty((v if need_dbias else 0,), dtype=bias_dtype),
+        hidden.new_empty(hidden.shape if need[0] else (0, 0)),
+        weight.new_empty((v if need[1] else 0, d)),
+        weight.new_empty((v if need[2] else 0,), dtype=saved[4].dtype if bias is None else bias.dtype),
     )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    tensors, ctx.scalars, ctx.need = inputs[:11], inputs[12:20], inputs[20:23]
-    ctx.save_for_backward(output[1], *output[8:12], *tensors)
+    student, (teacher, supervision, _), ctx.rest = inputs[:3], inputs[3:6], inputs[6:]
+    ctx.save_for_backward(output[1], *output[8:12], *student, *teacher, *supervision)
 
 
 def _linear_backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing: tuple[Any, ...] = (None,) * 23
-    if (grad_loss is None and grad_divergence is None) or not any(ctx.need):
-        return nothing
-    dhidden, dweight, dbias = _linear_backward_op(
-        grad_loss, grad_divergence, *ctx.saved_tensors, *ctx.scalars, *ctx.need
-    )
-    need_dhidden, need_dweight, need_dbias = ctx.need
-    return (
-        dhidden if need_dhidden else None, dweight if need_dweight else None, None, None,
-        dbias if need_dbias else None, *nothing[5:],
-    )  # fmt: skip
+    tensors, need = list(ctx.saved_tensors), ctx.rest[-1]
+    saved, student, teacher, supervision = tensors[:5], tensors[5:8], tensors[8:11], tensors[11:]
+    gradients: tuple[Tensor | None, ...] = (None,) * 3
+    if (grad_loss is not None or grad_divergence is not None) and any(need):
+        computed = _linear_backward_op([grad_loss, grad_divergence], saved, student, teacher, supervision, *ctx.rest)
+        gradients = tuple(x if needed else None for x, needed in zip(computed, need, strict=True))
+    return (*gradients, _no_gradient(teacher), _no_gradient(supervision), *(None,) * 6)
 
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -289,28 +355,35 @@ _linear_backward_op.register_autograd(_once)
 
 
 def _logits_problem(
-    student_logits: Tensor, teacher_logits: Tensor, supervision: Sequence[Tensor], labels: Tensor | None,
-    scalars: Sequence[Any], inplace: bool,
+    call: Call, student_logits: Tensor, teacher_logits: Tensor, supervision: Sequence[Tensor], labels: Tensor | None,
+    inplace: bool = False,
 ) -> LogitsProblem:  # fmt: skip
-    n, m, v = student_logits.shape[0], teacher_logits.shape[0], student_logits.shape[1]
-    rows = _rows(supervision, labels, scalars, n, m, v, student_logits.device)
+    sizes = (student_logits.shape[0], teacher_logits.shape[0], student_logits.shape[1])
+    rows = _rows(call, supervision, labels, sizes, student_logits.device)
     if inplace and rows["student_row"].unique().shape[0] != rows["student_row"].shape[0]:
         raise ValueError("inplace=True needs every student row to be supervised at most once, got repeated rows")
     return LogitsProblem(**rows, student_logits=student_logits.detach(), teacher_logits=teacher_logits.detach())
 
 
+def logits(
+    student_logits: Tensor, teacher_logits: Tensor, supervision: Sequence[Tensor], labels: Tensor | None, call: Call,
+    inplace: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Call the operator `vigos::logits_divergence`: logits (N, V) and (M, V), the rest and the results as in `linear`.
+
+    inplace: backward writes the gradient over `student_logits`.
+    """
+    return logits_op(student_logits, teacher_logits, list(supervision), labels, *call.packed(), inplace)
+
+
 @torch.library.custom_op("vigos::logits_divergence", mutates_args=())
 def logits_op(
-    student_logits: Tensor, teacher_logits: Tensor,
-    student_row: Tensor, teacher_row: Tensor, kind: Tensor, weight: Tensor, clip: Tensor, labels: Tensor | None,
-    temperature: float, scale: float, softcap: float | None, beta: float, entry_clip: float | None, vocab_size: int,
-    group_name: str, impl: str, inplace: bool,
+    student_logits: Tensor, teacher_logits: Tensor, supervision: list[Tensor], labels: Tensor | None,
+    scalars: list[float], vocab_size: int, group_name: str, impl: str, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss, divergence, both entropies, both lse, both log-probabilities, state."""
-    problem = _logits_problem(
-        student_logits, teacher_logits, (student_row, teacher_row, kind, weight, clip), labels,
-        (temperature, scale, softcap, beta, entry_clip, vocab_size, group_name), inplace,
-    )  # fmt: skip
+    """Return loss, divergence, both entropies, lse, log-probabilities, then the engine's state."""
+    call = Call.unpacked(scalars, vocab_size, group_name, impl)
+    problem = _logits_problem(call, student_logits, teacher_logits, supervision, labels, inplace)
     with _no_autocast(problem.device), torch.no_grad():
         result = choose(impl, problem).logits_forward(problem)
         loss = _loss(problem, result.statistics.divergence)
@@ -319,73 +392,70 @@ def logits_op(
 
 @logits_op.register_fake
 def _logits_fake(  # type: ignore[no-untyped-def]
-    student_logits, teacher_logits, student_row, teacher_row, kind, weight, clip, labels, temperature, scale, softcap,
-    beta, entry_clip, vocab_size, group_name, impl, inplace,
-):  # fmt: skip
-    state = student_logits.new_empty((student_row.shape[0], STATE), dtype=_compute_dtype(student_logits))
-    return (*_fake_statistics(student_logits, student_row, labels), state)
+    student_logits, teacher_logits, supervision, labels, scalars, vocab_size, group_name, impl, inplace
+):
+    r = supervision[0].shape[0]
+    state = student_logits.new_empty((r, STATE), dtype=_compute_dtype(student_logits))
+    return (*_fake_statistics(student_logits, r, labels), state)
+
+
+def _logits_gradient(
+    upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
+    supervision: list[Tensor], call: Call, inplace: bool,
+) -> Tensor:  # fmt: skip
+    problem = _logits_problem(call, student_logits, teacher_logits, supervision, None)
+    divergence, state = saved
+    with _no_autocast(problem.device), torch.no_grad():
+        g = _upstream(problem, divergence, *upstream)
+        out = problem.student_logits if inplace else None
+        return choose(call.impl, problem).logits_backward(problem, state, g, out=out)
 
 
 @torch.library.custom_op("vigos::logits_divergence_backward", mutates_args=())
 def _logits_backward_op(
-    grad_loss: Tensor | None, grad_divergence: Tensor | None, divergence: Tensor, state: Tensor,
-    student_logits: Tensor, teacher_logits: Tensor,
-    student_row: Tensor, teacher_row: Tensor, kind: Tensor, weight: Tensor, clip: Tensor,
-    temperature: float, scale: float, softcap: float | None, beta: float, entry_clip: float | None, vocab_size: int,
-    group_name: str, impl: str,
+    upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
+    supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,
 ) -> Tensor:  # fmt: skip
-    """dlogits (N, V) in the logits' dtype."""
-    problem = _logits_problem(
-        student_logits, teacher_logits, (student_row, teacher_row, kind, weight, clip), None,
-        (temperature, scale, softcap, beta, entry_clip, vocab_size, group_name), False,
-    )  # fmt: skip
-    with _no_autocast(problem.device), torch.no_grad():
-        g = _upstream(problem, divergence, grad_loss, grad_divergence)
-        return choose(impl, problem).logits_backward(problem, state, g, out=None)
+    """Return dlogits (N, V) in the logits' dtype; upstream as above, saved: divergence and state of forward."""
+    call = Call.unpacked(scalars, vocab_size, group_name, impl)
+    return _logits_gradient(upstream, saved, student_logits, teacher_logits, supervision, call, inplace=False)
 
 
 @_logits_backward_op.register_fake
 def _logits_backward_fake(  # type: ignore[no-untyped-def]
-    grad_loss, grad_divergence, divergence, state, student_logits, teacher_logits, student_row, teacher_row, kind,
-    weight, clip, temperature, scale, softcap, beta, entry_clip, vocab_size, group_name, impl,
-):  # fmt: skip
+    upstream, saved, student_logits, teacher_logits, supervision, scalars, vocab_size, group_name, impl
+):
     return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("vigos::logits_divergence_backward_", mutates_args=("student_logits",))
 def _logits_backward_inplace_op(
-    grad_loss: Tensor | None, grad_divergence: Tensor | None, divergence: Tensor, state: Tensor,
-    student_logits: Tensor, teacher_logits: Tensor,
-    student_row: Tensor, teacher_row: Tensor, kind: Tensor, weight: Tensor, clip: Tensor,
-    temperature: float, scale: float, softcap: float | None, beta: float, entry_clip: float | None, vocab_size: int,
-    group_name: str, impl: str,
+    upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
+    supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,
 ) -> None:  # fmt: skip
-    """The same, written over the student's logits."""
-    problem = _logits_problem(
-        student_logits, teacher_logits, (student_row, teacher_row, kind, weight, clip), None,
-        (temperature, scale, softcap, beta, entry_clip, vocab_size, group_name), False,
-    )  # fmt: skip
-    with _no_autocast(problem.device), torch.no_grad():
-        g = _upstream(problem, divergence, grad_loss, grad_divergence)
-        choose(impl, problem).logits_backward(problem, state, g, out=problem.student_logits)
+    """Write the same over the student's logits."""
+    call = Call.unpacked(scalars, vocab_size, group_name, impl)
+    _logits_gradient(upstream, saved, student_logits, teacher_logits, supervision, call, inplace=True)
 
 
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.scalars, ctx.inplace = inputs[8:16], inputs[16]
-    ctx.save_for_backward(output[1], output[8], *inputs[:7])
+    student_logits, teacher_logits, supervision, _, *ctx.rest, ctx.inplace = inputs
+    ctx.save_for_backward(output[1], output[8], student_logits, teacher_logits, *supervision)
 
 
 def _logits_backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing: tuple[Any, ...] = (None,) * 17
-    if (grad_loss is None and grad_divergence is None) or not ctx.needs_input_grad[0]:
-        return nothing
-    saved = ctx.saved_tensors
-    if ctx.inplace:
-        with torch.no_grad():
-            _logits_backward_inplace_op(grad_loss, grad_divergence, *saved, *ctx.scalars)
-        return (saved[2].detach(), *nothing[1:])
-    return (_logits_backward_op(grad_loss, grad_divergence, *saved, *ctx.scalars), *nothing[1:])
+    divergence, state, student_logits, teacher_logits, *supervision = ctx.saved_tensors
+    gradient = None
+    if (grad_loss is not None or grad_divergence is not None) and ctx.needs_input_grad[0]:
+        arguments = ([grad_loss, grad_divergence], [divergence, state], student_logits, teacher_logits, supervision)
+        if ctx.inplace:
+            with torch.no_grad():
+                _logits_backward_inplace_op(*arguments, *ctx.rest)
+            gradient = student_logits.detach()
+        else:
+            gradient = _logits_backward_op(*arguments, *ctx.rest)
+    return (gradient, None, _no_gradient(supervision), *(None,) * 6)
 
 
 logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)

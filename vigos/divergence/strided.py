@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.ops import _logits_backward_inplace_op, _logits_backward_op, logits_op
+from vigos.divergence.ops import Call, _logits_backward_inplace_op, _logits_backward_op, logits
 
 
 def overlaps(x: Tensor) -> bool:
@@ -64,11 +64,12 @@ class _Strided(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, student: Tensor, teacher: Tensor, rows: Sequence[Tensor], labels: Tensor | None,
-        scalars: Sequence[Any], inplace: bool,
+        call: Call, inplace: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         matrix, index = as_matrix(student)
-        out = logits_op(matrix, teacher, index.to(rows[0].device)[rows[0]], *rows[1:], labels, *scalars, inplace)
-        ctx.scalars, ctx.inplace = scalars, inplace
+        rows_s = index.to(rows[0].device)[rows[0]]
+        out = logits(matrix, teacher, (rows_s, *rows[1:]), labels, call, inplace)
+        ctx.call, ctx.inplace = call, inplace
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, out[1], out[8], *rows)
         ctx.mark_non_differentiable(*out[2:8])
@@ -87,8 +88,9 @@ class _Strided(torch.autograd.Function):
             pairs = ((student_row >= start) & (student_row < start + n)).nonzero().squeeze(1)
             there = pairs.to(state.device)
             arguments = (
-                grad_loss, None if grad_divergence is None else grad_divergence[there], divergence[there], state[there],
-                part, teacher, student_row[pairs] - start, *(x[pairs] for x in rows), *ctx.scalars,
+                [grad_loss, None if grad_divergence is None else grad_divergence[there]],
+                [divergence[there], state[there]], part, teacher,
+                [student_row[pairs] - start, *(x[pairs] for x in rows)], *ctx.call.packed(),
             )  # fmt: skip
             if dlogits is None:
                 _logits_backward_inplace_op(*arguments)

@@ -78,14 +78,18 @@ def _pair(
         raw_t = raw_t + bias_t
     if bias_s is not bias_t:
         difference = difference + ((0 if bias_s is None else bias_s) - (0 if bias_t is None else bias_t))  # type: ignore[operator]
-    slope: Tensor | float = rows.alpha
-    if rows.softcap is None:
-        z_s, z_t, gap = raw_s * rows.alpha, raw_t * rows.alpha, difference * rows.alpha
+    f, f_t = rows.student_transform, rows.teacher_transform
+    z_s, z_t = f(raw_s), f_t(raw_t)
+    slope: Tensor | float = f.alpha
+    if f.softcap is not None:
+        slope = (1 - torch.tanh(raw_s * f.inner) ** 2) * f.alpha
+    if not rows.alike:
+        gap = z_s - z_t
+    elif f.softcap is None:
+        gap = difference * f.alpha
     else:
-        tanh_s, tanh_t = (torch.tanh(raw * (rows.scale / rows.softcap)) for raw in (raw_s, raw_t))
-        height = rows.softcap / rows.temperature
-        z_s, z_t, slope = tanh_s * height, tanh_t * height, (1 - tanh_s**2) * rows.alpha
-        gap = torch.tanh(difference * (rows.scale / rows.softcap)) * (1 - tanh_s * tanh_t) * height
+        tanh_s, tanh_t = torch.tanh(raw_s * f.inner), torch.tanh(raw_t * f.inner)
+        gap = torch.tanh(difference * f.inner) * (1 - tanh_s * tanh_t) * f.height
         infinite = torch.isinf(raw_s) | torch.isinf(raw_t)  # tanh gives those a finite logit
         gap = torch.where(infinite, z_s - z_t, gap)
     v, real = z_s.shape[-1], rows.local_vocab(z_s.shape[-1])

@@ -77,24 +77,21 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-class _Transform:
-    """`_C.Transform` and the bias vectors it points to."""
+class _Transforms:
+    """`_C.Transforms` of both sides and the bias vectors that it points to."""
 
     def __init__(
         self, rows: Rows, bias_s: Tensor | None = None, bias_t: Tensor | None = None, v: int = 0,
         difference: bool = False,
     ) -> None:  # fmt: skip
-        addresses = (0, 0, 0)
+        self.native = _c().Transforms(rows.student_transform.constants, rows.teacher_transform.constants, difference)
         if bias_s is not None or bias_t is not None:
             zero = torch.zeros(v)
             student = zero if bias_s is None else bias_s[:v].float().contiguous()
             teacher = zero if bias_t is None else bias_t[:v].float().contiguous()
             gap = torch.where((student == teacher), 0.0, student - teacher)  # also where both are -inf
-            self.keep = (student, teacher, gap)
-            addresses = tuple(x.data_ptr() for x in self.keep)  # type: ignore[assignment]
-        inner = 0.0 if rows.softcap is None else rows.scale / rows.softcap
-        height = 0.0 if rows.softcap is None else rows.softcap / rows.temperature
-        self.of = _c().Transform(rows.alpha, inner, height, *addresses, difference)
+            self.biases = (student, teacher, gap)
+            self.native.set_biases(*(x.data_ptr() for x in self.biases))
 
 
 def _matrix(x: Tensor) -> object:
@@ -173,7 +170,8 @@ def forward(problem: LinearProblem) -> LinearResult:
         return result
     head_s = _Head(problem.student_weight, real)
     head_t = None if problem.teacher_weight is None else _Head(problem.teacher_weight, real)
-    transform = _Transform(problem, problem.student_bias, problem.teacher_bias, real, difference=head_t is None)
+    difference = head_t is None and problem.alike
+    transform = _Transforms(problem, problem.student_bias, problem.teacher_bias, real, difference)
     options = c.Options(problem.beta, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
@@ -196,8 +194,9 @@ def forward(problem: LinearProblem) -> LinearResult:
         kind[:n] = problem.kind[rows]
         kind[n:] = kind[n - 1]
         if both is not None:
-            student = hidden_s[:n].clone() if result.dweight is not None else None
-            hidden_s -= hidden_t
+            student = hidden_s[:n].clone() if difference and result.dweight is not None else None
+            if difference:
+                hidden_s -= hidden_t
             head_s.project(both, logits)
             if student is not None:
                 hidden_s[:n] = student
@@ -205,10 +204,10 @@ def forward(problem: LinearProblem) -> LinearResult:
             assert head_t is not None
             head_s.project(hidden_s, logits[:, :width])
             head_t.project(hidden_t, logits[:, width:])
-        c.chunk_statistics(chunk, transform.of, sums.data_ptr(), _threads())
+        c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
         lse_s, lse_t, entropy_s, entropy_t, known[1:] = _normalise(problem, sums)
         c.chunk_measure(
-            chunk, transform.of, options, known.data_ptr(), kind.data_ptr(), measured.data_ptr(), _threads()
+            chunk, transform.native, options, known.data_ptr(), kind.data_ptr(), measured.data_ptr(), _threads()
         )
         all_reduce(measured, problem.group)
         known[0] = measured[1]
@@ -221,7 +220,7 @@ def forward(problem: LinearProblem) -> LinearResult:
         if problem.labels is not None:
             assert statistics.student_logprob is not None
             assert statistics.teacher_logprob is not None
-            z_s, z_t = _label_logits(problem, logits[:real], problem.labels[rows])
+            z_s, z_t = _label_logits(problem, logits[:real], problem.labels[rows], difference)
             statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
             statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
         if not need:
@@ -236,7 +235,7 @@ def forward(problem: LinearProblem) -> LinearResult:
         index = columns.int()
         c.chunk_gradient(
             chunk,
-            transform.of,
+            transform.native,
             options,
             known.data_ptr(),
             kind.data_ptr(),
@@ -266,7 +265,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     return result
 
 
-def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor) -> Tensor:
+def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, difference: bool) -> Tensor:
     """(2, n) float64: both sides' z of each row's label, 0 where another rank holds it (and summed over the ranks)."""
     n, width = labels.shape[0], logits.shape[1] // 2
     at = labels - problem.vocab_start
@@ -274,18 +273,12 @@ def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor) -> Ten
     out = torch.zeros(2, n, dtype=torch.float64)
     columns = torch.arange(n)[mine]
     raws = [logits[at[mine], columns + side * width].double() for side in (0, 1)]
-    if problem.teacher_weight is None:
+    if difference:
         raws[0] += raws[1]
-    for side, bias in enumerate((problem.student_bias, problem.teacher_bias)):
-        raw = raws[side]
-        if bias is not None:
-            raw += bias[at[mine]].double()
-        if problem.softcap is None:
-            out[side, mine] = raw * problem.alpha
-        else:
-            out[side, mine] = torch.tanh(raw * (problem.scale / problem.softcap)) * (
-                problem.softcap / problem.temperature
-            )
+    sides = ((problem.student_bias, problem.student_transform), (problem.teacher_bias, problem.teacher_transform))
+    for side, (bias, transform) in enumerate(sides):
+        raw = raws[side] if bias is None else raws[side] + bias[at[mine]].double()
+        out[side, mine] = transform(raw)
     return all_reduce(out, problem.group)
 
 
@@ -312,7 +305,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
     out = torch.empty(r, 11, dtype=torch.float64)
-    transform, options = _Transform(problem), c.Options(problem.beta, problem.entry_clip)
+    transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
     kind = problem.kind.int()
     for rows in _row_blocks(problem, torch.arange(r)):
         student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
@@ -321,18 +314,18 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
         student_row, teacher_row = student_row.contiguous(), teacher_row.contiguous()
         c.rows_forward(
             _matrix(student), _matrix(teacher), student_row.data_ptr(), teacher_row.data_ptr(), kinds.data_ptr(),
-            len(rows), v, transform.of, options, part.data_ptr(), _threads(),
+            len(rows), v, transform.native, options, part.data_ptr(), _threads(),
         )  # fmt: skip
     state = torch.zeros(r, STATE)
     state[:, :6] = out[:, 1:7]
     logprobs: list[Tensor | None] = [None, None]
     if problem.labels is not None:
-        sides = ((problem.student_logits, problem.student_row), (problem.teacher_logits, problem.teacher_row))
-        for side, (logits, row) in enumerate(sides):
-            raw = logits[row, problem.labels].double()
-            z = raw * problem.alpha
-            if problem.softcap is not None:
-                z = torch.tanh(raw * (problem.scale / problem.softcap)) * (problem.softcap / problem.temperature)
+        sides = (
+            (problem.student_logits, problem.student_row, problem.student_transform),
+            (problem.teacher_logits, problem.teacher_row, problem.teacher_transform),
+        )
+        for side, (logits, row, transform_) in enumerate(sides):
+            z = transform_(logits[row, problem.labels].double())
             logprobs[side] = (z - out[:, 9 + side]).float()
     divergence, entropy_s, entropy_t, lse_s, lse_t = (out[:, i].float() for i in (0, 7, 8, 9, 10))
     return LogitsResult(Statistics(divergence, entropy_s, entropy_t, lse_s, lse_t, *logprobs), state)
@@ -360,7 +353,7 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
         target.copy_(logits_backward(problem, state, row_grad))
         return target
     active = (row_grad != 0).nonzero().squeeze(1)
-    transform, options = _Transform(problem), c.Options(problem.beta, problem.entry_clip)
+    transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
     v = problem.local_vocab(logits.shape[1])
     for i, round_ in enumerate(_rounds(problem.student_row[active])):
         for rows in _row_blocks(problem, active[round_]):
@@ -375,7 +368,7 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
             )
             c.rows_backward(
                 _matrix(student), _matrix(teacher), at.contiguous().data_ptr(), teacher_row.contiguous().data_ptr(),
-                kinds.data_ptr(), states.data_ptr(), STATE, scale.data_ptr(), len(rows), v, transform.of, options,
+                kinds.data_ptr(), states.data_ptr(), STATE, scale.data_ptr(), len(rows), v, transform.native, options,
                 _matrix(to), i > 0 and not copied, _threads(),
             )  # fmt: skip
             if copied and i > 0:

@@ -124,10 +124,10 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _scalars(rows: Rows, v: int) -> dict[str, float | int]:
+def _scalars(rows: Rows, v: int) -> dict[str, object]:
     return {
-        "vocab": v, "logical_vocab": rows.local_vocab(v), "temperature": rows.temperature, "scale": rows.scale,
-        "softcap": rows.softcap or 0.0, "beta": rows.beta,
+        "vocab": v, "logical_vocab": rows.local_vocab(v), "student_transform": rows.student_transform.constants,
+        "teacher_transform": rows.teacher_transform.constants, "beta": rows.beta,
         "entry_clip": math.inf if rows.entry_clip is None else rows.entry_clip,
     }  # fmt: skip
 

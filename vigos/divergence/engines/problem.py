@@ -14,6 +14,43 @@ STATE = 8  # columns of LogitsResult.state
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """Turn a head's raw logits, bias included, into the z that softmax sees.
+
+    With a softcap z = softcap * tanh(scale * raw / softcap) / temperature, else z = scale * raw / temperature; in the
+    engines' words height * tanh(inner * raw), or alpha * raw.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def alpha(self) -> float:
+        """Return dz / draw at raw = 0: scale / temperature."""
+        return self.scale / self.temperature
+
+    @property
+    def inner(self) -> float:
+        """Return scale / softcap, or 0 without a softcap."""
+        return 0.0 if self.softcap is None else self.scale / self.softcap
+
+    @property
+    def height(self) -> float:
+        """Return the largest |z|, softcap / temperature, or 0 without a softcap."""
+        return 0.0 if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def constants(self) -> tuple[float, float, float]:
+        """Return (alpha, inner, height), as kernels take a transform."""
+        return self.alpha, self.inner, self.height
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Return z of raw logits of any shape."""
+        return raw * self.alpha if self.softcap is None else torch.tanh(raw * self.inner) * self.height
+
+
+@dataclass(frozen=True)
 class Rows:
     """The supervised rows, what to compute for them, and how logits become distributions: shared by both operations.
 
@@ -24,8 +61,7 @@ class Rows:
         kind: int8 (R,), FORWARD_KL, REVERSE_KL or JSD.
         weight, clip: float32 (R,); the loss is sum of weight * min(divergence, clip).
         labels: int64 (R,) global vocabulary ids, or None.
-        temperature, scale, softcap: z = softcap * tanh(scale * raw / softcap) / temperature; where softcap is None,
-            scale * raw / temperature.
+        student_transform, teacher_transform: from each side's raw logits to z; the two may differ.
         beta: of rows of kind JSD, in (0, 1).
         entry_clip: clip of each vocabulary entry's term before the sum, or None.
         vocab_size: logical size of the whole vocabulary; global ids beyond it have probability 0.
@@ -39,9 +75,8 @@ class Rows:
     weight: Tensor
     clip: Tensor
     labels: Tensor | None
-    temperature: float
-    scale: float
-    softcap: float | None
+    student_transform: LogitTransform
+    teacher_transform: LogitTransform
     beta: float
     entry_clip: float | None
     vocab_size: int
@@ -54,9 +89,9 @@ class Rows:
         return self.student_row.shape[0]
 
     @property
-    def alpha(self) -> float:
-        """Factor from raw logits (bias included) to z when there is no softcap: scale / temperature."""
-        return self.scale / self.temperature
+    def alike(self) -> bool:
+        """True if both sides have one transform: z_s - z_t then follows from the difference of raw logits."""
+        return self.student_transform == self.teacher_transform
 
     def local_vocab(self, v: int) -> int:
         """How many of the `v` entries held here are real ones."""

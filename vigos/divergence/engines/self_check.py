@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vigos.divergence.engines.problem import LinearProblem
+from vigos.divergence.engines.problem import LinearProblem, LogitTransform
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 
 # Relative: rounding of float32 operands in products of 64, a teacher 0.02 away; of bfloat16 gradients, 2**-9 each.
@@ -48,9 +48,10 @@ def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int,
         **{name: x.to(device, dtype) for name, x in tensors.items()},
         student_row=rows.to(device), teacher_row=rows.to(device),
         kind=torch.tensor(kinds, dtype=torch.int8).repeat(n)[:n].to(device), weight=torch.ones(n, device=device),
-        clip=torch.full((n,), float("inf"), device=device), labels=None, temperature=1.0, scale=1.0, softcap=None,
-        beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0, group=None, teacher_weight=None, student_bias=None,
-        teacher_bias=None, need_dhidden=True, need_dweight=False, need_dbias=False,
+        clip=torch.full((n,), float("inf"), device=device), labels=None, student_transform=LogitTransform(),
+        teacher_transform=LogitTransform(), beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0, group=None,
+        teacher_weight=None, student_bias=None, teacher_bias=None, need_dhidden=True, need_dweight=False,
+        need_dbias=False,
     )  # fmt: skip
 
 

@@ -73,27 +73,25 @@ def logits_why_not(problem: LogitsProblem) -> str | None:
 
 
 def takes_difference(problem: LinearProblem) -> bool:
-    """Whether the student's logits are (student - teacher) @ head: fp32 products of one head.
+    """Whether the student's logits are (student - teacher) @ head: fp32 products of one head with one transform.
 
     Rounding then is relative to the difference, which the gradient is made of. In 16 bits that of the operands is the
     larger error, and the difference would have to be rounded to 16 bits again.
     """
     fp32 = problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
-    return fp32 and problem.teacher_weight is None
+    return fp32 and problem.teacher_weight is None and problem.alike
 
 
 def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
     """The row kernels' view of `rows` whose `v` columns are held here."""
     from vigos.kernels.divergence import Options
 
-    softcap = None
-    if rows.softcap is not None:
-        softcap = (rows.scale / rows.softcap, rows.softcap / rows.temperature)
     return Options(
         student_row=rows.student_row.contiguous(), teacher_row=rows.teacher_row.contiguous(),
         kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
-        vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, alpha=rows.alpha, softcap=softcap, beta=rows.beta,
-        entry_clip=rows.entry_clip, difference=difference,
+        vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, student_transform=rows.student_transform.constants,
+        teacher_transform=rows.teacher_transform.constants, beta=rows.beta, entry_clip=rows.entry_clip,
+        difference=difference,
     )  # fmt: skip
 
 
@@ -170,7 +168,7 @@ def half_scale(options: Options, state: Tensor) -> Tensor:
     divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
     """
     kl = torch.where(options.kind == REVERSE_KL, (state[:, 5] + state[:, 4] + state[:, 6]).clamp(min=0.0), 0.5)
-    scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.alpha * (2.0 * kl + 1.0)))))
+    scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.student_transform[0] * (2.0 * kl + 1.0)))))
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 
 
