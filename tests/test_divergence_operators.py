@@ -27,11 +27,24 @@ def inputs(dtype=torch.float32, seed=0):
     return student.requires_grad_(), head.requires_grad_(), bias.requires_grad_(), teacher, rows
 
 
+def fields(rows):
+    return [rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip]
+
+
 def linear_arguments(impl, dtype=torch.float32, need=(True, True, True), labels=None):
     student, head, bias, teacher, rows = inputs(dtype)
     transform = LogitTransform(0.9, 15.0, 1.2)
     packed = operators.Call(transform, transform, 0.3, impl=impl).packed()
-    return (student, head, bias, [teacher, None, None], list(vars(rows).values()), labels, *packed, list(need))
+    return (
+        student,
+        head,
+        bias,
+        [teacher, None, None],
+        fields(rows),
+        labels,
+        *packed,
+        list(need),
+    )
 
 
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, False, False)])
@@ -49,7 +62,14 @@ def test_opcheck_traced():
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     rows = inputs()[4]
     packed = operators.Call(LogitTransform(), LogitTransform(), impl="cpu").packed()
-    arguments = (student, teacher, list(vars(rows).values()), None, *packed, False)
+    arguments = (
+        student,
+        teacher,
+        fields(rows),
+        None,
+        *packed,
+        False,
+    )
     torch.library.opcheck(operators.logits_op, arguments)
 
 

@@ -143,8 +143,8 @@ def test_three_dimensional_inputs() -> None:
 def test_three_dimensional_inputs_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the engine is two-dimensional, so that its chunks are chunks of tokens."""
     seen = []
-    real = api.linear_op
-    monkeypatch.setattr(api, "linear_op", lambda *a, **k: seen.append(a[0].shape) or real(*a, **k))
+    real = api.linear
+    monkeypatch.setattr(api, "linear", lambda student, *rest: seen.append(student[0].shape) or real(student, *rest))
     c = case(3, 12, 16, 101)
     cubes = c | {"student": c["student"].view(3, 4, 16), "teacher": c["teacher"].view(3, 4, 16)}
     run(drop_in.LigerFusedLinearJSDLoss(0.0), cubes | {"labels": c["labels"].view(3, 4)})

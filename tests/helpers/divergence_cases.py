@@ -139,7 +139,7 @@ def unlike(c: Case, impl: str | None, dtype: torch.dtype, sides: tuple[LogitTran
         loss = reference.loss(divergence, rows.weight, rows.clip)
     else:
         call = Call(*sides, impl=impl, **c.options)
-        fields = list(vars(rows).values())
+        fields = [rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip]
         loss, divergence, *_ = linear((hidden, head, bias), (teacher, teacher_head, teacher_bias), fields, None, call)
     loss.backward()
     grads = [None if x is None else x.grad.double() for x in (hidden, head, bias)]
