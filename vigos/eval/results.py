@@ -37,8 +37,13 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
-        """Read a records file; a line cut off by a kill is left out. Raises ValueError for another kind of file."""
-        settings, records, _ = _read_records(Path(path))
+        """Read a records file, or records.jsonl of a folder; a line cut off by a kill is left out.
+
+        Raises ValueError for another kind of file.
+        """
+        path = Path(path)
+        path = path / "records.jsonl" if path.is_dir() else path
+        settings, records, _ = _read_records(path)
         if settings is None:
             raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
         return cls(settings, records)
