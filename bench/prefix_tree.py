@@ -30,8 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vigos
 from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
-from vigos.scoring.forwards import padded_batch
-from vigos.scoring.teacher import hidden_states, lm_head
+from vigos.models.inputs import padded_batch
+from vigos.models.parts import lm_head
+from vigos.scoring.hidden_states import hidden_states
 
 IMAGE, VISION_START, VISION_END = 3, 4, 5
 PATCH, MERGE = 14, 2

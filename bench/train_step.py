@@ -26,8 +26,10 @@ from torch.nn import functional as F
 
 import vigos
 from vigos.method.encode import ScoredSequence
-from vigos.scoring.forwards import padded_batch
-from vigos.scoring.teacher import hidden_states, lm_head, teacher_mode
+from vigos.models.inputs import padded_batch
+from vigos.models.parts import lm_head
+from vigos.scoring.hidden_states import hidden_states
+from vigos.scoring.teacher import teacher_mode
 
 PHASES = ("teachers", "student", "divergence", "backward")
 Clock = Callable[[str], None]  # call it at the end of a phase

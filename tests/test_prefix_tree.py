@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny_models import IMAGE, prompt, words
+from helpers.tiny_models import IMAGE, fed, fed_alone, prompt, visible_keys, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
-from vigos.scoring.prefix_tree import PrefixTree, fed_ids
+from vigos.scoring.prefix_tree import PrefixTree, model_input_ids
 
 
 def sequence(ids, completion, scored, images=None, types=None):
@@ -24,14 +24,14 @@ def image(value: float) -> ImageInputs:
 def check(tree: PrefixTree, budget: int) -> None:
     """Every property of the plan that the model's result rests on, from the definition and token by token."""
     rows = torch.cat([pack.rows for pack in tree.packs]) if tree.packs else torch.empty(0, dtype=torch.int64)
-    assert sorted(rows.tolist()) == list(range(tree.num_rows))
+    assert sorted(rows.tolist()) == list(range(sum(len(s.scored) for s in tree.sequences)))
     first_row = [0]
     for each in tree.sequences:
         first_row.append(first_row[-1] + len(each.scored))
     for pack in tree.packs:
-        mask, ids = pack.mask(), pack.ids
+        mask, ids = visible_keys(pack), pack.ids
         assert len(pack.members) == 1 or pack.tokens <= budget
-        for token, row in zip(pack.taken.tolist(), pack.rows.tolist(), strict=True):
+        for token, row in zip(pack.positions.tolist(), pack.rows.tolist(), strict=True):
             i = max(j for j in range(len(tree.sequences)) if first_row[j] <= row and len(tree.sequences[j].scored))
             member = tree.sequences[i]
             length = len(member.prompt.ids) + int(member.scored[row - first_row[i]])
@@ -68,9 +68,10 @@ def test_plan_is_the_tree_of_prefixes(sequences, budget):
     check(tree, budget)
     whole = PrefixTree(sequences, token_budget=10**6)
     check(whole, 10**6)
-    distinct = {tuple(fed_ids(s)[:n].tolist()) for s in sequences for n in range(1, len(fed_ids(s)) + 1)}
-    assert whole.tokens == len(distinct), "a prefix is computed twice, or one that nobody needs"
-    assert whole.tokens_separate == sum(len(fed_ids(s)) for s in sequences)
+    distinct = {
+        tuple(model_input_ids(s)[:n].tolist()) for s in sequences for n in range(1, len(model_input_ids(s)) + 1)
+    }
+    assert fed(whole) == len(distinct), "a prefix is computed twice, or one that nobody needs"
 
 
 def test_images_decide_what_is_shared():
@@ -80,7 +81,7 @@ def test_images_decide_what_is_shared():
     assert [p.tokens for p in same.packs] == [6]  # the whole prompt and token 1; the last scored token is never fed
     assert len(same.packs[0].images) == 1
     other = PrefixTree([sequence(ids, [1, 2], [1], a, types), sequence(ids, [1, 2], [1], b, types)])
-    assert other.tokens == other.tokens_separate == 12, "equal ids with different images were shared"
+    assert fed(other) == fed_alone(other.sequences) == 12, "equal ids with different images were shared"
     assert [each.key for each in other.packs[0].images] == [a.key, b.key]
 
 
@@ -90,16 +91,16 @@ def test_a_shared_prefix_covers_every_placeholder():
     one = sequence([5, IMAGE, IMAGE, 6, IMAGE], [1], [0], a, [0, 1, 1, 0, 1])
     two = sequence([5, IMAGE, IMAGE, 7, IMAGE], [1], [0], a, [0, 1, 1, 0, 1])
     tree = PrefixTree([one, two])
-    assert tree.tokens == tree.tokens_separate
+    assert fed(tree) == fed_alone(tree.sequences)
     assert len(tree.packs[0].images) == 2
 
 
 def test_placeholders_without_token_types():
     ids = [5, IMAGE, IMAGE, 6, 7]
     pair = [sequence([*ids, 8], [1, 2], [1], image(1.0)), sequence([*ids, 9], [1, 2], [1], image(1.0))]
-    assert PrefixTree(pair, image_token_id=IMAGE).tokens == 5 + 2 * 2
+    assert fed(PrefixTree(pair, image_token_id=IMAGE)) == 5 + 2 * 2
     # No way to tell where the placeholders are: only whole prompts are shared.
-    assert PrefixTree(pair).tokens == PrefixTree(pair).tokens_separate
+    assert fed(PrefixTree(pair)) == fed_alone(PrefixTree(pair).sequences)
 
 
 def test_a_split_tree_repeats_its_prefix_and_its_image():
@@ -163,6 +164,6 @@ def test_tokens_fall_as_designed():
     sequences, released = step(4, 1024)
     tree = PrefixTree(sequences, image_token_id=IMAGE)
     check(tree, 16_384)
-    assert released / tree.tokens > 6.3
+    assert released / fed(tree) > 6.3
     single, released_single = step(1, 1024)
-    assert released_single / PrefixTree(single, image_token_id=IMAGE).tokens > 2.8
+    assert released_single / fed(PrefixTree(single, image_token_id=IMAGE)) > 2.8

@@ -29,7 +29,7 @@ from helpers.training import (
 from torch import Tensor
 
 from vigos.data.examples import ImageLimits, load_rows
-from vigos.scoring.teacher import lm_head
+from vigos.models.parts import lm_head
 from vigos.train.config import ViGOSConfig
 from vigos.train.teacher_weights import TeacherPolicy, build_lora, merged_copy, prepare_model
 from vigos.train.trainer import ViGOSTrainer

@@ -32,7 +32,8 @@ from helpers.training import (
 )
 from vigos.errors import end_process
 from vigos.method.encode import EncodedPrompt
-from vigos.models.sharding import made_whole, sharding_of, whole_trained
+from vigos.models.compat import unsharded_init
+from vigos.models.sharding import gather_trained, sharding_of
 from vigos.rollout.engine import RolloutEngine, Sampling
 from vigos.train.checkpoint import last_checkpoint
 from vigos.train.trainer import ViGOSTrainer
@@ -149,7 +150,7 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
         options["per_device_train_batch_size"] = RANKS * options.get("per_device_train_batch_size", 2)
     else:
         options["ddp_backend"] = "gloo"
-    with made_whole():  # an earlier case may have left a configuration for ZeRO-3
+    with unsharded_init():  # an earlier case may have left a configuration for ZeRO-3
         model = tiny_student(torch.float32 if case in ZERO_CASES else torch.float64, tied=tied)
     args = config(folder, **options)
     if ranks > 1 and case.startswith("zero3"):  # as the command does it: options first, then the model, in pieces
@@ -157,7 +158,7 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
 
         deepspeed.init_distributed("gloo")
         if os.environ["RANK"] == "0":
-            with made_whole():
+            with unsharded_init():
                 model.save_pretrained(folder / "untrained")
         deepspeed.comm.barrier()
         model = type(model).from_pretrained(folder / "untrained")
@@ -191,7 +192,7 @@ def whole(engine: ViGOSTrainer) -> dict[str, Tensor]:
     """Every trained parameter, whole."""
     model = engine.accelerator.unwrap_model(engine.model)
     if sharding_of(model) == "zero3":
-        return whole_trained(model)
+        return gather_trained(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in trained.items()}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
+from vigos.scoring.prefix_tree import PrefixPack, PrefixTree, model_input_ids
 
 VOCAB, IMAGE = 96, 90  # ids from 90 on are never text: image, video and the vision markers
 HIDDEN, LAYERS = 32, 2
@@ -256,3 +257,19 @@ def mixed_rows(family: str) -> list[ScoredSequence]:
     add(1, "short", b, first, [1])
     add(4, "empty", b, first, [])
     return out
+
+
+def visible_keys(pack: PrefixPack) -> Tensor:
+    """(T, T) bool, True where the row's token sees the column's."""
+    q = torch.arange(pack.tokens)
+    return (q[None] <= q[:, None]) & (q[:, None] < pack.subtree_end[None])
+
+
+def fed(tree: PrefixTree) -> int:
+    """Tokens that a model reads through the tree."""
+    return sum(pack.tokens for pack in tree.packs)
+
+
+def fed_alone(sequences: list[ScoredSequence]) -> int:
+    """Tokens that it reads without sharing and without padding."""
+    return sum(len(model_input_ids(s)) for s in sequences)

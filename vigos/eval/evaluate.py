@@ -76,9 +76,9 @@ def evaluate(
     Raises:
         ValueError: an option out of range, records of another evaluation, or no example that could be used.
     """
+    from vigos.models.parts import base_model
     from vigos.rollout.engine import eos_ids, placeholder_ids
     from vigos.rollout.generate import TransformersEngine
-    from vigos.scoring.teacher import base_model
 
     config = dataclasses.replace(config or EvalConfig(), **options)
     if model is None and engine is None:

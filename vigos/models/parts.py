@@ -16,7 +16,7 @@ _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers or PEFT model inside DDP, FSDP, DeepSpeed and torch.compile wrappers."""
+    """Return the transformers or PEFT model inside DDP, FSDP, DeepSpeed and torch.compile wrappers."""
     inner: nn.Module | None = model
     while inner is not None:
         model = inner
@@ -25,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> Any:
-    """The transformers model inside wrappers and PEFT."""
+    """Return the transformers model inside wrappers and PEFT. Raises ValueError for other models."""
     core: Any = unwrap(model)
     base = core.get_base_model() if hasattr(core, "get_base_model") else core
     if not hasattr(base, "get_output_embeddings"):
@@ -34,7 +34,7 @@ def base_model(model: nn.Module) -> Any:
 
 
 def lm_head(model: nn.Module) -> nn.Module:
-    """The language-model head inside wrappers and PEFT."""
+    """Return the language-model head inside wrappers and PEFT. Raises ValueError without one."""
     base = base_model(model)
     head = base.get_output_embeddings()
     if head is None:
@@ -43,20 +43,20 @@ def lm_head(model: nn.Module) -> nn.Module:
 
 
 def logit_settings(config: Any) -> dict[str, Any]:
-    """What a model's own forward does to its head's output (Gemma caps it, Cohere and Granite scale it), as arguments
-    of `linear_divergence`; from its text config."""
+    """Read from a text config what the model's own forward does to its head's output, as arguments of
+    `linear_divergence`: Gemma caps it, Cohere and Granite scale it."""
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
 
 
 def inner_model(base: Any) -> Any:
-    """The model under the head: for multimodal families the one that holds the vision tower."""
+    """Return the model under the head: for multimodal families the one that holds the vision tower."""
     return getattr(base, base.base_model_prefix, base)
 
 
 def text_model(base: Any) -> Any:
-    """The decoder under the head, without the vision tower."""
-    inner = getattr(base, base.base_model_prefix, base)
+    """Return the decoder under the head, without the vision tower."""
+    inner = inner_model(base)
     for name in ("language_model", "text_model"):
         if isinstance(getattr(inner, name, None), nn.Module):
             return getattr(inner, name)
@@ -64,25 +64,25 @@ def text_model(base: Any) -> Any:
 
 
 def token_types_name(base: Any) -> str | None:
-    """What the model calls the token types of its prompts with images; None if it wants none."""
-    known = set(signature(type(base).forward).parameters) | set(signature(type(inner_model(base)).forward).parameters)
-    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in known), None)
+    """Return the name of the argument for token types of prompts with images; None if the model takes none."""
+    accepted = {name for module in (base, inner_model(base)) for name in signature(type(module).forward).parameters}
+    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in accepted), None)
 
 
 def image_token_id_of(base: Any) -> int | None:
-    config = base.config
-    found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    return found if isinstance(found, int) else None
+    """Return the id that stands for image features; None if the configuration names none."""
+    token = getattr(base.config, "image_token_id", getattr(base.config, "image_token_index", None))
+    return token if isinstance(token, int) else None
 
 
-def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor:
-    """Runs `model(**inputs)` and returns rows of what its language-model head was given. No logits are computed.
+def head_rows(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Run `model(**inputs)` and return rows of what its language-model head was given. No logits are computed.
 
     The innermost module's `forward` is redirected for the call, so that a wrapper's own forward, with its hooks, sees
     the returned tensor as the module's output.
 
     Args:
-        taken: (m,) int64, which of the B * T positions are returned, as (m, D).
+        positions: (m,) int64, which of the B * T positions are returned, as (m, D).
     """
     core, head = unwrap(model), lm_head(model)
     if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
@@ -103,7 +103,7 @@ def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor
                 f"model must apply its language-model head once a forward, got {len(caught)} times "
                 f"in {type(base_model(model)).__name__}"
             )
-        return caught[0].flatten(0, 1).index_select(0, taken.to(caught[0].device))
+        return caught[0].flatten(0, 1).index_select(0, positions.to(caught[0].device))
 
     original = core.forward
     with replaced_forward(core, redirected):
@@ -112,13 +112,25 @@ def head_rows(model: nn.Module, inputs: dict[str, Any], taken: Tensor) -> Tensor
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in place of the module's own, inside; its hooks and those of wrappers around it run as ever."""
-    own = module.__dict__.get("forward")  # accelerate's autocast and offload hooks live on the instance
+    """Put `forward` in place of the module's own, inside; its hooks and those of wrappers around it still run."""
+    previous = module.__dict__.get("forward")  # accelerate's autocast and offload hooks live on the instance
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = previous
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, inside; restore the mode that each had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

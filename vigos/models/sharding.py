@@ -1,8 +1,8 @@
-"""Parameters that live in pieces on several ranks: FSDP2 (`fully_shard`), DeepSpeed ZeRO-3.
+"""Sharded parameters: FSDP2 (`fully_shard`) and DeepSpeed ZeRO-3.
 
-What the trainer does outside of an ordinary forward has to know about the pieces: it reads the language-model head,
-puts a teacher's weights in place of the student's, and generates. Everything here is a no-op on whole parameters.
-Calls that gather are collectives: every rank makes them together.
+What the trainer does outside of an ordinary forward has to know about shards: it reads the language-model head, puts a
+teacher's weights in place of the student's, and generates. Everything here is a no-op on unsharded parameters. Calls
+that gather are collectives: every rank makes them together.
 """
 
 from __future__ import annotations
@@ -16,74 +16,76 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from vigos.models.compat import reshards_after_forward
 from vigos.models.parts import lm_head, replaced_forward, unwrap
 
-Kind = Literal["whole", "fsdp2", "zero3"]
+Kind = Literal["unsharded", "fsdp2", "zero3"]
 T = TypeVar("T")
 
 
 def sharding_of(model: nn.Module) -> Kind:
-    """How the parameters of a wrapped model lie over the ranks; refuses FSDP 1, whose flat parameters have no names."""
+    """Return how a wrapped model is sharded; refuse FSDP 1, whose flat parameters have no names."""
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise ValueError("FSDP must be version 2 (fsdp_version: 2, as in configs/fsdp2.yaml), got version 1")
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         return "fsdp2"
-    return "zero3" if any(hasattr(p, "ds_id") for p in model.parameters()) else "whole"
+    return "zero3" if any(hasattr(p, "ds_id") for p in model.parameters()) else "unsharded"
 
 
-def local(x: Tensor) -> Tensor:
-    """This rank's piece of a parameter: the same memory, written in place by optimizers."""
+def local_shard(x: Tensor) -> Tensor:
+    """Return this rank's shard of a parameter: the same memory, written in place by optimizers."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def full(piece: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which each rank has a `piece`, laid out as the parameter `like` is."""
-    if not isinstance(like, DTensor):
-        return piece
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(piece, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()
+def gather(shard: Tensor, parameter: Tensor) -> Tensor:
+    """Return the full tensor of which each rank has a `shard`, laid out as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
 
-def piece_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of a whole tensor that every rank has."""
-    if not isinstance(like, DTensor):
-        return whole
+def shard_of(full: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's shard of a full tensor that every rank has, laid out as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None).to_local()
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what FSDP2 still holds gathered, so that the next forward gathers what the pieces hold by then."""
+    """Free what FSDP2 still holds gathered, so that the next forward gathers the shards as they are by then."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained parameters by name, whole on every rank."""
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the trained parameters by name, gathered on every rank."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with _gathered([p for p in trained.values() if hasattr(p, "ds_id")]):
-        return {name: full(local(p.detach()), p).clone() for name, p in trained.items()}
+        return {name: gather(local_shard(p.detach()), p).clone() for name, p in trained.items()}
 
 
-def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict of a model in pieces, whole and on the CPU; empty unless this rank keeps it.
+def gather_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Gather the state dict of a sharded model on the CPU; empty unless this rank keeps it.
 
     One tensor is gathered at a time.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         with _gathered([tensor] if hasattr(tensor, "ds_id") else []):
-            whole = full(local(tensor.detach()), tensor)
+            full = gather(local_shard(tensor.detach()), tensor)
             if keep:
-                state[name] = whole.to("cpu", copy=True)
+                state[name] = full.to("cpu", copy=True)
     return state
 
 
 @contextmanager
 def _gathered(parameters: list[Tensor]) -> Iterator[None]:
-    """ZeRO-3's parameters are whole inside, on every rank."""
+    """Gather parameters of ZeRO-3, inside, on every rank."""
     if not parameters:
         yield
         return
@@ -94,21 +96,8 @@ def _gathered(parameters: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def made_whole() -> Iterator[None]:
-    """A model made inside by one rank alone is whole: transformers would have ZeRO-3 deal parts of it out."""
-    from transformers.integrations import deepspeed
-
-    held = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = held
-
-
-@contextmanager
 def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight (V, D) and bias of the language-model head, whole on this rank.
+    """Gather weight (V, D) and bias of the language-model head.
 
     Under FSDP2 the gathered parameters stay until the backward pass, whose hooks then reduce their gradients.
     """
@@ -126,7 +115,7 @@ def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _owner(model: nn.Module, module: nn.Module) -> FSDPModule:
-    """The innermost FSDP2 unit that holds `module`."""
+    """Return the innermost FSDP2 unit that holds `module`."""
     path = next(name for name, m in model.named_modules() if m is module).split(".")
     for n in range(len(path), -1, -1):
         parent = model.get_submodule(".".join(path[:n]))
@@ -135,8 +124,8 @@ def _owner(model: nn.Module, module: nn.Module) -> FSDPModule:
     raise AssertionError("a sharded model without a unit around its head")
 
 
-def with_whole_weights(model: nn.Module, run: Callable[[], T]) -> T:
-    """`run()`, during which every rank holds all weights, so that forwards in it wait for no other rank.
+def with_gathered_weights(model: nn.Module, run: Callable[[], T]) -> T:
+    """Call `run()` with all weights gathered on every rank, so that forwards in it wait for no other rank.
 
     Generation needs it: ranks take different numbers of steps, and would gather all weights anew for every token.
     """
@@ -144,17 +133,17 @@ def with_whole_weights(model: nn.Module, run: Callable[[], T]) -> T:
     if not units and not isinstance(model, FSDPModule):
         return run()
     core, result = unwrap(model), []
-    letting_go = [unit for unit in units if _reshards_after_forward(unit)]
+    resharded = [unit for unit in units if reshards_after_forward(unit)]
 
     def gathered(*_: Any, **__: Any) -> None:
-        for unit in letting_go:
+        for unit in resharded:
             unit.set_reshard_after_forward(False, recurse=False)
         for unit in units:
             unit.unshard()
         try:
             result.append(run())
         finally:
-            for unit in letting_go:
+            for unit in resharded:
                 unit.set_reshard_after_forward(True, recurse=False)
             reshard(model)
 
@@ -167,10 +156,3 @@ def with_whole_weights(model: nn.Module, run: Callable[[], T]) -> T:
     with torch.no_grad(), replaced_forward(core, redirected):
         model()  # the root's hooks: its own weights, and who is root
     return result[0]
-
-
-def _reshards_after_forward(unit: FSDPModule) -> bool:
-    """There is a public setter and no getter; the groups' name went from one to several in torch 2.13."""
-    state: Any = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)

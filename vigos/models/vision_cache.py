@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from vigos.method.encode import ImageInputs
-from vigos.models.parts import text_model
+from vigos.models.parts import inner_model, text_model
+from vigos.models.sharding import sharding_of
 
 # What the models read of their vision tower's output; the tower's own hidden states are not kept.
 _FIELDS = ("pooler_output", "deepstack_features")
 
 
 class VisionCache:
-    """The features of the last `max_images` prompts' images, by `ImageInputs.key`.
+    """Keep the features of the last `max_images` prompts' images, by `ImageInputs.key`.
 
     One cache serves one model. It holds for as long as the weights of the vision tower do, so it takes frozen ones
     only: `obstacle` says what stands against it.
@@ -33,48 +34,41 @@ class VisionCache:
     def __init__(self, max_images: int = 64) -> None:
         if max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {max_images}")
-        self.max_images, self.computed, self.reused = max_images, 0, 0
+        self.max_images = max_images
         self._features: OrderedDict[str, SimpleNamespace] = OrderedDict()
         self._base: Any = None
 
     @classmethod
     def for_model(cls, base: Any, max_images: int = 64) -> VisionCache | None:
-        """A cache if the features of this transformers model can be kept, else None."""
+        """Return a cache if the features of this transformers model can be kept, else None."""
         return cls(max_images) if cls.obstacle(base) is None else None
 
     @staticmethod
     def obstacle(base: Any) -> str | None:
-        """Why features of this transformers model cannot be kept; None if they can."""
-        inner = getattr(base, base.base_model_prefix, base)
+        """Return why features of this transformers model cannot be kept; None if they can."""
+        inner = inner_model(base)
         if not hasattr(inner, "get_image_features"):
             return f"{type(base).__name__} has no get_image_features"
-        if any(type(m).__name__.startswith("FSDP") for m in base.modules()) or any(
-            hasattr(p, "ds_id") for p in base.parameters()
-        ):
+        if sharding_of(base) != "unsharded":
             return "the model is sharded, and every rank has to run the tower as often as the others"
         language: set[nn.Module] = {text_model(base), base.get_output_embeddings()}
-        outside = [(n, m) for n, m in _outside(base, language)]
-        for name, module in outside:
+        for name, module in _outside(base, language):
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 return f"{name} is being trained"
             if module.training and isinstance(module, nn.Dropout) and module.p > 0:
                 return f"{name} drops out at random"
         return None
 
-    def clear(self) -> None:
-        """Forgets everything: call it when the tower's weights have changed."""
-        self._features.clear()
-
     @contextmanager
     def serving(self, base: Any, images: Sequence[ImageInputs]) -> Iterator[None]:
-        """Lets the next forward of `base` over these images, in this order, take their features from here."""
+        """Let the next forward of `base` over these images, in this order, take their features from here."""
         if self._base is not None and self._base is not base:
             raise ValueError("vision must serve one model, got a second one; make a cache for each")
         reason = self.obstacle(base)
         if reason is not None:
             raise ValueError(f"vision features can only be kept for a frozen tower, got a model where {reason}")
         self._base = base
-        inner = getattr(base, base.base_model_prefix, base)
+        inner = inner_model(base)
         original = inner.get_image_features
 
         def get_image_features(*_: Any, **__: Any) -> SimpleNamespace:
@@ -88,28 +82,25 @@ class VisionCache:
 
     @torch.no_grad()
     def _joined(self, compute: Any, images: Sequence[ImageInputs], device: torch.device) -> SimpleNamespace:
-        known = signature(compute).parameters
-        found = []
+        accepted = signature(compute).parameters
+        shown = []
         for each in images:
             features = self._features.get(each.key)
             if features is None:
-                inputs = {name: tensor.to(device) for name, tensor in each.tensors.items() if name in known}
+                inputs = {name: tensor.to(device) for name, tensor in each.tensors.items() if name in accepted}
                 output = compute(**inputs, return_dict=True)
                 features = SimpleNamespace(
                     **{f: getattr(output, f) for f in _FIELDS if getattr(output, f, None) is not None}
                 )
                 self._features[each.key] = features
-                self.computed += 1
-            else:
-                self.reused += 1
             self._features.move_to_end(each.key)
-            found.append(features)
+            shown.append(features)
         while len(self._features) > self.max_images:
             self._features.popitem(last=False)
-        pooled = _concat([f.pooler_output for f in found])
-        if not hasattr(found[0], "deepstack_features"):
+        pooled = _concat([f.pooler_output for f in shown])
+        if not hasattr(shown[0], "deepstack_features"):
             return SimpleNamespace(pooler_output=pooled)
-        layers = zip(*(f.deepstack_features for f in found), strict=True)
+        layers = zip(*(f.deepstack_features for f in shown), strict=True)
         return SimpleNamespace(pooler_output=pooled, deepstack_features=[_concat(list(each)) for each in layers])
 
 

@@ -18,7 +18,7 @@ def save_adapter(adapters: Path | None, step: int, model: Any, weights: dict[str
     """Save the adapter of a peft model under its name of `step` and return its folder.
 
     Args:
-        weights: the trained parameters by name, gathered (`vigos.models.sharding.whole_trained`).
+        weights: the trained parameters by name, gathered (`vigos.models.sharding.gather_trained`).
     """
     if adapters is None:
         raise ValueError("adapters must be a folder that the engine reads too, got None")

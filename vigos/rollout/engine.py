@@ -91,7 +91,7 @@ class RolloutEngine(Protocol):
         Args:
             model: the student, a peft model, whose adapter is what changes.
             weights: on the leader rank the trained parameters by name, gathered
-                (`vigos.models.sharding.whole_trained`); None on the others, which only take note.
+                (`vigos.models.sharding.gather_trained`); None on the others, which only take note.
         """
 
 

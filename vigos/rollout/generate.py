@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
+from vigos.models.inputs import padded_batch
 from vigos.models.memory import free_memory
-from vigos.models.sharding import with_whole_weights
+from vigos.models.parts import base_model, eval_mode
+from vigos.models.sharding import with_gathered_weights
 from vigos.rollout.engine import RolloutEngine, Sampling, eos_ids, placeholder_ids, prompt_seeds, stream_seed
-from vigos.scoring.teacher import base_model, concat_images
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class TransformersEngine(RolloutEngine):
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         streams = [stream_seed(s, k) for s in seeds for k in range(sampling.n)]
         with _inference(self.model):
-            return with_whole_weights(self.model, lambda: self._generate_in_memory(repeated, sampling, streams))
+            return with_gathered_weights(self.model, lambda: self._generate_in_memory(repeated, sampling, streams))
 
     def _generate_in_memory(self, prompts: list[EncodedPrompt], sampling: Sampling, seeds: list[int]) -> list[Tensor]:
         """Sample in chunks, in smaller ones when memory runs out."""
@@ -116,27 +116,12 @@ class TransformersEngine(RolloutEngine):
         from transformers import GenerationConfig, LogitsProcessorList
 
         model = base_model(self.model)
-        device = model.device
-        B, P = len(prompts), max(len(p.ids) for p in prompts)
-        input_ids = torch.full((B, P), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(B, P, dtype=torch.int64)
-        token_types = torch.zeros(B, P, dtype=torch.int64)
-        for b, prompt in enumerate(prompts):
-            start = P - len(prompt.ids)
-            input_ids[b, start:], attention_mask[b, start:] = prompt.ids, 1
-            if prompt.token_type_ids is not None:
-                token_types[b, start:] = prompt.token_type_ids
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # Without them Qwen2.5-VL silently counts image positions along one axis.
-        types = _token_types_name(model)
-        if types is not None and any(p.token_type_ids is not None for p in prompts):
-            inputs[types] = token_types
-        images = [p.images for p in prompts if p.images is not None]
-        if images:
-            inputs |= concat_images(images)
+        P = max(len(prompt.ids) for prompt in prompts)
+        members = [(prompt.ids, prompt) for prompt in prompts]
+        inputs = padded_batch(model, members, pad_token_id=self.pad_token_id, left=True)
         sampler = _Sampler(sampling, seeds, self.banned_token_ids, prompt_length=P)
         output = model.generate(
-            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            **inputs,
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=False,  # the sampler leaves one candidate
@@ -198,15 +183,9 @@ class _Sampler:
         return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
 
 
-def _token_types_name(base: Any) -> str | None:
-    """What the model calls the marks of image tokens, in its own forward or in that of the model under its head."""
-    known = {name for module in (base, base.base_model) for name in signature(type(module).forward).parameters}
-    return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in known), None)
-
-
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored after; a clean generation config in the meantime.
+    """Put the model into evaluation mode, inside, and give it a clean generation config.
 
     Evaluation mode also turns gradient checkpointing off, which would drop the key-value cache. The model's own
     generation config would otherwise fill in what is not set here: Qwen2.5-VL's brings a repetition penalty.
@@ -214,18 +193,15 @@ def _inference(model: nn.Module) -> Iterator[None]:
     from transformers import GenerationConfig
 
     inner = base_model(model)
-    modes = [(module, module.training) for module in model.modules()]
     config = inner.generation_config
     # Models keep the position offset of the last generation, and would use it for whatever they are fed next.
     holders = [m for m in model.modules() if "rope_deltas" in vars(m)]
     deltas = [m.rope_deltas for m in holders]
-    model.eval()
     inner.generation_config = GenerationConfig()
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         inner.generation_config = config
-        for module, mode in modes:
-            module.training = mode
         for module, value in zip(holders, deltas, strict=True):
             module.rope_deltas = value

@@ -1,4 +1,4 @@
-"""The forwards that sequences are scored in: padded batches of whole ones, or packs that run every prefix once."""
+"""Plan the forwards that sequences are scored in: padded batches, or packs that run every prefix once."""
 
 from __future__ import annotations
 
@@ -12,35 +12,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vigos.method.encode import ImageInputs, ScoredSequence
-from vigos.models.parts import base_model, image_token_id_of, inner_model, lm_head, text_model, token_types_name
-from vigos.scoring.prefix_tree import PrefixPack, PrefixTree, check_sequence, fed_ids, placeholders
+from vigos.models.compat import is_stateful
+from vigos.models.inputs import concat_images, padded_batch, token_types
+from vigos.models.parts import base_model, image_token_id_of, inner_model, lm_head, token_types_name
+from vigos.scoring.prefix_tree import PrefixPack, PrefixTree, check_sequence, model_input_ids, placeholders
 from vigos.scoring.tree_attention import TreePlan, dummy_mask
 
 Scoring = Literal["tree", "separate"]
 SCORINGS: tuple[Scoring, ...] = ("tree", "separate")
 
 
-# One forward of the model: how to build its inputs, which of its B * T flat positions are taken, and the output rows
-# they become.
 @dataclass(frozen=True)
-class Pass:
+class Forward:
+    """One forward of the model: how to build its inputs, and which of its states become which rows of the result.
+
+    Attributes:
+        build: returns the model's inputs.
+        positions: (m,) int64, which of its B * T flat positions are scored.
+        rows: (m,) int64, the rows of the call's output that they become.
+        tokens: B * T, padding included.
+        images: the images it encodes.
+        packed: True for a pack of shared prefixes, False for a padded batch.
+        members: which of the call's sequences it holds.
+    """
+
     build: Callable[[], dict[str, Any]]
-    taken: Tensor  # (m,) int64
-    rows: Tensor  # (m,) int64
+    positions: Tensor
+    rows: Tensor
     tokens: int
     images: tuple[ImageInputs, ...] = ()
     packed: bool = False
-    members: tuple[int, ...] = ()  # of the sequences of the call
+    members: tuple[int, ...] = ()
 
 
-def plan_passes(
+def plan_forwards(
     model: nn.Module,
     sequences: Sequence[ScoredSequence],
     scoring: Scoring,
     token_budget: int,
     backend: str,
     pad_token_id: int | None,
-) -> list[Pass]:
+) -> list[Forward]:
+    """Plan the forwards that score `sequences`. Arguments as in `hidden_states`; raises ValueError for models that
+    cannot share prefixes with scoring="tree"."""
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     base = base_model(model)
@@ -49,25 +63,25 @@ def plan_passes(
         check_sequence(sequence)
         _check_images(base, sequence)
     if scoring == "separate":
-        return _separate_passes(base, sequences, token_budget, pad_token_id)
+        return _separate_forwards(base, sequences, token_budget, pad_token_id)
     check_tree(base)
     tree = PrefixTree(sequences, token_budget=token_budget, image_token_id=image_token_id_of(base))
-    return [_tree_pass(base, sequences, pack, backend) for pack in tree.packs]
+    return [_tree_forward(base, sequences, pack, backend) for pack in tree.packs]
 
 
-def idle_pass(base: Any) -> Pass:
-    """One token that gives no row."""
+def dummy_forward(base: Any) -> Forward:
+    """Return a forward of one token that gives no row."""
     nothing = torch.empty(0, dtype=torch.int64)
-    return Pass(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
+    return Forward(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
 
 
 # ---- separate: right-padded batches ------------------------------------------------------------------------------
 
 
-def _separate_passes(
+def _separate_forwards(
     base: Any, sequences: Sequence[ScoredSequence], token_budget: int, pad_token_id: int | None
-) -> list[Pass]:
-    ids = [fed_ids(s) for s in sequences]
+) -> list[Forward]:
+    ids = [model_input_ids(s) for s in sequences]
     first_row = [0]
     for sequence in sequences:
         first_row.append(first_row[-1] + len(sequence.scored))
@@ -79,80 +93,25 @@ def _separate_passes(
             batches[-1].append(i)
         else:
             batches.append([i])
-    passes = []
+    forwards = []
     for batch in batches:
         width = len(ids[batch[0]])
-        taken = [b * width + len(sequences[i].prompt.ids) + sequences[i].scored.cpu() - 1 for b, i in enumerate(batch)]
+        positions = [
+            b * width + len(sequences[i].prompt.ids) + sequences[i].scored.cpu() - 1 for b, i in enumerate(batch)
+        ]
         rows = [torch.arange(first_row[i], first_row[i + 1]) for i in batch]
-        members = [(ids[i], sequences[i]) for i in batch]
-        passes.append(
-            Pass(
-                build=lambda members=members: padded_batch(base, members, pad_token_id),  # type: ignore[misc]
-                taken=torch.cat(taken),
+        members = [(ids[i], sequences[i].prompt) for i in batch]
+        forwards.append(
+            Forward(
+                build=lambda members=members: padded_batch(base, members, pad_token_id=pad_token_id),  # type: ignore[misc]
+                positions=torch.cat(positions),
                 rows=torch.cat(rows),
                 tokens=len(batch) * width,
-                images=tuple(s.prompt.images for _, s in members if s.prompt.images is not None),
-                packed=False,
+                images=tuple(prompt.images for _, prompt in members if prompt.images is not None),
                 members=tuple(batch),
             )
         )
-    return passes
-
-
-def padded_batch(
-    base: Any, members: Sequence[tuple[Tensor, ScoredSequence]], pad_token_id: int | None
-) -> dict[str, Any]:
-    width = max(len(ids) for ids, _ in members)
-    pad = pad_token_id if pad_token_id is not None else _pad_token_id(base)
-    inputs = {
-        "input_ids": torch.stack([F.pad(ids.cpu(), (0, width - len(ids)), value=pad) for ids, _ in members]),
-        "attention_mask": torch.stack([(torch.arange(width) < len(ids)).long() for ids, _ in members]),
-    }
-    images = [s.prompt.images for _, s in members if s.prompt.images is not None]
-    if images:
-        inputs |= concat_images(images)
-        name = token_types_name(base)
-        if name is not None and any(s.prompt.token_type_ids is not None for _, s in members):
-            inputs[name] = torch.stack([_token_types(s, width) for _, s in members])
-    return {name: tensor.to(base.device) for name, tensor in inputs.items()}
-
-
-def _token_types(sequence: ScoredSequence, width: int) -> Tensor:
-    """mm_token_type_ids (width,): the prompt's, then 0 for the completion and the padding."""
-    types = sequence.prompt.token_type_ids
-    if types is None:
-        return torch.zeros(width, dtype=torch.int64)
-    return F.pad(types.cpu().long(), (0, max(width - len(types), 0)))[:width]
-
-
-def _pad_token_id(base: Any) -> int:
-    pad = getattr(base.config.get_text_config(), "pad_token_id", None)
-    return pad if pad is not None and pad >= 0 else 0
-
-
-def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
-    """The images of several prompts as one processor call would have returned them.
-
-    Every family stacks along the first axis (patches, tiles, images or prompts). Where the second axis counts tiles or
-    images and differs, it is filled with zeros, the filling that these families' own processors use and models skip.
-    """
-    names = list(images[0].tensors)
-    for each in images:
-        if list(each.tensors) != names:
-            raise ValueError(f"images of one batch must carry the same tensors {names}, got {list(each.tensors)}")
-    joined = {}
-    for name in names:
-        tensors = [each.tensors[name] for each in images]
-        if tensors[0].ndim >= 4:
-            second = max(t.shape[1] for t in tensors)
-            if len({t.shape[2:] for t in tensors}) > 1:
-                raise ValueError(
-                    f"{name} of one batch must agree beyond the second axis, got {[tuple(t.shape) for t in tensors]}; "
-                    "let the image processor resize them to one size"
-                )
-            tensors = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, second - t.shape[1])) for t in tensors]
-        joined[name] = torch.cat(tensors)
-    return joined
+    return forwards
 
 
 # ---- tree: one packed row --------------------------------------------------------------------------------------------
@@ -171,7 +130,7 @@ _SHARED_LAYERS = ("full_attention", "sliding_attention", "attention")
 
 
 def check_tree(base: Any) -> None:
-    """Refuses models in which the state at a token is more than keys and values of the tokens before it."""
+    """Refuse models in which the state at a token is more than keys and values of the tokens before it."""
     config, text = base.config, base.config.get_text_config()
     name = type(base).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -180,13 +139,13 @@ def check_tree(base: Any) -> None:
     other = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SHARED_LAYERS))
     if reason is None and other:
         reason = f"its layers of type {', '.join(other)} carry state that branches cannot share"
-    if reason is None and getattr(base, "_is_stateful", False):
+    if reason is None and is_stateful(base):
         reason = "it carries recurrent state along the sequence"
     if reason is not None:
         raise ValueError(f"scoring='tree' cannot share prefixes of {name}: {reason}; use scoring='separate'")
 
 
-def _tree_pass(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack, backend: str) -> Pass:
+def _tree_forward(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack, backend: str) -> Forward:
     def build() -> dict[str, Any]:
         members = [sequences[i] for i in pack.members]
         limit = None
@@ -202,11 +161,11 @@ def _tree_pass(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack,
         on_device = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         return on_device | {"attention_mask": mask, "tree_plan": plan, "use_cache": False}
 
-    return Pass(build, pack.taken, pack.rows, pack.tokens, pack.images, packed=True, members=tuple(pack.members))
+    return Forward(build, pack.positions, pack.rows, pack.tokens, pack.images, packed=True, members=tuple(pack.members))
 
 
 def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence]) -> Tensor:
-    """The position ids of a pack: (3, 1, T) for models with three position axes, (1, T) for the others.
+    """Return the position ids of a pack: (3, 1, T) for models with three position axes, (1, T) for the others.
 
     Three axes come from the model's own rule, applied to every whole sequence; text goes on after the largest position
     of what precedes it.
@@ -216,29 +175,29 @@ def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence
         return pack.depth[None]
     if not pack.images:
         return pack.depth.expand(3, 1, -1)
-    ids = [fed_ids(s) for s in members]
+    ids = [model_input_ids(s) for s in members]
     width = max(len(x) for x in ids)
     rule = {
         "input_ids": torch.stack([F.pad(x, (0, width - len(x))) for x in ids]),
         "attention_mask": torch.stack([(torch.arange(width) < len(x)).long() for x in ids]),
-        "mm_token_type_ids": torch.stack([_token_types(s, width) for s in members]),
+        "mm_token_type_ids": torch.stack([token_types(s.prompt, width) for s in members]),
     } | concat_images([s.prompt.images for s in members if s.prompt.images is not None])
-    known = signature(inner.get_rope_index).parameters
-    positions = inner.get_rope_index(**{k: v.cpu() for k, v in rule.items() if k in known})[0]  # (3, B, width)
+    accepted = signature(inner.get_rope_index).parameters
+    positions = inner.get_rope_index(**{k: v.cpu() for k, v in rule.items() if k in accepted})[0]  # (3, B, width)
     return positions[:, pack.sequence, pack.depth][:, None]
 
 
 def _block_limits(pack: PrefixPack, members: Sequence[ScoredSequence], image_token_id: int | None) -> Tensor:
-    """The last depth each token of the pack sees, (T,): the end of its image, or itself."""
+    """Return the last depth each token of the pack sees, (T,): the end of its image, or itself."""
     limits = torch.empty_like(pack.depth)
     for j, sequence in enumerate(members):
-        own = pack.sequence == j
+        mine = pack.sequence == j
         marks = placeholders(sequence, image_token_id)
-        limit = torch.arange(int(pack.depth[own].max()) + 1 if bool(own.any()) else 0)
+        limit = torch.arange(int(pack.depth[mine].max()) + 1 if bool(mine.any()) else 0)
         ends = torch.nonzero(marks & ~F.pad(marks, (0, 1))[1:])[:, 0]
         inside = torch.nonzero(marks[: len(limit)])[:, 0]
         limit[inside] = ends[torch.searchsorted(ends, inside)]
-        limits[own] = limit[pack.depth[own]]
+        limits[mine] = limit[pack.depth[mine]]
     return limits
 
 
@@ -257,21 +216,3 @@ def _check_images(base: Any, sequence: ScoredSequence) -> None:
             f"token_type_ids of the prompt of {sequence.owner} must match its ids {tuple(prompt.ids.shape)}, got "
             f"{tuple(prompt.token_type_ids.shape)}"
         )
-
-
-def text_flops(base: Any, pack: PrefixPack, *, backend: str = "segments") -> int:
-    """Floating-point operations of the text model's matrix products in one forward of a pack, a multiply-add as two.
-
-    Attention counts the scores the backend computes. Adapters and the vision tower are not included.
-    """
-    text, plan = base.config.get_text_config(), TreePlan(pack, backend=backend)
-    weights = sum(
-        m.in_features * m.out_features
-        for name, m in text_model(base).named_modules()
-        if isinstance(m, nn.Linear) and "lora_" not in name
-    )
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    windows = [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-    return 2 * pack.tokens * weights + sum(4 * heads * width * plan.pairs(backend, window) for window in windows)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -26,15 +25,15 @@ from torch import Tensor
 from vigos.method.encode import ImageInputs, ScoredSequence
 
 
-def fed_ids(sequence: ScoredSequence) -> Tensor:
-    """The ids (T,) a model has to read: prompt and completion up to the token before the last scored one."""
+def model_input_ids(sequence: ScoredSequence) -> Tensor:
+    """Return the ids (T,) a model has to read: prompt and completion up to the token before the last scored one."""
     if len(sequence.scored) == 0:
         return sequence.prompt.ids[:0]
     return torch.cat([sequence.prompt.ids, sequence.completion_ids[: int(sequence.scored[-1])].to(sequence.prompt.ids)])
 
 
 def check_sequence(sequence: ScoredSequence) -> None:
-    """Raises ValueError unless `scored` increases within the completion and something precedes it."""
+    """Raise ValueError unless `scored` increases within the completion and something precedes it."""
     scored, length = sequence.scored, len(sequence.completion_ids)
     if len(scored) == 0:
         return
@@ -50,7 +49,7 @@ def check_sequence(sequence: ScoredSequence) -> None:
 
 
 def placeholders(sequence: ScoredSequence, image_token_id: int | None) -> Tensor:
-    """Which of the prompt's ids stand for image features, (P,) bool."""
+    """Mark the prompt's ids that stand for image features, (P,) bool."""
     prompt = sequence.prompt
     if prompt.images is None:
         return torch.zeros(len(prompt.ids), dtype=torch.bool)
@@ -73,7 +72,7 @@ class PrefixPack:
         subtree_end: (T,) int32, token q sees token k iff `k <= q and q < subtree_end[k]`.
         q_len, k_len: (S,) int64, queries and keys of each segment; the queries are contiguous and cover the pack.
         kv_index: (sum of k_len,) int64, the keys of each segment in order, as indices into the pack.
-        taken: (m,) int64, indices into the pack of the wanted hidden states.
+        positions: (m,) int64, indices into the pack of the wanted hidden states.
         rows: (m,) int64, the rows of the caller's output that these are.
         images: the image inputs to encode, in the order of their placeholders.
     """
@@ -86,27 +85,18 @@ class PrefixPack:
     q_len: Tensor
     k_len: Tensor
     kv_index: Tensor
-    taken: Tensor
+    positions: Tensor
     rows: Tensor
     images: tuple[ImageInputs, ...]
 
     @property
     def tokens(self) -> int:
+        """T, which the model reads."""
         return len(self.ids)
-
-    @cached_property
-    def pairs(self) -> int:
-        """How many (query, key) pairs causal attention looks at."""
-        return int((self.depth + 1).sum())
-
-    def mask(self) -> Tensor:
-        """The attention mask (T, T), True where the row's token sees the column's. For tests and tiny packs."""
-        q = torch.arange(self.tokens)
-        return (q[None] <= q[:, None]) & (q[:, None] < self.subtree_end[None])
 
 
 class PrefixTree:
-    """Packs sequences depth-first under a token budget, every shared prefix once a pack.
+    """Pack sequences depth-first under a token budget, every shared prefix once a pack.
 
     Two sequences share a prefix iff its ids are equal, their images are the same, and it covers every image
     placeholder of both. Sequences are cut after what their last scored token needs; those with nothing scored are left
@@ -126,29 +116,14 @@ class PrefixTree:
         for sequence in sequences:
             check_sequence(sequence)
         self.sequences = list(sequences)
-        self._ids = [fed_ids(s).cpu().numpy().astype(np.int64) for s in sequences]
+        self._ids = [model_input_ids(s).cpu().numpy().astype(np.int64) for s in sequences]
         counts = np.array([len(s.scored) for s in sequences], dtype=np.int64)
         self._first_row = np.concatenate([[0], np.cumsum(counts)])
         order, shared = self._sorted(image_token_id)
         self.packs = [self._pack(order[a:b], shared[a:b]) for a, b in self._cuts(order, shared, token_budget)]
 
-    @property
-    def num_rows(self) -> int:
-        """Hidden states wanted in all."""
-        return int(self._first_row[-1])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the model reads."""
-        return sum(pack.tokens for pack in self.packs)
-
-    @property
-    def tokens_separate(self) -> int:
-        """Tokens it would read without sharing and without padding."""
-        return sum(len(ids) for ids in self._ids)
-
     def _sorted(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
-        """The sequences with something scored, neighbours sharing most, and how many tokens each shares with the last.
+        """Order the scored sequences so that neighbours share most; count the tokens each shares with the one before.
 
         Groups of equal images and equal ids up to the last placeholder come in order of first appearance; within a
         group, ids are sorted.
@@ -171,13 +146,13 @@ class PrefixTree:
         return order, shared
 
     def _cuts(self, order: list[int], shared: list[int], budget: int) -> list[tuple[int, int]]:
-        """Where the sorted sequences are cut into packs. A tree that fits a pack of its own is not split."""
+        """Cut the sorted sequences into packs. A tree that fits a pack of its own is not split."""
         trees = [i for i, n in enumerate(shared) if n == 0] + [len(order)]
         cuts: list[tuple[int, int]] = []
         start, used = 0, 0
         for a, b in pairwise(trees):
-            whole = sum(len(self._ids[order[i]]) - shared[i] for i in range(a, b))
-            if used and used + whole > budget and whole <= budget:
+            size = sum(len(self._ids[order[i]]) - shared[i] for i in range(a, b))
+            if used and used + size > budget and size <= budget:
                 cuts.append((start, a))
                 start, used = a, 0
             for i in range(a, b):
@@ -199,7 +174,7 @@ class PrefixTree:
         total = int(offset[-1])
 
         path = np.empty(0, dtype=np.int64)
-        paths, taken = [], []
+        paths, positions = [], []
         end = np.empty(total, dtype=np.int32)
         # Tokens whose subtree is still open lie on the current path; a sequence that shares n tokens closes the rest.
         for j, n in enumerate(shared):
@@ -208,7 +183,7 @@ class PrefixTree:
             if q_len[j]:
                 paths.append(path)
             sequence = self.sequences[members[j]]
-            taken.append(path[len(sequence.prompt.ids) + sequence.scored.cpu().numpy() - 1])
+            positions.append(path[len(sequence.prompt.ids) + sequence.scored.cpu().numpy() - 1])
         end[path] = total
 
         sequence_of = np.repeat(np.arange(len(members)), q_len)
@@ -226,7 +201,7 @@ class PrefixTree:
             q_len=torch.from_numpy(q_len[live]),
             k_len=torch.from_numpy(k_len[live]),
             kv_index=torch.from_numpy(np.concatenate(paths)),
-            taken=torch.from_numpy(np.concatenate(taken)),
+            positions=torch.from_numpy(np.concatenate(positions)),
             rows=torch.from_numpy(np.concatenate(rows)),
             images=tuple(each for each in images if each is not None),
         )

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vigos.models.compat import attention_name, checkpoint_functions, set_attention_name, set_checkpoint_function
 from vigos.models.parts import text_model
 from vigos.scoring.prefix_tree import PrefixPack
 
@@ -38,7 +39,7 @@ _NAME = "vigos_tree_on_"
 
 
 class TreePlan:
-    """What attention needs to know about a pack, on the model's device. Not a dataclass: FSDP would copy its fields.
+    """Hold what attention asks of a pack, on the model's device. Not a dataclass: FSDP would copy its fields.
 
     Args:
         pack: the packed sequences.
@@ -69,7 +70,7 @@ class TreePlan:
         self._masks: dict[Any, Any] = {}  # masks are the same in every layer with the same window
 
     def dense_mask(self, window: int | None) -> Tensor:
-        """(T, T) bool."""
+        """Return (T, T) bool: the row's token sees the column's."""
         if ("dense", window) not in self._masks:
             q = torch.arange(self.tokens, device=self.depth.device)
             visible = (q[None] <= q[:, None]) & (q[:, None] < self.subtree_end[None])
@@ -83,7 +84,7 @@ class TreePlan:
         return self._masks["dense", window]
 
     def blocks(self, window: int | None) -> list[Block]:
-        """The segments backend's calls: a segment that holds its whole path in one, others in runs of queries."""
+        """Return the segments backend's calls: one for a segment that holds its whole path, else runs of queries."""
         if ("blocks", window) not in self._masks:
             self._masks["blocks", window] = list(self._blocks(window))
         return self._masks["blocks", window]
@@ -102,19 +103,11 @@ class TreePlan:
             q_start, k_start = q_start + q_len, k_start + k_len
 
     def block_mask(self, block: Block, window: int | None) -> Tensor:
-        """(queries, keys) bool of one block. Made anew in each layer: kept, all of them would be tokens * path."""
+        """Return (queries, keys) bool of one block. Made anew a layer: kept, all of them would be tokens * path."""
         keys = torch.arange(block.low, block.high, device=self.depth.device)
         depth = self.depth[block.start : block.stop, None]
         mask = keys <= (depth if self.limit is None else self.limit[block.start : block.stop, None])
         return mask if window is None else mask & (depth - keys < window)
-
-    def pairs(self, backend: str, window: int | None = None) -> int:
-        """How many (query, key) scores a backend computes, those it masks out included."""
-        if backend == "dense":
-            return self.tokens**2
-        if backend == "segments":
-            return sum((each.stop - each.start) * (each.high - each.low) for each in self.blocks(window))
-        return int((self._depth_host + 1).clamp(max=window or self.tokens).sum())
 
 
 @dataclass(frozen=True)
@@ -189,20 +182,20 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # The signature changed with every release: causal as a flag or as a window, with and without scale and groups.
-    known = signature(varlen_attn).parameters
+    accepted = signature(varlen_attn).parameters
     options: dict[str, Any] = {}
-    if "scale" in known:
+    if "scale" in accepted:
         options["scale"] = scale
     else:
         query = query * (scale * query.shape[-1] ** 0.5)
-    if "window_size" in known:
+    if "window_size" in accepted:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is not None:
         raise ValueError(f"backend='varlen' of torch {torch.__version__} has no sliding window, got window {window}")
     else:
         options["is_causal"] = True
     if _grouped(query, key):
-        if "enable_gqa" in known:
+        if "enable_gqa" in accepted:
             options["enable_gqa"] = True
         else:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -300,7 +293,7 @@ def _grouped(query: Tensor, key: Tensor) -> bool:
 
 
 def choose_backend(query: Tensor, plan: TreePlan, softcap: float | None) -> str:
-    """What backend="auto" runs for these tensors.
+    """Return the backend that "auto" runs for these tensors.
 
     On a CPU one SDPA call a segment. On a GPU a library's varlen attention where dtype and head width allow it, then
     our kernel.
@@ -327,7 +320,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Tree attention of one layer: query (T, Hq, Dh), key (T, Hkv, Dh), value (T, Hkv, Dv) -> (T, Hq, Dv).
+    """Run the tree attention of one layer: query (T, Hq, Dh), key (T, Hkv, Dh), value (T, Hkv, Dv) -> (T, Hq, Dv).
 
     Args:
         scale: factor of query · key.
@@ -356,7 +349,7 @@ def _attention_forward(
     tree_plan: TreePlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered function: query (1, Hq, T, Dh), key and value (1, Hkv, T, Dh) -> (1, T, Hq, Dh)."""
+    """Run the plan if there is one: query (1, Hq, T, Dh), key and value (1, Hkv, T, Dh) -> (1, T, Hq, Dh)."""
     if tree_plan is None:
         return _previous_function(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
     if query.shape[0] != 1 or query.shape[2] != tree_plan.tokens or key.shape[2] != tree_plan.tokens:
@@ -394,7 +387,7 @@ def _previous_function(previous: str, module: nn.Module) -> Callable[..., Any]:
 
 
 def registered_name(previous: str) -> str:
-    """The attention implementation that runs a plan if there is one and `previous` otherwise; registers it."""
+    """Register the attention that runs a plan if there is one and `previous` otherwise; return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = _NAME + previous
@@ -406,31 +399,27 @@ def registered_name(previous: str) -> str:
 
 @contextmanager
 def installed(base: Any) -> Iterator[None]:
-    """Lets the text model of a transformers model take plans; restores it afterwards.
+    """Let the text model of a transformers model take plans; restore it afterwards.
 
     Layers under gradient checkpointing run again during backward, when this context is gone: their checkpoint function
     is wrapped so that the replay runs in the same state.
     """
     decoder = text_model(base)
     configs: dict[int, Any] = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    checkpointed: list[tuple[Any, Any]] = [
-        (m, m._gradient_checkpointing_func)
-        for m in decoder.modules()
-        if getattr(m, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in m.__dict__
-    ]
+    before = [(config, attention_name(config)) for config in configs.values()]
+    checkpointed = checkpoint_functions(decoder)
     try:
         for config, previous in before:
             if not previous.startswith(_NAME):  # a replay inside this context
-                config._attn_implementation_internal = registered_name(previous)
-        for module, function in checkpointed:
-            module._gradient_checkpointing_func = partial(_checkpoint_installed, base, function)
+                set_attention_name(config, registered_name(previous))
+        for module, function in checkpointed.items():
+            set_checkpoint_function(module, partial(_checkpoint_installed, base, function))
         yield
     finally:
         for config, previous in before:
-            config._attn_implementation_internal = previous
-        for module, function in checkpointed:
-            module._gradient_checkpointing_func = function
+            set_attention_name(config, previous)
+        for module, function in checkpointed.items():
+            set_checkpoint_function(module, function)
 
 
 def _checkpoint_installed(base: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
@@ -443,5 +432,5 @@ def _call_installed(base: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def dummy_mask(device: torch.device | str) -> Tensor:
-    """Stands in for the mask so that transformers builds none. It fits no scores: a layer that uses it fails."""
+    """Return a mask that keeps transformers from building one. It fits no scores: a layer that uses it fails."""
     return torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=device)

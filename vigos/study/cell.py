@@ -125,8 +125,9 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
 
     from vigos.data.examples import load_rows
     from vigos.method.encode import ScoredSequence, encode_prompt
+    from vigos.models.parts import lm_head
     from vigos.models.vision_cache import VisionCache
-    from vigos.scoring.teacher import hidden_states, lm_head
+    from vigos.scoring.hidden_states import hidden_states
     from vigos.train.teacher_weights import build_lora
     from vigos.world import world_prompts
 

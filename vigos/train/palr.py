@@ -32,8 +32,10 @@ from vigos.divergence.api import linear_divergence
 from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, Term, route, teacher_prefill
+from vigos.models.parts import base_model, lm_head, logit_settings
 from vigos.models.sharding import head_tensors, reshard
-from vigos.scoring.teacher import base_model, hidden_states, lm_head, logit_settings, teacher_mode
+from vigos.scoring.hidden_states import hidden_states
+from vigos.scoring.teacher import teacher_mode
 
 if TYPE_CHECKING:
     from vigos.method.objective import Objective
@@ -221,7 +223,7 @@ def measure_palr(
     policy: TeacherPolicy | None = None,
     wrong_answers: int = 4,
     wrong: Sequence[Sequence[str]] | None = None,
-    idle: ScoredSequence | None = None,
+    dummy: ScoredSequence | None = None,
     seed: int = 0,
 ) -> PALR:
     """Scores rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
@@ -236,7 +238,7 @@ def measure_palr(
         policy: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
         wrong_answers: K, at most, for each row.
         wrong: the wrong answers of each rollout; None draws them from the other rows' answers.
-        idle: as in `hidden_states`, for ranks without a rollout that can be measured.
+        dummy: as in `hidden_states`, for ranks without a rollout that can be measured.
     """
     if wrong is not None and len(wrong) != len(rollouts):
         raise ValueError(f"wrong must hold the wrong answers of {len(rollouts)} rollouts, got {len(wrong)}")
@@ -246,7 +248,7 @@ def measure_palr(
     batch = route([rollouts[i] for i in usable], config.objective)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
     swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config.objective, processor, prompts)
-    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, idle)
+    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, dummy)
 
     R, K = batch.n_rows, max((len(s.wrong) for s in swapped), default=0)
     other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
@@ -341,17 +343,17 @@ def _swapped(
 
 def _logprobs(
     batch: RoutedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
-    policy: TeacherPolicy | None, config: ViGOSConfig, idle: ScoredSequence | None,
+    policy: TeacherPolicy | None, config: ViGOSConfig, dummy: ScoredSequence | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """log p (R,), log q (R,) and the log-probabilities of the swapped sequences, end to end; float64 on the CPU."""
     extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
     step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
     with policy.weights() if policy else nullcontext():
-        hidden, _ = scorer.score(step, idle=idle)  # (R + swapped, D)
+        hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
         own = hidden_states(
             student, batch.student_sequences, scoring=config.student_scoring, token_budget=scorer.token_budget,
-            idle=idle,
+            dummy=dummy,
         )  # fmt: skip
     settings = {
         "temperature": config.divergence_temperature, "impl": config.impl,

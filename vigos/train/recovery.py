@@ -16,8 +16,9 @@ from transformers import Trainer
 
 from vigos.errors import TrainingStopped
 from vigos.method.supervise import RoutedBatch
+from vigos.models.compat import loss_totals, set_loss_totals
 from vigos.models.memory import free_memory
-from vigos.models.sharding import local
+from vigos.models.sharding import local_shard
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.checkpoint import SAVING, StopSignal, publish, read_state, rotate, saving, write_state
 from vigos.train.config import ViGOSConfig
@@ -34,7 +35,7 @@ LEAST_TOKEN_BUDGET = 256  # below it a pack holds a single sequence anyway
 
 def gradients_finite(model: nn.Module) -> Tensor:
     """() bool on the model's device: every gradient on this rank is finite, and so is its norm."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
     if not gradients:
         return torch.tensor(True)
     norms = torch._foreach_norm([g for g in gradients if g.numel()] or gradients)
@@ -174,12 +175,9 @@ class RobustTrainer(Trainer):
 
     def own_state(self) -> dict[str, Any]:
         """This rank's, in a checkpoint: what would differ after a restart."""
-        loss = None
-        if hasattr(self, "_tr_loss"):  # older transformers keep these to themselves
-            loss = [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged]
         return {
             "metrics": self.metrics.state(),
-            "loss": loss,
+            "loss": loss_totals(self),
             "skipped": dict(self.skipped),
             "token_budget": self.token_budget,
             "configured_token_budget": self.args.token_budget,
@@ -196,9 +194,7 @@ class RobustTrainer(Trainer):
         if state is None:
             return
         self.metrics.restore(state["metrics"])
-        if state["loss"] is not None:
-            loss, self._total_loss_scalar, self._globalstep_last_logged = state["loss"]
-            self._tr_loss = torch.full_like(self._tr_loss, loss)
+        set_loss_totals(self, state["loss"])
         self.skipped = Counter(state["skipped"])
         self.dropped_in_a_row = state["dropped_in_a_row"]
         if state["configured_token_budget"] == self.args.token_budget:  # else it was set anew

@@ -22,12 +22,12 @@ from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import Rollout, assignments, teacher_prefill
-from vigos.models.sharding import whole_trained
+from vigos.models.parts import base_model
+from vigos.models.sharding import gather_trained
 from vigos.rollout.engine import RolloutEngine, eos_ids, placeholder_ids, stream_seed
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.prefetch import Request, RolloutsAhead, check_engine
 from vigos.rollout.vllm import VLLMEngine
-from vigos.scoring.teacher import base_model
 from vigos.train.config import ViGOSConfig
 from vigos.train.recovery import RobustTrainer
 
@@ -236,7 +236,7 @@ class RolloutTrainer(RobustTrainer):
             self.ahead.wait()
             self.accelerator.wait_for_everyone()
         student = self.accelerator.unwrap_model(self.model_wrapped)
-        weights = whole_trained(student)
+        weights = gather_trained(student)
         if self.is_world_process_zero():
             self.engine.update_weights(step, student, weights)
         self.accelerator.wait_for_everyone()

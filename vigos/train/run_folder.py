@@ -215,7 +215,7 @@ class RunLog(TrainerCallback):
         Args:
             weights: the whole state dict where the model's own parameters are in pieces; None: its own.
         """
-        from vigos.scoring.teacher import unwrap
+        from vigos.models.parts import unwrap
         from vigos.train.teacher_weights import merged_copy, plain_class, plain_copy
 
         core: Any = unwrap(model)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from vigos.models.compat import unsharded_init
 from vigos.models.parts import base_model, lm_head, unwrap
-from vigos.models.sharding import full, local, made_whole, piece_of, reshard, sharding_of
+from vigos.models.sharding import gather, local_shard, reshard, shard_of, sharding_of
 from vigos.scoring.teacher import check_adapter
 
 if TYPE_CHECKING:
@@ -165,11 +166,11 @@ class TeacherPolicy:
         for name, parameter in self.parameters.items():
             # The average moves by a thousandth of what the weights move by: bfloat16 would round that away.
             dtype = torch.promote_types(parameter.dtype, torch.float32) if self.kind == "ema" else parameter.dtype
-            self.copies[name] = local(parameter).to(dtype, copy=True)
+            self.copies[name] = local_shard(parameter).to(dtype, copy=True)
 
     def bind(self, model: nn.Module) -> None:
         """After the model was wrapped, before a checkpoint is loaded: follows its parameters to where they lie now."""
-        if not self.parameters or sharding_of(model) == "whole":
+        if not self.parameters or sharding_of(model) == "unsharded":
             if self.parameters and not self.copies:
                 self._copy()
             for name, copy in self.copies.items():
@@ -213,27 +214,27 @@ class TeacherPolicy:
         try:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    own[name] = local(parameter).clone()
-                    local(parameter).copy_(self.copies[name])
+                    own[name] = local_shard(parameter).clone()
+                    local_shard(parameter).copy_(self.copies[name])
             yield
         finally:
             reshard(self._sharded)
             with torch.no_grad():
                 for name, values in own.items():
-                    local(self.parameters[name]).copy_(values)
+                    local_shard(self.parameters[name]).copy_(values)
 
     def head_weight(self, head: Any) -> Tensor | None:
         """Return the gathered head (V, D) of the teacher's hidden states; None: it is the student's."""
         if self._head is None:
             return None
-        return full(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
+        return gather(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: moves the average towards the student."""
         if self.kind == "ema":
             for name, parameter in self.parameters.items():
-                self.copies[name].lerp_(local(parameter).to(self.copies[name]), 1.0 - self.decay)
+                self.copies[name].lerp_(local_shard(parameter).to(self.copies[name]), 1.0 - self.decay)
 
     def save(self, folder: str | Path, *, writes: bool = True) -> None:
         """Writes the copies that cannot be had again into a checkpoint: those of a moving average.
@@ -248,7 +249,7 @@ class TeacherPolicy:
         # One by one to the CPU: the whole average need not fit beside the model.
         whole = {}
         for name, piece in self.copies.items():
-            tensor = full(piece, self.parameters[name])
+            tensor = gather(piece, self.parameters[name])
             if writes:
                 whole[name] = tensor.cpu().contiguous()
         if writes:
@@ -269,7 +270,7 @@ class TeacherPolicy:
         if loaded.keys() != self.copies.keys():
             raise ValueError(f"{path} must hold the average of this model's trained weights, got other names")
         for name, copy in self.copies.items():
-            copy.copy_(piece_of(loaded[name], self.parameters[name]))
+            copy.copy_(shard_of(loaded[name], self.parameters[name]))
 
 
 def _adapter_parameters(model: nn.Module) -> set[int]:
@@ -337,7 +338,7 @@ def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
     config = deepcopy(model.config)
     if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
         del config.distributed_config
-    with made_whole(), torch.device("meta"):
+    with unsharded_init(), torch.device("meta"):
         copy = kind(config)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.tie_weights()

@@ -46,10 +46,12 @@ from vigos.method.supervise import (
     divisors,
     route,
 )
-from vigos.models.sharding import head_tensors, sharding_of, whole_state
+from vigos.models.parts import base_model, lm_head, logit_settings
+from vigos.models.sharding import gather_state, head_tensors, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
-from vigos.scoring.teacher import TeacherScorer, base_model, hidden_states, lm_head, logit_settings
+from vigos.scoring.hidden_states import hidden_states
+from vigos.scoring.teacher import TeacherScorer
 from vigos.train.checkpoint import last_checkpoint
 from vigos.train.config import ViGOSConfig
 from vigos.train.metrics import Metrics, peak_gib, peak_tflops
@@ -141,7 +143,7 @@ class ViGOSTrainer(RolloutTrainer):
         self._peak_tflops = peak_tflops(args.device)
         self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
         self._step_started = 0.0
-        self._idle_sequence: ScoredSequence | None = None
+        self._dummy_sequence: ScoredSequence | None = None
         self._parameters = base.num_parameters(exclude_embeddings=True)
 
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
@@ -188,7 +190,7 @@ class ViGOSTrainer(RolloutTrainer):
         return measure_palr(
             rollouts, self.args, student=self.model, scorer=self.scorer, policy=self.policy, prompts=self.prompts,
             processor=self.processing_class, wrong_answers=self.args.palr_wrong_answers, seed=self.state.global_step,
-            idle=self._idle() if self.accelerator.num_processes > 1 else None,
+            dummy=self._dummy() if self.accelerator.num_processes > 1 else None,
         )  # fmt: skip
 
     # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
@@ -209,15 +211,20 @@ class ViGOSTrainer(RolloutTrainer):
         started = time.perf_counter()
         # With a frozen tower, teachers and student read the features of one run an image.
         vision = VisionCache.for_model(base_model(model)) if self.has_vision else None
-        idle = self._idle() if self.accelerator.num_processes > 1 else None
+        dummy = self._dummy() if self.accelerator.num_processes > 1 else None
         with self.phases("teachers"), self.policy.weights():
-            teacher_hidden, supervision = self.scorer.score(batch, vision=vision, idle=idle)
+            teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
         scored = time.perf_counter()
         # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
-        sequences = batch.student_sequences or [_IDLE]
+        sequences = batch.student_sequences or [_DUMMY]
         with self.phases("student forward"):
             student_hidden = hidden_states(
-                model, sequences, scoring=args.student_scoring, token_budget=self.token_budget, vision=vision, idle=idle
+                model,
+                sequences,
+                scoring=args.student_scoring,
+                token_budget=self.token_budget,
+                vision=vision,
+                dummy=dummy,
             )
         student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
         settings = logit_settings(base_model(model).config.get_text_config())
@@ -256,17 +263,17 @@ class ViGOSTrainer(RolloutTrainer):
             )  # fmt: skip
         return (loss, out) if return_outputs else loss
 
-    def _idle(self) -> ScoredSequence | None:
+    def _dummy(self) -> ScoredSequence | None:
         """What a rank is shown that has no image in a forward in which others have one."""
         if not self.has_vision:
             return None
-        if self._idle_sequence is None:
+        if self._dummy_sequence is None:
             from PIL import Image
 
             blank = [Image.new("RGB", (64, 64))]
             prompt = encode_prompt(self.processing_class, self.prompts, "perception", "", images=blank)
-            self._idle_sequence = ScoredSequence(prompt, _ONE, _ONE)
-        return self._idle_sequence
+            self._dummy_sequence = ScoredSequence(prompt, _ONE, _ONE)
+        return self._dummy_sequence
 
     def _writes_completions(self) -> bool:
         step, every = self.state.global_step + 1, self.args.completion_steps
@@ -312,8 +319,8 @@ class ViGOSTrainer(RolloutTrainer):
         weights = None  # or those of rank 0, where the model's own are in pieces
         if self.is_fsdp_enabled:
             weights = self.accelerator.get_state_dict(self.model)
-        elif sharding_of(self.model) != "whole":  # ZeRO-3, or loaded in pieces by transformers
-            weights = whole_state(self.model, keep=self.is_world_process_zero())
+        elif sharding_of(self.model) != "unsharded":  # ZeRO-3, or loaded in pieces by transformers
+            weights = gather_state(self.model, keep=self.is_world_process_zero())
         self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged, weights=weights)
         self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
         return result
@@ -384,7 +391,7 @@ class _StepCallback(TrainerCallback):
 
 _ONE = torch.zeros(1, dtype=torch.int64)
 # One token after one token: what a rank without supervised tokens runs.
-_IDLE = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)
+_DUMMY = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)
 
 
 def _rows(rows: list[Any]) -> Any:

@@ -1,0 +1,96 @@
+"""Private names of other libraries that models, scoring and training depend on, each with the version it was read in.
+
+A new version of one of them is checked here first. Two more stand where this module cannot be imported:
+`torch.distributed.distributed_c10d._resolve_process_group` (vigos/divergence/ops.py, torch 2.13.0) and
+`atexit._run_exitfuncs` (vigos/errors.py, Python 3.11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+# --- torch 2.13.0 -----------------------------------------------------------------------------------------------------
+
+
+def reshards_after_forward(unit: FSDPModule) -> bool:
+    """Read an FSDP2 unit's setting, which has a public setter and no getter.
+
+    `_fsdp_param_group` became `_fsdp_param_groups` in torch 2.13.
+    """
+    state: Any = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+
+
+# --- transformers 5.23.0 ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unsharded_init() -> Iterator[None]:
+    """Disable ZeRO-3's sharding of models that transformers builds inside: one rank may build one alone."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def attention_name(config: Any) -> str:
+    """Return the attention implementation that a model's (sub-)configuration names."""
+    return config._attn_implementation_internal
+
+
+def set_attention_name(config: Any, name: str) -> None:
+    """Name another attention implementation; the public property also checks it and changes sub-configurations."""
+    config._attn_implementation_internal = name
+
+
+def checkpoint_functions(decoder: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """Return the modules that recompute activations, with the function each runs its layer by."""
+    name = "_gradient_checkpointing_func"
+    return {
+        module: module.__dict__[name]
+        for module in decoder.modules()
+        if getattr(module, "gradient_checkpointing", False) and name in module.__dict__
+    }
+
+
+def set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Replace what `checkpoint_functions` returned for a module."""
+    module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def is_stateful(model: Any) -> bool:
+    """Return True for models that carry recurrent state along the sequence."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def has_own_adapter(model: Any) -> bool:
+    """Return True if transformers (`model.add_adapter`), and not peft, put the adapter on."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def loss_totals(trainer: Any) -> list[float] | None:
+    """Read what a trainer's next log averages over: it is no part of transformers' checkpoints.
+
+    None for versions before `train` kept its loss in an attribute.
+    """
+    if not hasattr(trainer, "_tr_loss"):
+        return None
+    return [trainer._tr_loss.item(), trainer._total_loss_scalar, trainer._globalstep_last_logged]
+
+
+def set_loss_totals(trainer: Any, totals: list[float] | None) -> None:
+    """Put back what `loss_totals` returned, once the loop has set up its counters."""
+    if totals is not None:
+        loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = totals
+        trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
