@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
@@ -96,8 +95,17 @@ class RolloutEngine(Protocol):
 
 
 def stream_seed(seed: int, *streams: int) -> int:
-    """Return a 63-bit seed from a seed and stream numbers, all at least 0; neighbouring ones give unrelated seeds."""
-    return int(np.random.SeedSequence((seed, *streams)).generate_state(1, np.uint64)[0]) >> 1
+    """Return a 63-bit seed from a seed and stream numbers, so that neighbouring ones are unrelated (splitmix64).
+
+    `numpy.random.SeedSequence` would do as well; published runs are repeatable because this stays as it is.
+    """
+    mask = 2**64 - 1
+    for stream in streams:
+        x = (seed * 0x9E3779B97F4A7C15 + stream + 1) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        seed = (x ^ (x >> 31)) >> 1
+    return seed
 
 
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
