@@ -105,7 +105,7 @@ class VisionCache:
 
 
 def _concat(parts: list[Any]) -> Any:
-    """Tensors along their first axis; lists, which hold a tensor an image, end to end."""
+    """Join tensors along their first axis, and lists, which hold a tensor an image, end to end."""
     return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(x for part in parts for x in part)
 
 

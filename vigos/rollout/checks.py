@@ -1,4 +1,4 @@
-"""What is asked of completions that another program sampled: the same prompt, known ids, none banned, none cut."""
+"""Check completions that another program sampled: the same prompt, known ids, none banned, none cut."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from vigos.method.encode import EncodedPrompt
 
 
 class RolloutError(TrainingStopped):
-    """Rollouts that cannot be had, or cannot be used, and what to do about it."""
+    """Raised for rollouts that cannot be had or used; says what to do about it."""
 
 
 class UnusableCompletion(Exception):
-    """Another try may give a better one."""
+    """Raised for an answer in place of which another try may give a better one."""
 
 
 @dataclass(frozen=True)
 class RolloutChecks:
-    """
+    """Check prompts and completions of another program against the student's tokenizer.
+
     Attributes:
         tokenizer: the student's, for messages about prompts that differ.
         eos_token_ids: ids that end a completion.
@@ -37,21 +38,29 @@ class RolloutChecks:
     vocab_size: int | None = None
 
     def same_prompt(self, prompt: EncodedPrompt, theirs: Sequence[int], who: str) -> None:
-        """The same ids, or, from an engine that does not expand them, with one placeholder in place of each image's."""
+        """Refuse another prompt: ids must be ours, or have one placeholder in place of each image's.
+
+        Args:
+            theirs: ids of the prompt as the engine rendered it.
+            who: names the engine in the message.
+
+        Raises:
+            RolloutError: they differ.
+        """
         ours = prompt.ids.tolist()
         if list(theirs) in (ours, collapsed(ours, self.banned_token_ids)):
             return
-        at = next(
+        start = next(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
-        shown = [self.tokenizer.decode(list(ids[max(0, at - 4) : at + 8])) for ids in (ours, theirs)]
+        shown = [self.tokenizer.decode(list(ids[max(0, start - 4) : start + 8])) for ids in (ours, theirs)]
         raise RolloutError(
-            f"{who} rendered another prompt: it differs from token {at} on, ours {shown[0]!r}, the other {shown[1]!r}; "
-            "give it the student's chat template (--chat-template) and image processor"
+            f"{who} rendered another prompt: it differs from token {start} on, ours {shown[0]!r}, the other "
+            f"{shown[1]!r}; give it the student's chat template (--chat-template) and image processor"
         )
 
     def completion(self, ids: Sequence[Any], reason: str | None, max_new_tokens: int, who: str) -> Tensor:
-        """(C,) int64, cut after the first EOS, which is included. Raises UnusableCompletion or RolloutError."""
+        """Return (C,) int64, cut after the first EOS, which it keeps. Raises UnusableCompletion or RolloutError."""
         limit = self.vocab_size if self.vocab_size is not None else 2**31
         ids = list(ids)
         if not all(isinstance(i, int) and 0 <= i < limit for i in ids):
@@ -81,5 +90,5 @@ class RolloutChecks:
 
 
 def collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
-    """`ids` with runs of one placeholder as one."""
+    """Return `ids` with each run of one placeholder cut to a single one."""
     return [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders]

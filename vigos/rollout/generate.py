@@ -57,7 +57,7 @@ class TransformersEngine(RolloutEngine):
 
     @classmethod
     def for_model(cls, model: nn.Module, processor: Any, *, batch_size: int | None = None) -> TransformersEngine:
-        """Takes EOS, padding and the banned ids from the model's configuration and its processor (or tokenizer)."""
+        """Take EOS, padding and the banned ids from the model's configuration and its processor (or tokenizer)."""
         tokenizer = getattr(processor, "tokenizer", processor)
         inner = base_model(model)
         ends = eos_ids(inner, tokenizer)
@@ -139,7 +139,7 @@ class TransformersEngine(RolloutEngine):
 
 
 class _Sampler:
-    """A logits processor that draws the next token itself and leaves only that one.
+    """Draw the next token and leave only that one, as a logits processor.
 
     scores (B, V) → temperature → top-k → top-p → inverse of the cumulative distribution at a uniform number, one for
     each row and step, from the row's own generator.

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What an optimizer step asks of the rollout engine on this rank.
+    """Hold what an optimizer step asks of the rollout engine on this rank.
 
     Attributes:
         step: optimizer steps before it.
@@ -64,11 +64,11 @@ class Request:
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
-        """Of `rows`."""
+        """Return the prompts of `rows`."""
         return [prompt for _, _, prompt in self.rows]
 
     def identity(self, sampling: Sampling) -> str:
-        """Equal where the same is asked for: of the same rows, images and prompts, in the same way."""
+        """Return a digest, equal where the same prompts and images are asked for with the same seeds and options."""
         digest = hashlib.blake2b(repr((self.step, list(self.seeds), sampling)).encode(), digest_size=16)
         for prompt in self.prompts:
             digest.update(prompt.ids.numpy().tobytes())
@@ -129,7 +129,7 @@ class RolloutsAhead:
 
     @property
     def seconds(self) -> float:
-        """Duration of the last sampling; 0 if there was none, or it failed. Blocks."""
+        """Duration of the last sampling in seconds; 0 if there was none, or it failed. Blocks."""
         return 0.0 if self._sampling is None or self.wait() is not None else self._sampling.get()[1]
 
     # --- Checkpoints keep the completions: no server promises to sample them alike once more --------------------------

@@ -55,7 +55,7 @@ _ADVICE = {
 
 
 class RolloutServerError(RolloutError):
-    """The server is gone, refuses, or answers what cannot be used."""
+    """Raised if the server is gone, refuses, or gives unusable answers."""
 
 
 class ServerEngine(RolloutEngine):
@@ -128,7 +128,7 @@ class ServerEngine(RolloutEngine):
 
     @property
     def served_name(self) -> str:  # type: ignore[override]
-        """Name that requests ask for: the base model, or this run's adapter `self.model`."""
+        """Return the name that requests ask for: the base model, or this run's adapter `self.model`."""
         return self._served_name(self.model)
 
     def _served_name(self, model: str) -> str:
@@ -167,7 +167,7 @@ class ServerEngine(RolloutEngine):
                 raise  # else it is gone already: a server that was started again
 
     def _names(self) -> list[str]:
-        """Models and adapters that the server has."""
+        """Return the names of models and adapters that the server has."""
 
         def read(answer: Any) -> list[str]:
             try:
@@ -197,24 +197,24 @@ class ServerEngine(RolloutEngine):
             try:
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 usage = answer["usage"]["completion_tokens"]
-                found = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
+                completions = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
                 theirs = answer.get("prompt_token_ids")
             except (KeyError, TypeError, AttributeError) as error:
                 raise UnusableCompletion(f"an answer without {error}") from error
-            if theirs is None or any(ids is None for ids, _ in found):
+            if theirs is None or any(ids is None for ids, _ in completions):
                 raise RolloutServerError(
                     f"{self.url} returned no token ids; vLLM does with return_token_ids (0.10.2 and later). Text that "
                     "is tokenised again is not what was sampled"
                 )
-            if not all(isinstance(ids, list) for ids in (theirs, *(ids for ids, _ in found))):
+            if not all(isinstance(ids, list) for ids in (theirs, *(ids for ids, _ in completions))):
                 raise UnusableCompletion("token ids that are no list")
             who = f"{self.url} ({self.model})"
             self.checks.same_prompt(prompt, theirs, who)
-            if len(found) != sampling.n:
-                raise UnusableCompletion(f"{len(found)} completions, {sampling.n} were asked for")
-            if sum(len(ids) for ids, _ in found) != usage:
-                raise UnusableCompletion(f"{sum(len(ids) for ids, _ in found)} token ids, but usage says {usage}")
-            return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in found]
+            if len(completions) != sampling.n:
+                raise UnusableCompletion(f"{len(completions)} completions, {sampling.n} were asked for")
+            if sum(len(ids) for ids, _ in completions) != usage:
+                raise UnusableCompletion(f"{sum(len(ids) for ids, _ in completions)} token ids, but usage says {usage}")
+            return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in completions]
 
         return self._request("chat/completions", body, read)
 
@@ -243,7 +243,7 @@ class ServerEngine(RolloutEngine):
 
 
 def wire_messages(chat: Chat) -> list[dict[str, Any]]:
-    """The chat as the API takes it: images as PNG data addresses, the prefill as an open assistant turn."""
+    """Return the chat as the API takes it: images as PNG data addresses, the prefill as an open assistant turn."""
     images = iter(chat.images)
 
     def part(content: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class VLLMEngine(RolloutEngine):
 
     @property
     def served_name(self) -> str:  # type: ignore[override]
-        """Name of the base model or of the adapter in use."""
+        """Return the name of the base model or of the adapter in use."""
         return self.model
 
     def update_weights(self, step: int, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
@@ -107,12 +107,12 @@ class VLLMEngine(RolloutEngine):
         drop_adapters(folder.parent, keep=name)
 
     def close(self) -> None:
-        """Ends vLLM's processes and gives its memory back; without it they end with this process."""
+        """End vLLM's processes and free their memory; without it they end with this process."""
         self.llm.llm_engine.engine_core.shutdown()
         self._watcher.communicate()
 
     def _input(self, prompt: EncodedPrompt) -> dict[str, Any]:
-        """vLLM expands the placeholders itself: it gets one for each image."""
+        """Build vLLM's input, with one placeholder an image: it expands them itself."""
         if prompt.images is None:
             return {"prompt_token_ids": prompt.ids.tolist()}
         if prompt.chat is None:
@@ -137,14 +137,17 @@ for pid in sys.argv[1:]:
 
 
 def _end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:
-    """vLLM's engine does not notice when its parent is killed, and would keep its memory from the run that resumes."""
+    """Kill processes when this one ends, however it ends.
+
+    vLLM's engine does not notice, and would keep its memory from the run that resumes.
+    """
     command = [sys.executable, "-S", "-c", _WATCH, *map(str, pids)]
     # Its standard input ends when this process does, however that ends.
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _max_rank(lora_r: int) -> int:
-    """The least rank that vLLM offers for adapters of rank `lora_r`."""
+    """Return the least rank that vLLM offers for adapters of rank `lora_r`."""
     from vllm.config.lora import MaxLoRARanks
 
     offered = sorted(get_args(MaxLoRARanks))

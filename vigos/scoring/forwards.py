@@ -53,8 +53,11 @@ def plan_forwards(
     backend: str,
     pad_token_id: int | None,
 ) -> list[Forward]:
-    """Plan the forwards that score `sequences`. Arguments as in `hidden_states`; raises ValueError for models that
-    cannot share prefixes with scoring="tree"."""
+    """Plan the forwards that score `sequences`; arguments as in `hidden_states`.
+
+    Raises:
+        ValueError: the sequences are not what the model takes, or scoring="tree" and it cannot share prefixes.
+    """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     base = base_model(model)
