@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.divergence_cases import logits_divergence
 from torch import Tensor
 
 import vigos
@@ -95,9 +96,9 @@ def test_small_paths_and_options() -> None:
     for v in (64, 67):
         student, teacher = peaked(6, v, 0.3, torch.float32, seed=2)
         kind = kinds_of(6)
-        for options in ({}, {"entry_clip": 0.01}, {"temperature": 1.3, "logit_softcap": 8.0}, {"vocab_size": v - 3}):
+        for options in ({}, {"entry_clip": 0.01}, {"temperature": 1.3, "softcap": 8.0}, {"vocab_size": v - 3}):
             leaf = student.clone().requires_grad_()
-            out = vigos.logits_divergence(leaf, teacher, supervision=rows_of(6, kind), impl="cuda", **options)
+            out = logits_divergence(leaf, teacher, supervision=rows_of(6, kind), impl="cuda", **options)
             (gradient,) = torch.autograd.grad(out.divergence.sum(), leaf)
             doubled = student.double().requires_grad_()
             adjust = {k: x for k, x in options.items() if k != "entry_clip"}

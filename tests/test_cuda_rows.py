@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cuda_emulation import build, wide_mm
-from helpers.divergence_cases import UNLIKE, assert_close, case, unlike
+from helpers.divergence_cases import UNLIKE, assert_close, case, logits_divergence, unlike
 from torch import Tensor
 
 import vigos
@@ -50,7 +50,7 @@ def peaked(rows: int, v: int, near: float, seed: int, dtype: torch.dtype = torch
 def exact(student: Tensor, teacher: Tensor, kind: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Divergences and d(sum of them)/d(student) in float64."""
     leaf = student.double().requires_grad_()
-    adjust = {k: options.pop(k) for k in ("temperature", "logit_softcap", "logit_scale", "vocab_size") if k in options}
+    adjust = {k: options.pop(k) for k in ("temperature", "softcap", "scale", "vocab_size") if k in options}
     z = reference.adjust(leaf, **adjust), reference.adjust(teacher.double(), **adjust)
     rows = reference.divergence(*z, kind, **options)
     (gradient,) = torch.autograd.grad(rows.sum(), leaf)
@@ -60,7 +60,7 @@ def exact(student: Tensor, teacher: Tensor, kind: Tensor, **options: Any) -> tup
 def run(student: Tensor, teacher: Tensor, kind: Tensor, **options: Any) -> tuple[vigos.DivergenceOutput, Tensor]:
     leaf = student.clone().requires_grad_()
     rows = torch.arange(student.shape[0])
-    out = vigos.logits_divergence(leaf, teacher, supervision=Supervision(rows, rows, kind), impl="cuda", **options)
+    out = logits_divergence(leaf, teacher, supervision=Supervision(rows, rows, kind), impl="cuda", **options)
     (gradient,) = torch.autograd.grad(out.divergence.sum(), leaf)
     return out, gradient
 
@@ -139,8 +139,8 @@ def test_scale_softcap_temperature_and_padding() -> None:
     student, teacher = peaked(3, 1003, 0.3, seed=7)
     kinds = torch.tensor(KINDS, dtype=torch.int8)
     for options in (
-        {"temperature": 0.7, "logit_scale": 1.3},
-        {"temperature": 1.7, "logit_softcap": 6.0, "logit_scale": 0.8},
+        {"temperature": 0.7, "scale": 1.3},
+        {"temperature": 1.7, "softcap": 6.0, "scale": 0.8},
         {"vocab_size": 998},
         {"vocab_size": 1},
     ):
@@ -268,14 +268,14 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk_rows:
     bias_s, bias_t = (torch.randn(v, generator=generator).to(dtype) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (student, head, bias_s)]
     out = vigos.linear_divergence(
-        leaves[0], leaves[1], teacher, supervision=rows, student_bias=leaves[2], teacher_bias=bias_t,
-        temperature=1.2, impl="cuda",
+        leaves[0], vigos.Head(*leaves[1:]), teacher, vigos.Head(leaves[1], bias_t), supervision=rows, temperature=1.2,
+        impl="cuda",
     )  # fmt: skip
     gradients = torch.autograd.grad(out.loss, leaves)
     doubles = [x.double().requires_grad_() for x in (student, head, bias_s)]
     loss, divergence = reference.linear_divergence(
-        doubles[0], doubles[1], teacher.double(), supervision=rows, student_bias=doubles[2],
-        teacher_bias=bias_t.double(), temperature=1.2,
+        doubles[0], vigos.Head(*doubles[1:]), teacher.double(), vigos.Head(doubles[1], bias_t.double()),
+        supervision=rows, temperature=1.2,
     )  # fmt: skip
     wanted = torch.autograd.grad(loss, doubles)
     assert out.clipped.any()

@@ -6,7 +6,19 @@ import math
 
 import pytest
 import torch
-from helpers.divergence_cases import KINDS, UNLIKE, assert_close, case, error, peaked_hidden, run, unlike
+from helpers.divergence_cases import (
+    KINDS,
+    UNLIKE,
+    assert_close,
+    case,
+    error,
+    heads,
+    logits_divergence,
+    peaked_hidden,
+    run,
+    split,
+    unlike,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +56,11 @@ OPTIONS = {
     "biases": {"bias": True},
     "both biases": {"bias": True, "shared": False},
     "temperature": {"temperature": 1.7},
-    "softcap": {"logit_softcap": 9.0, "logit_scale": 0.6, "temperature": 0.8, "bias": True},
-    "softcap, separate heads": {"logit_softcap": 9.0, "shared": False, "bias": True},
+    "softcap": {"softcap": 9.0, "scale": 0.6, "temperature": 0.8, "bias": True},
+    "softcap, separate heads": {"softcap": 9.0, "shared": False, "bias": True},
     "padded vocabulary": {"vocab_size": 430},
     "entry clip": {"entry_clip": 1e-3, "near": 0.2},
-    "entry clip, softcap": {"entry_clip": 1e-3, "logit_softcap": 20.0, "near": 0.2},
+    "entry clip, softcap": {"entry_clip": 1e-3, "softcap": 20.0, "near": 0.2},
     "token clip": {"clip": 0.02, "near": 0.2},
     "far teacher": {"near": 3.0},
     "other rows": {"m": 11},
@@ -282,15 +294,16 @@ def test_no_rows(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_statistics(impl):
-    c = case(18, 16, 300, bias=True, temperature=1.3, logit_softcap=12.0, vocab_size=280)
+    c = case(18, 16, 300, bias=True, temperature=1.3, softcap=12.0, vocab_size=280)
     labels = torch.randint(280, (18,), generator=torch.Generator().manual_seed(3))
     rows = c.supervision
+    transform, options = split(c.options)
     out = vigos.linear_divergence(
-        c.student.float(), c.head.float(), c.teacher.float(), supervision=rows, labels=labels, impl=impl,
-        student_bias=c.student_bias.float(), **c.options,
+        c.student.float(), vigos.Head(c.head.float(), c.student_bias.float(), **transform), c.teacher.float(),
+        supervision=rows, labels=labels, impl=impl, **options,
     )  # fmt: skip
     for side, hidden, row in (("student", c.student, rows.student_row), ("teacher", c.teacher, rows.teacher_row)):
-        z = reference.logits(hidden[row], c.head, c.student_bias, **c.options)
+        z = reference.logits(hidden[row], vigos.Head(c.head, c.student_bias, **transform), **options)
         log_p = z.log_softmax(-1)
         for name, exact in (
             ("lse", z.logsumexp(-1)),
@@ -317,10 +330,11 @@ def test_non_contiguous_inputs(impl):
     sliced.teacher_head = torch.cat([c.teacher_head, c.teacher_head], 1)[:, :16]
     hidden, head = sliced.student.float().requires_grad_(), sliced.head.float().requires_grad_()
     assert not hidden.is_contiguous() or not head.is_contiguous()
+    teacher_bias = torch.stack([c.teacher_bias.float()] * 2, 1)[:, 0]
+    sides = heads(head, sliced.teacher_head.float(), c.student_bias.float(), teacher_bias)
     out = vigos.linear_divergence(
-        hidden, head, sliced.teacher.float(), sliced.teacher_head.float(), supervision=c.supervision, impl=impl,
-        student_bias=c.student_bias.float(), teacher_bias=torch.stack([c.teacher_bias.float()] * 2, 1)[:, 0],
-    )  # fmt: skip
+        hidden, sides[0], sliced.teacher.float(), sides[1], supervision=c.supervision, impl=impl
+    )
     torch.testing.assert_close(out.divergence.double(), dense.divergence, rtol=1e-5, atol=1e-7)
     (1.7 * out.loss + (out.divergence * torch.linspace(0.1, 1, 12)).sum()).backward()
     assert hidden.grad is not None
@@ -366,7 +380,7 @@ def test_impossible_on_both_sides(impl, kind, how):
     bias[banned] = -INF
     if how == "linear":  # the head is the identity, so logits are hidden states plus the bias
         leaf = z_s.clone().requires_grad_()
-        out = vigos.linear_divergence(leaf, torch.eye(90), z_t, supervision=rows, student_bias=bias, impl=impl)
+        out = vigos.linear_divergence(leaf, vigos.Head(torch.eye(90), bias), z_t, supervision=rows, impl=impl)
     else:
         leaf = (z_s + bias).requires_grad_()
         out = vigos.logits_divergence(leaf, z_t + bias, supervision=rows, impl=impl)
@@ -442,10 +456,10 @@ def test_logits(impl, dtype, inplace):
         student_row, torch.randint(9, (r,), generator=g), torch.tensor((KINDS * 3)[:r], dtype=torch.int8),
         torch.rand(r, generator=g), torch.full((r,), INF),
     )  # fmt: skip
-    for options in ({}, {"logit_softcap": 7.0, "temperature": 1.2, "vocab_size": 1000}, {"entry_clip": 1e-3}):
+    for options in ({}, {"softcap": 7.0, "temperature": 1.2, "vocab_size": 1000}, {"entry_clip": 1e-3}):
         leaf = s.clone().requires_grad_()
         logits = leaf * 1  # not a leaf: its gradient may overwrite it
-        out = vigos.logits_divergence(logits, t, supervision=rows, inplace=inplace, impl=impl, **options)
+        out = logits_divergence(logits, t, supervision=rows, inplace=inplace, impl=impl, **options)
         truth = s.double().requires_grad_()
         clip = options.get("entry_clip")
         adjust = {k: x for k, x in options.items() if k != "entry_clip"}
@@ -529,8 +543,8 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40), st.
         {},
         optional={
             "temperature": st.floats(0.3, 3),
-            "logit_softcap": st.floats(2, 30),
-            "logit_scale": st.floats(0.3, 2),
+            "softcap": st.floats(2, 30),
+            "scale": st.floats(0.3, 2),
             "beta": st.floats(0.05, 0.95),
             "entry_clip": st.floats(1e-4, 0.5),
         },
@@ -555,21 +569,16 @@ def test_any_call_agrees_with_the_oracle(shapes, width, kinds, seed, scale, opti
     )  # fmt: skip
     student, teacher, head = tensor(n, d) * scale / d**0.5, tensor(m, d_t) * scale / d_t**0.5, tensor(v, d)
     teacher_head = None if shared else tensor(v, d_t)
-    biases = {"student_bias": tensor(v)} if bias else {}
-    if bias and not shared:
-        biases["teacher_bias"] = tensor(v)
+    biases = [tensor(v) if bias else None, tensor(v) if bias and not shared else None]
+    transform, options = split(options)
     arguments = {"supervision": rows, "vocab_size": 1 + seed % v, **options}
     student = student.float().double()
     leaf, truth = student.float().requires_grad_(), student.clone().requires_grad_()
-    out = vigos.linear_divergence(
-        leaf, head.float(), teacher.float(), None if shared else teacher_head.float(), impl=impl,
-        **{k: x.float() for k, x in biases.items()}, **arguments,
-    )  # fmt: skip
-    single = {k: x.float().double() for k, x in biases.items()}
-    loss, divergence = reference.linear_divergence(
-        truth, head.float().double(), teacher.float().double(), None if shared else teacher_head.float().double(),
-        **single, **arguments,
-    )  # fmt: skip
+    single = [None if x is None else x.float() for x in (head, teacher_head, *biases)]
+    double = [None if x is None else x.double() for x in single]
+    ours, exact = heads(*single, **transform), heads(*double, **transform)
+    out = vigos.linear_divergence(leaf, ours[0], teacher.float(), ours[1], impl=impl, **arguments)
+    loss, divergence = reference.linear_divergence(truth, exact[0], teacher.float().double(), exact[1], **arguments)
     # Rounding of the logits is relative to their size, and a divergence moves with them at most one to one.
     size = scale * d**0.5 * 1e-6 * 20 + 1e-6
     torch.testing.assert_close(out.divergence.double(), divergence.detach(), rtol=1e-4, atol=size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,11 +11,12 @@ import vigos
 from vigos.divergence.engines import AUTO, IMPLS, choose, engine
 
 INF = float("inf")
+HEAD = partial(vigos.Head, torch.randn(20, 6))
 
 
 def call(**changes):
     arguments = {
-        "student_hidden": torch.randn(4, 6), "lm_head_weight": torch.randn(20, 6), "teacher_hidden": torch.randn(4, 6),
+        "student_hidden": torch.randn(4, 6), "head": torch.randn(20, 6), "teacher_hidden": torch.randn(4, 6),
         "impl": "reference", **changes,
     }  # fmt: skip
     return vigos.linear_divergence(**arguments)
@@ -40,17 +43,17 @@ MISTAKES = {
     ),
     "not a tensor": ({"student_hidden": [[1.0]]}, r"student_hidden must be a float tensor"),
     "head of another width": (
-        {"lm_head_weight": torch.randn(20, 5)},
-        r"lm_head_weight must be \(V, 6\) to project student_hidden \(4, 6\), got",
+        {"head": torch.randn(20, 5)},
+        r"head\.weight must be \(V, 6\) to project student_hidden \(4, 6\), got",
     ),
-    "empty head": ({"lm_head_weight": torch.randn(0, 6)}, r"lm_head_weight must have at least one vocabulary row"),
+    "empty head": ({"head": torch.randn(0, 6)}, r"head\.weight must have at least one vocabulary row"),
     "head of another dtype": (
-        {"lm_head_weight": torch.randn(20, 6).bfloat16()},
-        r"lm_head_weight must be torch.float32 like student_hidden, got torch.bfloat16",
+        {"head": torch.randn(20, 6).bfloat16()},
+        r"head\.weight must be torch.float32 like student_hidden, got torch.bfloat16",
     ),
     "head elsewhere": (
-        {"lm_head_weight": torch.randn(20, 6, device="meta")},
-        r"lm_head_weight must be on cpu like student_hidden, got meta",
+        {"head": torch.randn(20, 6, device="meta")},
+        r"head\.weight must be on cpu like student_hidden, got meta",
     ),
     "teacher elsewhere": ({"teacher_hidden": torch.randn(4, 6, device="meta")}, r"teacher_hidden must be on cpu"),
     "teacher width, shared head": (
@@ -62,25 +65,38 @@ MISTAKES = {
         r"teacher_hidden must be torch.float32",
     ),
     "teacher head of another width": (
-        {"teacher_lm_head_weight": torch.randn(20, 8)},
-        r"teacher_lm_head_weight must be \(V, 6\) to project teacher_hidden",
+        {"teacher_head": torch.randn(20, 8)},
+        r"teacher_head\.weight must be \(V, 6\) to project teacher_hidden",
     ),
     "float64 against float32": (
-        {"teacher_hidden": torch.randn(4, 6).double(), "teacher_lm_head_weight": torch.randn(20, 6).double()},
+        {"teacher_hidden": torch.randn(4, 6).double(), "teacher_head": torch.randn(20, 6).double()},
         r"teacher_hidden must be float64 exactly when student_hidden is",
     ),
     "bias shape": (
-        {"student_bias": torch.randn(19)},
-        r"student_bias must be a float tensor \(20,\) like lm_head_weight",
+        {"head": HEAD(bias=torch.randn(19))},
+        r"head\.bias must be a float tensor \(20,\) like head\.weight",
     ),
-    "bias dtype": ({"student_bias": torch.randn(20).half()}, r"student_bias must be torch.float32 like lm_head_weight"),
-    "teacher bias": ({"teacher_bias": torch.randn(1, 20)}, r"teacher_bias must be a float tensor \(20,\)"),
+    "bias dtype": (
+        {"head": HEAD(bias=torch.randn(20).half())},
+        r"head\.bias must be torch.float32 like head\.weight",
+    ),
+    "teacher bias": (
+        {"teacher_head": HEAD(bias=torch.randn(1, 20))},
+        r"teacher_head\.bias must be a float tensor \(20,\)",
+    ),
     "temperature": ({"temperature": 0.0}, r"temperature must be a positive number, got 0.0"),
     "temperature, a tensor": ({"temperature": torch.tensor(1.0)}, r"temperature must be a positive number, got tensor"),
     "beta": ({"beta": 1.0}, r"beta must be strictly between 0 and 1 .*kinds of their own.*, got 1.0"),
     "entry clip": ({"entry_clip": -0.1}, r"entry_clip must be a positive number or None, got -0.1"),
-    "softcap": ({"logit_softcap": 0.0}, r"logit_softcap must be a positive number or None, got 0.0"),
-    "scale": ({"logit_scale": INF}, r"logit_scale must be a positive number, got inf"),
+    "softcap": (
+        {"head": vigos.Head(torch.randn(20, 6), softcap=0.0)},
+        r"head\.softcap must be a positive number or None, got 0.0",
+    ),
+    "scale": (
+        {"teacher_head": vigos.Head(torch.randn(20, 6), scale=INF)},
+        r"teacher_head\.scale must be a positive number, got inf",
+    ),
+    "no head": ({"head": [1.0]}, r"head must be a vigos.Head or a weight \(V, D\), got list"),
     "impl": ({"impl": "cudnn"}, r"impl must be \"auto\" or one of 'reference', 'cpu'.*got 'cudnn'"),
     "vocabulary size": ({"vocab_size": 21}, r"vocab_size must be at most the heads' 20 vocabulary entries, got 21"),
     "no vocabulary": ({"vocab_size": 0}, r"vocab_size must be a positive integer or None, got 0"),
@@ -158,14 +174,13 @@ def test_linear(name):
 
 def test_padded_vocabularies_say_what_to_slice():
     """Qwen2.5-VL-3B against 7B: one tokenizer, two paddings."""
-    heads = {"lm_head_weight": torch.randn(151_936, 1), "teacher_lm_head_weight": torch.randn(152_064, 1)}
-    with pytest.raises(
-        ValueError, match=r"the 151936 vocabulary rows of lm_head_weight, got 152064.*teacher_lm_head_weight\[:151936\]"
+    heads, hidden = [torch.randn(v, 1) for v in (151_936, 152_064)], torch.randn(4, 1)
+    for sides, message in (
+        (heads, r"teacher_head must have the 151936 vocabulary rows of head, got 152064.*teacher_head's.*\[:151936\]"),
+        (heads[::-1], r"got 151936.* slice head's weight and bias to \[:151936\]"),
     ):
-        call(student_hidden=torch.randn(4, 1), teacher_hidden=torch.randn(4, 1), **heads)
-    swapped = {"lm_head_weight": heads["teacher_lm_head_weight"], "teacher_lm_head_weight": heads["lm_head_weight"]}
-    with pytest.raises(ValueError, match=r"got 151936.* lm_head_weight\[:151936\]"):
-        call(student_hidden=torch.randn(4, 1), teacher_hidden=torch.randn(4, 1), **swapped)
+        with pytest.raises(ValueError, match=message):
+            call(student_hidden=hidden, teacher_hidden=hidden, head=sides[0], teacher_head=sides[1])
 
 
 def test_logits():
@@ -191,7 +206,7 @@ def test_a_named_engine_runs_or_says_why_not():
     ):
         call(
             student_hidden=torch.randn(4, 6).double(), teacher_hidden=torch.randn(4, 6).double(),
-            lm_head_weight=torch.randn(20, 6).double(), impl="cpu",
+            head=torch.randn(20, 6).double(), impl="cpu",
         )  # fmt: skip
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"impl='cuda' cannot run this call"):
@@ -207,7 +222,7 @@ def test_auto_takes_what_runs(monkeypatch):
             module, "forward", lambda problem, name=name, f=module.forward: seen.append(name) or f(problem)
         )
     call(impl="auto")
-    double = {k: x.double() for k, x in (("student_hidden", torch.randn(4, 6)), ("lm_head_weight", torch.randn(20, 6)))}
+    double = {k: x.double() for k, x in (("student_hidden", torch.randn(4, 6)), ("head", torch.randn(20, 6)))}
     call(impl="auto", teacher_hidden=torch.randn(4, 6).double(), **double)
     monkeypatch.setattr(engine("cpu"), "_extension", lambda: None)
     call(impl="auto")

@@ -96,15 +96,13 @@ def test_gradcheck(which):
     """Loss and divergence with respect to hidden states, head and bias, in float64, clipped rows among them."""
     student, head, bias, teacher, rows = inputs(torch.float64)
     if which == "linear":
-        teacher_head, teacher_bias = (
-            head.detach().clone(),
-            bias.detach().clone(),
-        )  # held still: the teacher has no gradient
+        # Held still: the teacher has no gradient.
+        teacher_head = vigos.Head(head.detach().clone(), bias.detach().clone(), softcap=15.0)
 
         def call(student, head, bias):
             out = vigos.linear_divergence(
-                student, head, teacher, teacher_head, supervision=rows, student_bias=bias, teacher_bias=teacher_bias,
-                logit_softcap=15.0, temperature=1.2, beta=0.3, impl="reference",
+                student, vigos.Head(head, bias, softcap=15.0), teacher, teacher_head, supervision=rows,
+                temperature=1.2, beta=0.3, impl="reference",
             )  # fmt: skip
             return out.loss, out.divergence
 
@@ -136,13 +134,13 @@ def scalar(out: vigos.DivergenceOutput, how: str) -> torch.Tensor:
 def test_upstreams(impl, how):
     """Against autograd through the oracle."""
     student, head, bias, teacher, rows = inputs()
-    options = {"supervision": rows, "student_bias": bias, "beta": 0.3}
-    out = vigos.linear_divergence(student, head, teacher, impl=impl, **options)
+    options = {"supervision": rows, "beta": 0.3}
+    out = vigos.linear_divergence(student, vigos.Head(head, bias), teacher, impl=impl, **options)
     ours = torch.autograd.grad(scalar(out, how), (student, head, bias), retain_graph=True)
     again = torch.autograd.grad(scalar(out, how), (student, head, bias))  # backward twice
     truth = [x.detach().double().requires_grad_() for x in (student, head, bias)]
-    options["student_bias"] = truth[2]
-    loss, row_divergence = vigos.reference.linear_divergence(truth[0], truth[1], teacher.double(), **options)
+    exact_head = vigos.Head(truth[1], truth[2])
+    loss, row_divergence = vigos.reference.linear_divergence(truth[0], exact_head, teacher.double(), **options)
     exact_out = vigos.DivergenceOutput(loss, row_divergence, *[row_divergence] * 5, None, None)
     exact = torch.autograd.grad(scalar(exact_out, how), truth)
     for x, y, z in zip(ours, again, exact, strict=True):
@@ -212,10 +210,10 @@ def test_logits_compile():
 def test_autocast_casts_operands_as_linear_does(impl):
     student, head, bias, teacher, rows = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = vigos.linear_divergence(student, head, teacher, supervision=rows, student_bias=bias, impl=impl)
+        out = vigos.linear_divergence(student, vigos.Head(head, bias), teacher, supervision=rows, impl=impl)
     assert out.loss.dtype == torch.float32
-    rounded = [x.detach().bfloat16() for x in (student, head, teacher, bias)]
-    expected = vigos.linear_divergence(*rounded[:3], supervision=rows, student_bias=rounded[3], impl=impl)
+    rounded = [x.detach().bfloat16() for x in (student, head, bias, teacher)]
+    expected = vigos.linear_divergence(rounded[0], vigos.Head(*rounded[1:3]), rounded[3], supervision=rows, impl=impl)
     assert torch.equal(out.divergence, expected.divergence)
     out.loss.backward()
     assert student.grad is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.divergence_cases import case, error
+from helpers.divergence_cases import case, error, heads, split
 
 import vigos
 
@@ -15,9 +15,12 @@ IMPLS = ["reference", "cpu"]
 def ours(c, beta: float, impl: str, rows: torch.Tensor, **options):
     leaves = [x.float().requires_grad_() for x in (c.student, c.head)]
     supervision = vigos.Supervision(rows, rows, KIND_OF_BETA[beta])
+    transform, options = split(options)
+    single = [None if x is None else x.float() for x in (c.teacher_head, c.student_bias, c.teacher_bias)]
+    head, teacher_head = heads(leaves[1], *single, **transform)
     out = vigos.linear_divergence(
-        leaves[0], leaves[1], c.teacher.float(), None if c.teacher_head is None else c.teacher_head.float(),
-        supervision=supervision, beta=beta if 0 < beta < 1 else 0.5, impl=impl, **options,
+        leaves[0], head, c.teacher.float(), teacher_head, supervision=supervision,
+        beta=beta if 0 < beta < 1 else 0.5, impl=impl, **options,
     )  # fmt: skip
     (out.loss / len(rows)).backward()
     return out, leaves
@@ -38,10 +41,7 @@ def test_trl(impl, beta):
         teacher_final_logit_softcapping=20.0, temperature=1.3,
     )  # fmt: skip
     loss.backward()
-    out, leaves = ours(
-        c, beta, impl, mask.nonzero().squeeze(1), student_bias=c.student_bias.float(),
-        teacher_bias=c.teacher_bias.float(), logit_scale=0.7, logit_softcap=20.0, temperature=1.3,
-    )  # fmt: skip
+    out, leaves = ours(c, beta, impl, mask.nonzero().squeeze(1), scale=0.7, softcap=20.0, temperature=1.3)
     assert count == mask.sum()
     assert out.loss.item() / mask.sum() == pytest.approx(loss.item(), rel=2e-5)
     assert out.student_entropy.sum().item() == pytest.approx(entropy.item(), rel=2e-5)

@@ -10,26 +10,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers.divergence_cases import case, error
+from helpers.divergence_cases import case, error, heads, split
 
 import vigos
 
 OPTIONS = {
     "plain": {},
     "everything": {
-        "temperature": 1.3, "logit_softcap": 12.0, "logit_scale": 0.8, "vocab_size": 280, "beta": 0.3, "clip": 0.4,
+        "temperature": 1.3, "softcap": 12.0, "scale": 0.8, "vocab_size": 280, "beta": 0.3, "clip": 0.4,
     },
     "entry clip, two heads": {"entry_clip": 1e-3, "shared": False},
     "padding is a whole shard": {"vocab_size": 150},
 }  # fmt: skip
 
 
-def call(c, head, teacher_head, bias, labels, impl, **extra):
+def call(c, head, teacher_head, bias, labels, impl, group=None):
     hidden = c.student.float().requires_grad_()
+    transform, options = split(c.options)
+    ours, theirs = heads(head, teacher_head, bias, process_group=group, **transform)
     out = vigos.linear_divergence(
-        hidden, head, c.teacher.float(), teacher_head, supervision=c.supervision, student_bias=bias, labels=labels,
-        impl=impl, **c.options, **extra,
-    )  # fmt: skip
+        hidden, ours, c.teacher.float(), theirs, supervision=c.supervision, labels=labels, impl=impl, **options
+    )
     (out.loss + (out.divergence * torch.linspace(0.1, 1, out.divergence.shape[0])).sum()).backward()
     assert hidden.grad is not None
     return out, hidden.grad
@@ -49,7 +50,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
                 bias = None if c.student_bias is None else c.student_bias.float()[part].clone().requires_grad_()
                 teacher_head = None if c.teacher_head is None else c.teacher_head.float()[part]
                 labels = torch.arange(14) * 10
-                out, grad = call(c, head, teacher_head, bias, labels, impl, process_group=dist.group.WORLD)
+                out, grad = call(c, head, teacher_head, bias, labels, impl, dist.group.WORLD)
                 fields = {k: x.detach() for k, x in vars(out).items()}
                 results[impl, name] = (fields, grad, head.grad, None if bias is None else bias.grad)
             # DTensor heads, Shard(0): 301 rows over two ranks are 151 and 150. Gathering them would raise.
@@ -72,7 +73,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
             out, grad = call(c, whole, None, None, None, impl)
             fields = {k: x.detach() for k, x in vars(out).items() if x is not None}
             results[impl, "replicated"] = (fields, grad, whole.grad.to_local(), None)
-            with pytest.raises(ValueError, match=r"lm_head_weight must be replicated or Shard\(0\)"):
+            with pytest.raises(ValueError, match=r"head\.weight must be replicated or Shard\(0\)"):
                 call(c, distribute_tensor(c.head.float(), mesh, [Shard(1)]), None, None, None, impl)
         torch.save(results, Path(folder) / f"{rank}.pt")
     finally:

@@ -144,7 +144,7 @@ def test_three_dimensional_inputs_are_chunked(monkeypatch: pytest.MonkeyPatch) -
     """What reaches the engine is two-dimensional, so that its chunks are chunks of tokens."""
     seen = []
     real = api.linear
-    monkeypatch.setattr(api, "linear", lambda student, *rest: seen.append(student[0].shape) or real(student, *rest))
+    monkeypatch.setattr(api, "linear", lambda *a, **k: seen.append(a[0][0].shape) or real(*a, **k))
     c = case(3, 12, 16, 101)
     cubes = c | {"student": c["student"].view(3, 4, 16), "teacher": c["teacher"].view(3, 4, 16)}
     run(drop_in.LigerFusedLinearJSDLoss(0.0), cubes | {"labels": c["labels"].view(3, 4)})
@@ -154,7 +154,7 @@ def test_three_dimensional_inputs_are_chunked(monkeypatch: pytest.MonkeyPatch) -
 def test_mismatched_vocabularies() -> None:
     """Liger pads the student's logits with zeros: ids that the student cannot produce then take probability from it."""
     c = case(4, 6, 16, 90, v_t=101)
-    with pytest.raises(ValueError, match=r"90 vocabulary rows of lm_head_weight, got 101.*\[:90\]"):
+    with pytest.raises(ValueError, match=r"90 vocabulary rows of head, got 101.*\[:90\]"):
         run(drop_in.LigerFusedLinearJSDLoss(0.0, 1.0), c)
     sliced = c | {"w_t": c["w_t"][:90]}
     truth = exact(sliced, 0.5, soft=1.0)

@@ -12,6 +12,7 @@ import torch
 from helpers import peer_statements as statements
 from torch import Tensor
 
+from vigos.divergence import api
 from vigos.integrations import _patching
 from vigos.integrations import trl as drop_in
 
@@ -128,11 +129,7 @@ def test_chunked_divergence_with_bias_scale_softcap_and_other_width(beta: float)
 @pytest.mark.parametrize(
     ("scales", "caps"), [((1.0, 0.25), (None, None)), ((1.0, 1.0), (4.0, None)), ((2.0, 1.0), (None, 30.0))], ids=str
 )
-def test_heads_that_transform_their_logits_differently(
-    beta: float, scales: tuple, caps: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A path of its own: also in several chunks."""
-    monkeypatch.setattr(drop_in, "_CHUNK_ELEMENTS", 4 * 257)
+def test_heads_that_transform_their_logits_differently(beta: float, scales: tuple, caps: tuple) -> None:
     c = case(2, 3, 5, 16, 257)
     options = {
         "student_logit_scale": scales[0], "teacher_logit_scale": scales[1],
@@ -194,8 +191,8 @@ def test_one_head_for_both_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None
     """Self-distillation passes one parameter twice."""
     c = case(7, 2, 4, 16, 101, near=0.1)
     seen = []
-    real = drop_in.linear_divergence
-    monkeypatch.setattr(drop_in, "linear_divergence", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
+    real = api.linear
+    monkeypatch.setattr(api, "linear", lambda *a, **k: seen.append(a[1][1]) or real(*a, **k))
     head = c["w_s"].clone().requires_grad_()
     loss, *_ = drop_in.chunked_divergence_loss(c["student"], c["teacher"], head, head, c["mask"], 0.0)
     theirs, *_ = THEIRS["chunked"](c["student"], c["teacher"], head, head, c["mask"], 0.0)

@@ -31,6 +31,7 @@ from helpers.training import (
 from test_trainer import chat, full_log_probs
 
 from vigos.cli import main
+from vigos.divergence.head import Head
 from vigos.eval.evaluate import evaluate
 from vigos.report.page import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
 from vigos.train.run_folder import _texts
@@ -120,14 +121,14 @@ def test_likeliest_tokens_in_many_chunks() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((40, 8), (30, 8), (30,)))
     rows_ = torch.randint(40, (300,), generator=generator)
-    ids, p = top_tokens(hidden, weight, rows_, 4, bias=bias, temperature=0.7, logit_softcap=3.0, logit_scale=0.5)
+    ids, p = top_tokens(hidden, Head(weight, bias, scale=0.5, softcap=3.0), rows_, 4, temperature=0.7)
     z = 3.0 * torch.tanh((hidden.double() @ weight.double().T + bias.double()) * 0.5 / 3.0) / 0.7
     values, places = z.softmax(-1)[rows_].topk(4)
     assert torch.equal(ids, places)
     torch.testing.assert_close(p.double(), values, rtol=1e-5, atol=1e-6)
-    assert top_tokens(hidden, weight, rows_[:2], 99)[0].shape == (2, 30)
+    assert top_tokens(hidden, Head(weight), rows_[:2], 99)[0].shape == (2, 30)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-        top_tokens(hidden, weight, rows_, 0)
+        top_tokens(hidden, Head(weight), rows_, 0)
 
 
 def test_images_are_kept_once_and_small(run: Path) -> None:
@@ -547,7 +548,7 @@ def test_ten_thousand_rollouts_in_the_browser(browser: Any, large: Path, tmp_pat
 @pytest.mark.slow
 def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["report", str(run), "--output-dir", str(tmp_path), "--rollouts", "5"])
+        main(["report", str(run), "--output", str(tmp_path / "r.html"), "--rollouts", "5"])
     assert stop.value.code in (0, None)
-    assert "5 of the 18 rollouts" in (tmp_path / "report.html").read_text()
+    assert "5 of the 18 rollouts" in (tmp_path / "r.html").read_text()
     assert "written:" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.divergence_cases import UNLIKE, assert_close, case, unlike
+from helpers.divergence_cases import UNLIKE, assert_close, case, heads, split, unlike
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,7 +88,7 @@ def problem(n, m, r, d, v, dtype=torch.float32, *, seed=0, near=None, shared=Tru
 
 
 def on_device(rows: Supervision) -> Supervision:
-    fields = {name: value.to(DEVICE) for name, value in vars(rows).items()}
+    fields = {name: value.to(DEVICE) for name, value in vars(rows).items() if value is not None}
     return Supervision(**fields)
 
 
@@ -96,9 +96,9 @@ def exact(tensors, rows, *, dtype=torch.float64, upstream=None, **options):
     """(loss, divergence, gradients of `tensors` that are given) by the definition, in `dtype`."""
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in tensors]
     hidden, head, teacher, head_t, bias_s, bias_t = (*leaves, None, None)[:6]
-    loss, divergence = reference.linear_divergence(
-        hidden, head, teacher, head_t, supervision=rows, student_bias=bias_s, teacher_bias=bias_t, **options
-    )
+    transform, options = split(options)
+    side_s, side_t = heads(head, head_t, bias_s, bias_t, **transform)
+    loss, divergence = reference.linear_divergence(hidden, side_s, teacher, side_t, supervision=rows, **options)
     total = loss if upstream is None else loss + (divergence * upstream.to(dtype)).sum()
     wanted = [x for x in (hidden, head, bias_s) if x is not None]
     return loss.detach(), divergence.detach(), torch.autograd.grad(total, wanted)
@@ -110,16 +110,9 @@ def ours(tensors, rows, *, train_head=False, upstream=None, **options):
     if bias_s is not None:
         bias_s = bias_s.detach().clone().requires_grad_(train_head)
         leaves.append(bias_s)
-    out = vigos.linear_divergence(
-        *leaves[:2],
-        teacher,
-        head_t,
-        supervision=rows,
-        student_bias=bias_s,
-        teacher_bias=bias_t,
-        impl="triton",
-        **options,
-    )
+    transform, options = split(options)
+    side_s, side_t = heads(leaves[1], head_t, bias_s, bias_t, **transform)
+    out = vigos.linear_divergence(leaves[0], side_s, teacher, side_t, supervision=rows, impl="triton", **options)
     total = out.loss if upstream is None else out.loss + (out.divergence * upstream).sum()
     total.backward()
     return out, [x.grad for x in leaves]
@@ -157,7 +150,7 @@ def test_teacher_close_to_student(small, kind, near):
 
 @pytest.mark.parametrize("kind", [FORWARD_KL, REVERSE_KL, JSD])
 @pytest.mark.parametrize("near", [1e-3, *(pytest.param(near, marks=pytest.mark.slow) for near in (1e-2, 0.1))])
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 8.0, "temperature": 1.3}, {"entry_clip": 1e-3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "temperature": 1.3}, {"entry_clip": 1e-3}], ids=str)
 def test_digits_next_to_the_teacher(small, kind, near, options):
     """float32, one head: (student - teacher) @ head is what is computed, and keeps the digits that logits lose."""
     *tensors, rows = problem(6, 6, 6, 24, 389, near=near)
@@ -212,7 +205,7 @@ def test_every_option_and_the_head(small):
     bias_s, bias_t = (torch.randn(200, generator=g).to(DEVICE) for _ in range(2))
     tensors = [*tensors, bias_s, bias_t]
     upstream = torch.randn(6, generator=g).to(DEVICE)
-    options = {"temperature": 1.3, "beta": 0.3, "logit_softcap": 8.0, "logit_scale": 0.7, "vocab_size": 190}
+    options = {"temperature": 1.3, "beta": 0.3, "softcap": 8.0, "scale": 0.7, "vocab_size": 190}
     for entry_clip in (None, 0.01):
         options["entry_clip"] = entry_clip
         out, grads = ours(tensors, rows, train_head=True, upstream=upstream, **options)
@@ -385,8 +378,8 @@ def _rank(rank, folder):
     mine = slice(0, 130) if rank == 0 else slice(130, 200)
     leaf = hidden.clone().requires_grad_()
     out = vigos.linear_divergence(
-        leaf, head[mine].clone(), teacher, supervision=rows, labels=labels, vocab_size=190, entry_clip=0.05,
-        process_group=dist.group.WORLD, impl="triton",
+        leaf, vigos.Head(head[mine].clone(), process_group=dist.group.WORLD), teacher, supervision=rows, labels=labels,
+        vocab_size=190, entry_clip=0.05, impl="triton",
     )  # fmt: skip
     out.loss.backward()
     results = (out.divergence.detach(), out.student_entropy, out.teacher_logprob, leaf.grad)
@@ -427,7 +420,7 @@ def peaked(n, v, seed, dtype=torch.float32):
 
 def logits_exact(student, teacher, rows, dtype=torch.float64, upstream=None, **options):
     s = student.detach().to(dtype).requires_grad_()
-    adjust = {k: options[k] for k in ("temperature", "logit_softcap", "logit_scale", "vocab_size") if k in options}
+    adjust = {k: options[k] for k in ("temperature", "softcap", "scale", "vocab_size") if k in options}
     z_s = reference.adjust(s, **adjust)[rows.student_row]
     z_t = reference.adjust(teacher.to(dtype), **adjust)[rows.teacher_row]
     divergence = reference.divergence(z_s, z_t, rows.kind, options.get("beta", 0.5), options.get("entry_clip"))

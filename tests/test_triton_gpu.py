@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.divergence_cases import heads, split
 
 import vigos
 from vigos import reference
@@ -48,13 +49,17 @@ def problem(n, d, v, dtype, *, near, seed=0, d_t=None):
 
 def exact(tensors, rows, dtype=torch.float64, **options):
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in tensors]
-    loss, divergence = reference.linear_divergence(*leaves, supervision=rows, **options)
+    transform, options = split(options)
+    side_s, side_t = heads(leaves[1], leaves[3], **transform)
+    loss, divergence = reference.linear_divergence(leaves[0], side_s, leaves[2], side_t, supervision=rows, **options)
     return loss.detach(), divergence.detach(), *torch.autograd.grad(loss, leaves[:2])
 
 
 def run(tensors, rows, train_head=False, **options):
     hidden, head = tensors[0].clone().requires_grad_(), tensors[1].clone().requires_grad_(train_head)
-    out = vigos.linear_divergence(hidden, head, *tensors[2:], supervision=rows, impl="triton", **options)
+    transform, options = split(options)
+    side_s, side_t = heads(head, tensors[3], **transform)
+    out = vigos.linear_divergence(hidden, side_s, tensors[2], side_t, supervision=rows, impl="triton", **options)
     out.loss.backward()
     return out, hidden.grad, head.grad
 
@@ -71,7 +76,7 @@ def test_bf16_gradient_is_rounded_once(near):
 @pytest.mark.parametrize("d_t", [None, 200])
 def test_fp32(d_t):
     *tensors, rows = problem(200, 257, 9_001, torch.float32, near=0.05, d_t=d_t)
-    options = {"temperature": 1.3, "logit_softcap": 20.0, "vocab_size": 8_900, "entry_clip": 0.05} if d_t else {}
+    options = {"temperature": 1.3, "softcap": 20.0, "vocab_size": 8_900, "entry_clip": 0.05} if d_t else {}
     out, dhidden, dweight = run(tensors, rows, train_head=True, **options)
     _, divergence, want, want_head = exact(tensors, rows, **options)
     _, eager_divergence, eager, eager_head = exact(tensors, rows, torch.float32, **options)

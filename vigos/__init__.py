@@ -12,6 +12,7 @@ _EXPORTS = {  # name -> module
     "linear_divergence": "vigos.divergence.api",
     "logits_divergence": "vigos.divergence.api",
     "DivergenceOutput": "vigos.divergence.api",
+    "Head": "vigos.divergence.head",
     "Supervision": "vigos.divergence.supervision",
     "FORWARD_KL": "vigos.divergence.supervision",
     "REVERSE_KL": "vigos.divergence.supervision",

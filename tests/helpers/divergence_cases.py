@@ -10,8 +10,10 @@ from torch import Tensor
 
 import vigos
 from vigos import reference
+from vigos.divergence.api import _output
 from vigos.divergence.engines.problem import LogitTransform
-from vigos.divergence.ops import Call, linear
+from vigos.divergence.ops import Call, linear, logits
+from vigos.divergence.validation import supervision_tensors
 
 KINDS = (vigos.FORWARD_KL, vigos.REVERSE_KL, vigos.JSD)
 
@@ -89,6 +91,41 @@ class Outcome:
         return [(name, x) for name, x in vars(self).items() if x is not None]
 
 
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide options into those of a head and those of the call."""
+    return (
+        {name: x for name, x in options.items() if name in ("scale", "softcap")},
+        {name: x for name, x in options.items() if name not in ("scale", "softcap")},
+    )
+
+
+def heads(
+    weight: Tensor, teacher_weight: Tensor | None = None, bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None, **both: Any,
+) -> tuple[vigos.Head, vigos.Head | None]:  # fmt: skip
+    """Return the two heads of a call; without a weight or bias of the teacher's own there is one."""
+    head = vigos.Head(weight, bias, **both)
+    if teacher_weight is None and teacher_bias is None:
+        return head, None
+    return head, vigos.Head(weight if teacher_weight is None else teacher_weight, teacher_bias, **both)
+
+
+def logits_divergence(
+    student: Tensor, teacher: Tensor, *, supervision: vigos.Supervision, impl: str, inplace: bool = False,
+    labels: Tensor | None = None, **options: Any,
+) -> vigos.DivergenceOutput:  # fmt: skip
+    """Call `vigos.logits_divergence`, or with a scale or softcap, which it does not take, the operator under it."""
+    transform, options = split(options)
+    if not transform:
+        return vigos.logits_divergence(
+            student, teacher, supervision=supervision, impl=impl, inplace=inplace, labels=labels, **options
+        )
+    side = LogitTransform(**transform, temperature=options.pop("temperature", 1.0))
+    rows = supervision_tensors(supervision, student, teacher)
+    out = logits(student, teacher, rows, labels, Call(side, side, impl=impl, **options), inplace)
+    return _output(out, rows[3], rows[4], labels, "sum")
+
+
 def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = True, compute: Any = None) -> Outcome:
     """One call and its backward: impl None is the oracle. `compute`: its dtype, after rounding inputs to `dtype`."""
 
@@ -99,13 +136,13 @@ def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = T
     teacher, teacher_head, teacher_bias = (
         None if x is None else x.to(dtype).to(compute or dtype) for x in (c.teacher, c.teacher_head, c.teacher_bias)
     )
-    arguments = {
-        "supervision": c.supervision, "student_bias": bias, "teacher_bias": teacher_bias, **c.options,
-    }  # fmt: skip
+    transform, options = split(c.options)
+    sides = heads(head, teacher_head, bias, teacher_bias, **transform)
+    options["supervision"] = c.supervision
     if impl is None:
-        loss, divergence = reference.linear_divergence(hidden, head, teacher, teacher_head, **arguments)
+        loss, divergence = reference.linear_divergence(hidden, sides[0], teacher, sides[1], **options)
     else:
-        out = vigos.linear_divergence(hidden, head, teacher, teacher_head, impl=impl, **arguments)
+        out = vigos.linear_divergence(hidden, sides[0], teacher, sides[1], impl=impl, **options)
         loss, divergence = out.loss, out.divergence
     total = 1.7 * loss
     if row_upstream:
@@ -139,7 +176,7 @@ def unlike(c: Case, impl: str | None, dtype: torch.dtype, sides: tuple[LogitTran
         loss = reference.loss(divergence, rows.weight, rows.clip)
     else:
         call = Call(*sides, impl=impl, **c.options)
-        fields = [rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip]
+        fields = supervision_tensors(rows, hidden, teacher)
         loss, divergence, *_ = linear((hidden, head, bias), (teacher, teacher_head, teacher_bias), fields, None, call)
     loss.backward()
     grads = [None if x is None else x.grad.double() for x in (hidden, head, bias)]

@@ -15,19 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines.problem import LogitTransform
+from vigos.divergence.head import Head
 from vigos.divergence.ops import Call, linear, logits
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.validation import (
     autocast,
-    check_bias,
-    check_head,
+    check_heads,
     check_labels,
     check_like,
     check_rows,
     check_scalars,
     check_vocab_size,
+    head_of,
     local,
+    local_head,
     supervision_tensors,
 )
 
@@ -51,28 +53,28 @@ class DivergenceOutput:
 
 
 def linear_divergence(
-    student_hidden: Tensor, lm_head_weight: Tensor, teacher_hidden: Tensor,
-    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision | None = None,
-    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None, logit_softcap: float | None = None, logit_scale: float = 1.0,
-    labels: Tensor | None = None, vocab_size: int | None = None, process_group: dist.ProcessGroup | None = None,
+    student_hidden: Tensor, head: Head | Tensor, teacher_hidden: Tensor, teacher_head: Head | Tensor | None = None, *,
+    supervision: Supervision | None = None, temperature: float = 1.0, beta: float = 0.5,
+    entry_clip: float | None = None, labels: Tensor | None = None, vocab_size: int | None = None,
     reduction: str = "sum", impl: str = "auto",
 ) -> DivergenceOutput:  # fmt: skip
     """Compute token-level divergences over the whole vocabulary, and their gradient, from hidden states.
 
     For forward KL(teacher || student) of row i against row i it replaces
 
-        log_q = (student_hidden @ lm_head_weight.T / temperature).log_softmax(-1)
-        log_p = (teacher_hidden @ teacher_lm_head_weight.T / temperature).log_softmax(-1)
+        log_q = (student_hidden @ head.T / temperature).log_softmax(-1)
+        log_p = (teacher_hidden @ teacher_head.T / temperature).log_softmax(-1)
         loss = (log_p.exp() * (log_p - log_q)).sum()
 
     and never holds N x V elements. Rows outside `supervision` are not projected.
 
     Args:
         student_hidden: (..., D), differentiable; (N, D) or (B, T, D).
-        lm_head_weight: (V, D), differentiable; nothing is computed for a head that needs no gradient.
+        head: the student's, a `vigos.Head` or its weight (V, D) alone. Weight and bias are differentiable; nothing is
+            computed for a head that needs no gradient.
         teacher_hidden: (..., D_t). The teacher gets no gradient.
-        teacher_lm_head_weight: (V, D_t). None: the student's head (D_t = D), read once for both.
+        teacher_head: the teacher's, of the same vocabulary, with a bias, scale and softcap of its own. None: the
+            student's head (D_t = D). Heads with the same weight tensor are read once for both.
         supervision: which rows meet, how, with which weight and clip; `Supervision.from_mask` makes it of a mask. Its
             tensors may lie on the CPU, where checking them costs no wait for the device. None: row i against row i,
             forward KL, weight 1, no clip.
@@ -81,12 +83,8 @@ def linear_divergence(
             m = (1 - beta) * student + beta * teacher. Towards 0 it approaches forward KL times beta, towards 1 reverse
             KL times 1 - beta. `kind_and_beta` translates TRL's and Liger's meaning.
         entry_clip: each vocabulary entry's term is clipped to this before the sum (OPSD's clip).
-        student_bias: (V,), differentiable. teacher_bias: (V,); with a shared head it defaults to student_bias.
-        logit_softcap, logit_scale: logits are softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
         labels: int64, ids whose log-probabilities are returned; (R,), or of the mask's shape.
         vocab_size: ids from here on are padding: probability 0 on both sides, no gradient.
-        process_group: the heads (and biases) passed on each rank are consecutive shards of the vocabulary; everything
-            else is the same on every rank, and so is the result. A DTensor head that is Shard(0) says so by itself.
         reduction: of `loss` over the R pairs' weight * min(divergence, clip): "sum", "mean" over the pairs whose weight
             is not 0 (0 without one), or "none", (R,).
         impl: "auto", or an engine that runs or raises: "reference", "cpu", "triton" or "cuda".
@@ -95,73 +93,62 @@ def linear_divergence(
     float16 or float64. Logits, statistics and sums are float32 (float64 for float64) whatever the operands are. Under
     autocast the operands are cast as in `F.linear`. Raises ValueError for what does not fit, naming the argument.
 
+    With heads that are sharded over the vocabulary everything else is the same on every rank, and so is the result.
+
     A logit of -inf on both sides is an impossible token and adds nothing. Where one side has probability 0 and the side
     that weights the logarithm does not, a KL is +inf: clipped by a finite clip, else the loss is +inf. Forward KL still
     has its gradient p_s - p_t then; reverse KL has none (NaN).
     """
-    student_hidden, _ = local(student_hidden, "student_hidden", None)
-    teacher_hidden, _ = local(teacher_hidden, "teacher_hidden", None)
-    lm_head_weight, group = local(lm_head_weight, "lm_head_weight", process_group)
-    teacher_lm_head_weight, group = local(teacher_lm_head_weight, "teacher_lm_head_weight", group)
-    student_bias, group = local(student_bias, "student_bias", group)
-    teacher_bias, group = local(teacher_bias, "teacher_bias", group)
+    head = head_of(head, "head")
+    teacher = head if teacher_head is None else head_of(teacher_head, "teacher_head")
+    shared = teacher.weight is head.weight
+    student_hidden, teacher_hidden = (
+        local(x, name)[0] for x, name in ((student_hidden, "student_hidden"), (teacher_hidden, "teacher_hidden"))
+    )
     check_rows(student_hidden, "student_hidden", "(..., D)")
     check_rows(teacher_hidden, "teacher_hidden", "(..., D_t)")
     device = student_hidden.device
-    operands = student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias
-    student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight, student_bias, teacher_bias = (
-        autocast(x, device) for x in operands
-    )
-    check_head(lm_head_weight, "lm_head_weight", student_hidden, "student_hidden")
-    check_bias(student_bias, "student_bias", lm_head_weight, "lm_head_weight")
-    v = lm_head_weight.shape[0]
     check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden", dtype=False)
-    if teacher_lm_head_weight is None:
+    student_hidden, teacher_hidden = autocast(student_hidden, device), autocast(teacher_hidden, device)
+    head = local_head(head, "head", student_hidden, "student_hidden")
+    if shared:
         if teacher_hidden.shape[-1] != student_hidden.shape[-1]:
             raise ValueError(
                 f"teacher_hidden must be (..., {student_hidden.shape[-1]}) for the shared head, got "
-                f"{tuple(teacher_hidden.shape)}; pass teacher_lm_head_weight for a teacher of another width"
+                f"{tuple(teacher_hidden.shape)}; pass teacher_head for a teacher of another width"
             )
         check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden")
-        check_bias(teacher_bias, "teacher_bias", lm_head_weight, "lm_head_weight")
-    else:
-        check_head(teacher_lm_head_weight, "teacher_lm_head_weight", teacher_hidden, "teacher_hidden")
-        v_t = teacher_lm_head_weight.shape[0]
-        if v_t != v:
-            both = min(v, v_t)
-            longer = "teacher_lm_head_weight" if v_t > v else "lm_head_weight"
-            raise ValueError(
-                f"teacher_lm_head_weight must have the {v} vocabulary rows of lm_head_weight, got {v_t}; if the extra "
-                f"rows are padding, pass {longer}[:{both}] (and its bias[:{both}])"
-            )
-        check_bias(teacher_bias, "teacher_bias", teacher_lm_head_weight, "teacher_lm_head_weight")
-        if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
-            raise ValueError(
-                f"teacher_hidden must be float64 exactly when student_hidden is, got {teacher_hidden.dtype} and "
-                f"{student_hidden.dtype}"
-            )
-    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl, reduction)
-    size = check_vocab_size(vocab_size, v, group is not None)
+    teacher = local_head(teacher, "teacher_head", teacher_hidden, "teacher_hidden")
+    check_heads(head, teacher)
+    if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
+        raise ValueError(
+            f"teacher_hidden must be float64 exactly when student_hidden is, got {teacher_hidden.dtype} and "
+            f"{student_hidden.dtype}"
+        )
+    check_scalars(temperature, beta, entry_clip, impl, reduction)
+    size = check_vocab_size(vocab_size, head.weight.shape[0], head.process_group is not None)
     rows = supervision_tensors(supervision, student_hidden, teacher_hidden)
     labels = check_labels(labels, supervision, rows[0], device)
-    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    if teacher_lm_head_weight is None and teacher_bias is student_bias:
-        teacher_bias = None  # the operator's spelling of "the same one"
-    transform = LogitTransform(logit_scale, logit_softcap, temperature)
-    call = Call(transform, transform, beta, entry_clip, size, "" if group is None else str(group.group_name), impl)
+    teacher_bias = teacher.bias
+    if shared and teacher_bias is None and head.bias is not None:
+        teacher_bias = torch.zeros_like(head.bias)  # None is the operator's spelling of "the student's"
+    elif shared and teacher_bias is head.bias:
+        teacher_bias = None
+    ours, theirs = (LogitTransform(side.scale, side.softcap, temperature) for side in (head, teacher))
+    group_name = "" if head.process_group is None else str(head.process_group.group_name)
+    call = Call(ours, theirs, beta, entry_clip, size, group_name, impl)
     out = linear(
-        (student_hidden, lm_head_weight, student_bias), (teacher_hidden, teacher_lm_head_weight, teacher_bias), rows,
-        labels, call,
+        (student_hidden.flatten(0, -2), head.weight, head.bias),
+        (teacher_hidden.flatten(0, -2), None if shared else teacher.weight, teacher_bias), rows, labels, call,
     )  # fmt: skip
     return _output(out, rows[3], rows[4], labels, reduction)
 
 
 def logits_divergence(
     student_logits: Tensor, teacher_logits: Tensor, *, supervision: Supervision | None = None,
-    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, logit_softcap: float | None = None,
-    logit_scale: float = 1.0, labels: Tensor | None = None, vocab_size: int | None = None,
-    process_group: dist.ProcessGroup | None = None, reduction: str = "sum", inplace: bool = False, impl: str = "auto",
+    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None, labels: Tensor | None = None,
+    vocab_size: int | None = None, process_group: dist.ProcessGroup | None = None, reduction: str = "sum",
+    inplace: bool = False, impl: str = "auto",
 ) -> DivergenceOutput:  # fmt: skip
     """Compute `linear_divergence` from logits that exist. For forward KL of row i against row i it replaces
 
@@ -174,7 +161,9 @@ def logits_divergence(
         inplace: backward writes the gradient over `student_logits`, which saves their size. Their values are gone then,
             a second backward raises, each student row may be supervised once, and expanded logits are refused. Not
             under torch.compile.
-        Everything else as in `linear_divergence`; with `process_group` each rank passes consecutive vocabulary columns.
+        process_group: each rank passes consecutive columns of the vocabulary, and the same of everything else.
+        Everything else as in `linear_divergence`. A scale or softcap is the caller's: these are logits as softmax reads
+        them, but for the temperature.
     """
     check_rows(student_logits, "student_logits", "(..., V)")
     check_rows(teacher_logits, "teacher_logits", "(..., V)")
@@ -198,11 +187,11 @@ def logits_divergence(
         raise ValueError(
             f"inplace must be False for student_logits whose rows share memory, got strides {student_logits.stride()}"
         )
-    check_scalars(temperature, beta, entry_clip, logit_softcap, logit_scale, impl, reduction)
+    check_scalars(temperature, beta, entry_clip, impl, reduction)
     size = check_vocab_size(vocab_size, v, process_group is not None)
     rows = supervision_tensors(supervision, student_logits, teacher_logits)
     labels = check_labels(labels, supervision, rows[0], device)
-    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    transform = LogitTransform(temperature=temperature)
     group_name = "" if process_group is None else str(process_group.group_name)
     call = Call(transform, transform, beta, entry_clip, size, group_name, impl)
     teacher = merged(teacher_logits)

@@ -13,30 +13,27 @@ import math
 import torch
 from torch import Tensor
 
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 INF = float("inf")
 
 
-def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float = 1.0,
-    logit_softcap: float | None = None, logit_scale: float = 1.0, vocab_size: int | None = None,
-) -> Tensor:  # fmt: skip
-    """(N, V) logits of `hidden` (N, D) under a head (V, D), ready for softmax."""
-    return adjust(
-        torch.nn.functional.linear(hidden, weight, bias), temperature=temperature, logit_softcap=logit_softcap,
-        logit_scale=logit_scale, vocab_size=vocab_size,
-    )  # fmt: skip
+def logits(hidden: Tensor, head: Head | Tensor, *, temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:
+    """Return the (..., V) logits of `hidden` (..., D) under a head, or its weight (V, D), ready for softmax."""
+    head = head if isinstance(head, Head) else Head(head)
+    raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    return adjust(raw, scale=head.scale, softcap=head.softcap, temperature=temperature, vocab_size=vocab_size)
 
 
 def adjust(
-    raw: Tensor, *, temperature: float = 1.0, logit_softcap: float | None = None, logit_scale: float = 1.0,
+    raw: Tensor, *, scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Scale, then softcap * tanh(z / softcap), then divide by the temperature; ids >= vocab_size get -inf."""
-    z = raw * logit_scale
-    if logit_softcap is not None:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
+    z = raw * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
     z = z / temperature
     if vocab_size is not None and vocab_size < z.shape[-1]:
         z = z.masked_fill(torch.arange(z.shape[-1], device=z.device) >= vocab_size, -INF)
@@ -44,7 +41,7 @@ def adjust(
 
 
 def _gap(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log a - log b, and 0 where a has no probability (so that 0 * inf does not arise, forward or backward)."""
+    """Return log a - log b, and 0 where a has no probability (so that 0 * inf does not arise, forward or backward)."""
     possible = log_a > -INF
     return torch.where(possible, log_a, 0) - torch.where(possible, log_b, 0)
 
@@ -54,7 +51,7 @@ def _sum(terms: Tensor, entry_clip: float | None) -> Tensor:
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float | None = None) -> Tensor:
-    """KL(teacher || student) of each row, in nats: (N, V), (N, V) -> (N,)."""
+    """Return KL(teacher || student) of each row, in nats: (N, V), (N, V) -> (N,)."""
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     gap, p = _gap(log_p, log_q), log_p.exp()
     p = torch.where(gap == INF, p.clamp_min(torch.finfo(p.dtype).tiny), p)  # possible, however improbable: not 0 * inf
@@ -62,12 +59,15 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float | None = None) -> Tensor:
-    """KL(student || teacher) of each row, in nats: (N, V), (N, V) -> (N,)."""
+    """Return KL(student || teacher) of each row, in nats: (N, V), (N, V) -> (N,)."""
     return forward_kl(teacher_logits, student_logits, entry_clip)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, entry_clip: float | None = None) -> Tensor:
-    """beta * KL(teacher || m) + (1 - beta) * KL(student || m), m = (1 - beta) * student + beta * teacher: (N,) nats."""
+    """Return beta * KL(teacher || m) + (1 - beta) * KL(student || m), in nats: (N, V), (N, V) -> (N,).
+
+    m = (1 - beta) * student + beta * teacher.
+    """
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     neither = (log_q == -INF) & (log_p == -INF)
     log_m = torch.logaddexp(
@@ -79,54 +79,47 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, entry
 def divergence(
     student_logits: Tensor, teacher_logits: Tensor, kind: Tensor, beta: float = 0.5, entry_clip: float | None = None
 ) -> Tensor:
-    """The divergence that `kind` (R,) names, row by row: (R, V), (R, V) -> (R,) nats."""
+    """Return the divergence that `kind` (R,) names, row by row: (R, V), (R, V) -> (R,) nats."""
     out = student_logits.new_zeros(kind.shape)
-    for value, of in (
+    for value, compute in (
         (FORWARD_KL, lambda s, t: forward_kl(s, t, entry_clip)),
         (REVERSE_KL, lambda s, t: reverse_kl(s, t, entry_clip)),
         (JSD, lambda s, t: jsd(s, t, beta, entry_clip)),
     ):
         rows = (kind == value).nonzero().squeeze(-1)
-        out = out.index_put((rows,), of(student_logits[rows], teacher_logits[rows]))
+        out = out.index_put((rows,), compute(student_logits[rows], teacher_logits[rows]))
     return out
 
 
 def loss(row_divergence: Tensor, weight: Tensor, clip: Tensor) -> Tensor:
-    """Sum of weight * min(divergence, clip); a row of weight 0 adds exactly 0, a clipped row has no gradient."""
+    """Sum weight * min(divergence, clip); a row of weight 0 adds exactly 0, a clipped row has no gradient."""
     clipped = row_divergence > clip
     value = torch.where(clipped, clip.to(row_divergence.dtype), row_divergence)
     return (torch.where(weight != 0, value, 0) * weight.to(value.dtype)).sum()
 
 
 def entropy(z: Tensor) -> Tensor:
-    """Entropy of softmax(z) in nats: (N, V) -> (N,)."""
+    """Return the entropy of softmax(z) in nats: (N, V) -> (N,)."""
     log_p = z.log_softmax(-1)
     return -(log_p.exp() * torch.where(log_p > -INF, log_p, 0)).sum(-1)
 
 
 def linear_divergence(
-    student_hidden: Tensor, lm_head_weight: Tensor, teacher_hidden: Tensor,
-    teacher_lm_head_weight: Tensor | None = None, *, supervision: Supervision,
-    temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None,
-    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, logit_softcap: float | None = None,
-    logit_scale: float = 1.0, vocab_size: int | None = None,
+    student_hidden: Tensor, head: Head | Tensor, teacher_hidden: Tensor, teacher_head: Head | Tensor | None = None, *,
+    supervision: Supervision, temperature: float = 1.0, beta: float = 0.5, entry_clip: float | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, divergence (R,)) with every logit in memory: what `vigos.linear_divergence` must agree with.
+    """Return (loss, divergence (R,)) with every logit in memory: what `vigos.linear_divergence` must agree with.
 
-    Every field of `supervision` is a tensor (R,) here. The teacher is detached.
+    Hidden states are (N, D) and (M, D_t); every field of `supervision` is a tensor (R,). The teacher is detached.
     """
-    if teacher_lm_head_weight is None:  # the same head: its bias too, unless another is given
-        teacher_lm_head_weight = lm_head_weight
-        teacher_bias = student_bias if teacher_bias is None else teacher_bias
-    options = {
-        "temperature": temperature, "logit_softcap": logit_softcap, "logit_scale": logit_scale,
-        "vocab_size": vocab_size,
-    }  # fmt: skip
-    z_s = logits(student_hidden[supervision.student_row], lm_head_weight, student_bias, **options)  # type: ignore[arg-type]
-    with torch.no_grad():
-        z_t = logits(teacher_hidden[supervision.teacher_row], teacher_lm_head_weight, teacher_bias, **options)  # type: ignore[arg-type]
+    sides = (student_hidden, head, supervision.student_row), (teacher_hidden, teacher_head, supervision.teacher_row)
+    z_s, z_t = (
+        logits(hidden[rows], head if side is None else side, temperature=temperature, vocab_size=vocab_size)
+        for hidden, side, rows in sides
+    )
     assert isinstance(supervision.kind, Tensor)
     assert isinstance(supervision.weight, Tensor)
     assert isinstance(supervision.clip, Tensor)
-    rows = divergence(z_s, z_t, supervision.kind, beta, entry_clip)
+    rows = divergence(z_s, z_t.detach(), supervision.kind, beta, entry_clip)
     return loss(rows, supervision.weight, supervision.clip), rows

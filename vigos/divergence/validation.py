@@ -6,6 +6,8 @@ checked by the operators (`vigos.divergence.ops`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines import IMPLS
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import KINDS, Supervision
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -59,23 +62,59 @@ def check_bias(bias: object, name: str, weight: Tensor, weight_name: str) -> Non
     check_like(bias, name, weight, weight_name)
 
 
-def check_scalars(
-    temperature: float, beta: float, entry_clip: float | None, softcap: float | None, scale: float, impl: str,
-    reduction: str,
-) -> None:  # fmt: skip
-    for name, value, fits, wanted in (
+def head_of(head: object, name: str) -> Head:
+    """Return the head, made of a bare weight if it is one, its scale and softcap checked."""
+    if isinstance(head, Tensor):
+        return Head(head)
+    if not isinstance(head, Head):
+        raise ValueError(f"{name} must be a vigos.Head or a weight (V, D), got {type(head).__name__}")
+    _check_numbers(
+        (f"{name}.scale", head.scale, lambda x: 0 < x < float("inf"), "a positive number"),
+        (f"{name}.softcap", head.softcap, lambda x: x is None or 0 < x < float("inf"), "a positive number or None"),
+    )
+    return head
+
+
+def local_head(head: Head, name: str, hidden: Tensor, hidden_name: str) -> Head:
+    """Return the head as this rank holds it, cast as an autocast asks and checked to project `hidden` (..., D)."""
+    weight, group = local(head.weight, f"{name}.weight", head.process_group)
+    bias, group = local(head.bias, f"{name}.bias", group)
+    weight, bias = autocast(weight, hidden.device), autocast(bias, hidden.device)
+    check_head(weight, f"{name}.weight", hidden, hidden_name)
+    check_bias(bias, f"{name}.bias", weight, f"{name}.weight")
+    return replace(head, weight=weight, bias=bias, process_group=group)
+
+
+def check_heads(head: Head, teacher: Head) -> None:
+    """Refuse two heads whose vocabularies, or shards of it, differ."""
+    v, v_t = head.weight.shape[0], teacher.weight.shape[0]
+    names = [None if x.process_group is None else x.process_group.group_name for x in (head, teacher)]
+    if names[0] != names[1]:
+        raise ValueError(f"teacher_head must be sharded over the process group of head, {names[0]}, got {names[1]}")
+    if v_t != v:
+        longer = "teacher_head" if v_t > v else "head"
+        raise ValueError(
+            f"teacher_head must have the {v} vocabulary rows of head, got {v_t}; if the extra rows are padding, slice "
+            f"{longer}'s weight and bias to [:{min(v, v_t)}]"
+        )
+
+
+def check_scalars(temperature: float, beta: float, entry_clip: float | None, impl: str, reduction: str) -> None:
+    _check_numbers(
         ("temperature", temperature, lambda x: 0 < x < float("inf"), "a positive number"),
         ("beta", beta, lambda x: 0 < x < 1, "strictly between 0 and 1 (forward and reverse KL are kinds of their own)"),
         ("entry_clip", entry_clip, lambda x: x is None or x > 0, "a positive number or None"),
-        ("logit_softcap", softcap, lambda x: x is None or 0 < x < float("inf"), "a positive number or None"),
-        ("logit_scale", scale, lambda x: 0 < x < float("inf"), "a positive number"),
-    ):
-        if isinstance(value, bool | Tensor) or not (value is None or isinstance(value, int | float)) or not fits(value):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if impl != "auto" and impl not in IMPLS:
         raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
+
+
+def _check_numbers(*checks: tuple[str, Any, Callable[[Any], bool], str]) -> None:
+    for name, value, fits, wanted in checks:
+        if isinstance(value, bool | Tensor) or not (value is None or isinstance(value, int | float)) or not fits(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_vocab_size(vocab_size: int | None, v: int, sharded: bool) -> int:
@@ -168,8 +207,8 @@ def check_labels(
     return labels.reshape(-1)[student_row.to(labels.device)] if whole else labels
 
 
-def local(x: Any, name: str, group: dist.ProcessGroup | None) -> tuple[Any, dist.ProcessGroup | None]:
-    """A DTensor's shard and the group it is sharded over; anything else unchanged."""
+def local(x: Any, name: str, group: dist.ProcessGroup | None = None) -> tuple[Any, dist.ProcessGroup | None]:
+    """Return a DTensor's shard and the group it is sharded over; anything else unchanged."""
     if x is None or type(x) in (Tensor, torch.nn.Parameter) or not hasattr(x, "to_local"):
         return x, group
     from torch.distributed.tensor import Replicate, Shard
@@ -180,7 +219,7 @@ def local(x: Any, name: str, group: dist.ProcessGroup | None) -> tuple[Any, dist
         raise ValueError(f"{name} must be replicated or Shard(0) over a one-dimensional mesh, got {x.placements}")
     own = x.device_mesh.get_group()
     if group is not None and group.group_name != own.group_name:
-        raise ValueError(f"{name} is sharded over another process group than process_group or the other head")
+        raise ValueError(f"{name} is sharded over another process group than the head's process_group or its weight")
     return x.to_local(), own
 
 

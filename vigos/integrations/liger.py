@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.api import linear_divergence
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision, kind_and_beta
 from vigos.integrations._logits import check_mask
 from vigos.integrations._patching import Patch, Target, UnknownPeer, described, say_once, version_of
@@ -49,15 +50,18 @@ def _fused_jsd(
     if kept is None:
         kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     shared = teacher_weight is student_weight and teacher_bias is student_bias and teacher.dtype == student.dtype
-    if not torch.is_autocast_enabled(student.device.type):
-        student_weight, teacher_weight = student_weight.to(student.dtype), teacher_weight.to(teacher.dtype)
-        student_bias = None if student_bias is None else student_bias.to(student.dtype)
-        teacher_bias = None if teacher_bias is None else teacher_bias.to(teacher.dtype)
+    head = _head(student_weight, student_bias, student)
     return linear_divergence(
-        student, student_weight, teacher, None if shared else teacher_weight,
-        supervision=Supervision.from_mask(kept, kind=kind), temperature=float(temperature), beta=beta,
-        student_bias=student_bias, teacher_bias=None if shared else teacher_bias, reduction="mean",
+        student, head, teacher, None if shared else _head(teacher_weight, teacher_bias, teacher),
+        supervision=Supervision.from_mask(kept, kind=kind), temperature=float(temperature), beta=beta, reduction="mean",
     ).loss  # fmt: skip
+
+
+def _head(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Head:
+    """Return the head in the dtype of its hidden states; an autocast casts both."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return Head(weight, bias)
+    return Head(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore: int, width: int) -> Any:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.api import linear_divergence, logits_divergence
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL, Supervision
 from vigos.integrations._logits import check_mask, check_pair, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer
@@ -117,7 +118,7 @@ def masked_kl_loss(
     if not torch.is_autocast_enabled(student.device.type):
         # Mixed precision hands hidden states out as float32; the head's own dtype is what they were computed in.
         student, teacher = student.to(weight.dtype), teacher.to(weight.dtype)
-    return linear_divergence(student, weight, teacher, student_bias=bias, **options).loss
+    return linear_divergence(student, Head(weight, bias), teacher, **options).loss
 
 
 # --- the patch -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.api import linear_divergence, logits_divergence
+from vigos.divergence.api import linear_divergence
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision, kind_and_beta
 from vigos.integrations._logits import generalized_jsd, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer, check_signature, say_once, version_of
@@ -35,36 +36,29 @@ _JSD = "student_logits, teacher_logits, labels=None, beta=0.5, temperature=1.0, 
 _GKD = (f"({_JSD}, num_items_in_batch=None)",)
 _GOLD = (f"({_JSD}, logits_are_probs=False, num_items_in_batch=None)",)
 _FULL = ("(student_logits, teacher_logits, *, distillation_alpha)",)
-# Elements of one chunk's float32 logits on the path where student and teacher transform their logits differently.
-_CHUNK_ELEMENTS = 2**25
 
 
 # --- from hidden states ----------------------------------------------------------------------------------------------
 
 
 def _gathered(*parameters: Tensor | None) -> Any:
-    """TRL's context in which DeepSpeed ZeRO-3 partitioned parameters are whole; each is gathered once."""
+    """Enter TRL's context in which DeepSpeed ZeRO-3 partitions are gathered, each parameter once."""
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     distinct: list[Any] = list({id(p): p for p in parameters if p is not None}.values())
     return maybe_gather_lm_head_ctx(*distinct)
 
 
-def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A head that FSDP2 shards (a DTensor), gathered once.
+def _gathered_head(weight: Any, bias: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a head that FSDP2 shards (a DTensor), gathered; any head in the dtype of its hidden states.
 
-    Its shards are the ranks' storage of one head for different tokens, not a vocabulary split over the same tokens, so
-    it must not reach `linear_divergence` as a DTensor.
+    FSDP2's shards are the ranks' storage of one head for different tokens, not a vocabulary split over the same tokens,
+    so it must not reach `linear_divergence` as a DTensor.
     """
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor().to(hidden.dtype)
-    if bias is not None and hasattr(bias, "full_tensor"):
-        bias = bias.full_tensor()
-    return weight, bias
-
-
-def _in(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (weight, bias))
+    if torch.is_autocast_enabled(hidden.device.type):
+        return weight, bias
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
 def chunked_divergence_loss(
@@ -83,7 +77,7 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's `_chunked_divergence_loss`: (loss, sum of the student's entropies in nats, tokens counted).
+    """Compute TRL's `_chunked_divergence_loss`: (loss, sum of the student's entropies in nats, tokens counted).
 
     Args:
         student_hidden_states: (B, K, H), differentiable. teacher_hidden_states: (B, K, H_t).
@@ -94,116 +88,25 @@ def chunked_divergence_loss(
         The rest: each side's bias (V,), scale and softcap, and the temperature of both.
     """
     kind, beta = kind_and_beta(beta)
-    supervision = Supervision.from_mask(completion_mask != 0, kind=kind)
-    rows = supervision.student_row
-    student = student_hidden_states.reshape(-1, student_hidden_states.shape[-1])
-    teacher = teacher_hidden_states.reshape(-1, teacher_hidden_states.shape[-1])
-    shared = teacher_lm_head_weight is student_lm_head_weight and teacher_lm_head_bias is student_lm_head_bias
-    w_s, b_s = _whole(student_lm_head_weight, student_lm_head_bias, student)
-    w_t, b_t = (w_s, b_s) if shared else _whole(teacher_lm_head_weight, teacher_lm_head_bias, teacher)
-    with _gathered(w_s, b_s, w_t, b_t):
-        if not torch.is_autocast_enabled(student.device.type):
-            w_s, b_s = _in(student.dtype, w_s, b_s)
-            w_t, b_t = _in(teacher.dtype, w_t, b_t)
-        same = (student_logit_scale, student_final_logit_softcapping) == (
-            teacher_logit_scale,
-            teacher_final_logit_softcapping,
-        )
-        if same and student_logit_scale > 0:
-            shared = shared and student.dtype == teacher.dtype
-            out = linear_divergence(
-                student, w_s, teacher, None if shared else w_t,
-                supervision=supervision, temperature=float(temperature), beta=beta,
-                student_bias=b_s, teacher_bias=None if shared else b_t,
-                logit_softcap=student_final_logit_softcapping, logit_scale=float(student_logit_scale),
-            )  # fmt: skip
-            loss, entropy = out.loss, out.student_entropy.sum()
-        else:
-            options = {
-                "scales": (float(student_logit_scale), float(teacher_logit_scale)),
-                "softcaps": (student_final_logit_softcapping, teacher_final_logit_softcapping),
-                "kind": kind, "beta": beta, "temperature": float(temperature),
-            }  # fmt: skip
-            loss, entropy = _UnlikeHeads.apply(student, w_s, b_s, teacher, w_t, b_t, rows, options)
+    student, teacher = student_hidden_states, teacher_hidden_states
+    shared = (
+        teacher_lm_head_weight is student_lm_head_weight
+        and teacher_lm_head_bias is student_lm_head_bias
+        and teacher.dtype == student.dtype
+    )
+    with _gathered(student_lm_head_weight, student_lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias):
+        w_s, b_s = _gathered_head(student_lm_head_weight, student_lm_head_bias, student)
+        w_t, b_t = (w_s, b_s) if shared else _gathered_head(teacher_lm_head_weight, teacher_lm_head_bias, teacher)
+        out = linear_divergence(
+            student, Head(w_s, b_s, float(student_logit_scale), student_final_logit_softcapping),
+            teacher, Head(w_t, b_t, float(teacher_logit_scale), teacher_final_logit_softcapping),
+            supervision=Supervision.from_mask(completion_mask != 0, kind=kind), temperature=float(temperature),
+            beta=beta,
+        )  # fmt: skip
+    loss, entropy = out.loss, out.student_entropy.sum()
     kept = (completion_mask != 0).sum()
     divisor = kept.clamp(min=1) if num_items_in_batch is None else _divisor(num_items_in_batch, loss)
     return loss / divisor, entropy, kept
-
-
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(C, V) logits that are float32 before any rounding, whatever the operands are (float64 for float64)."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        z = hidden @ weight.T
-    elif hidden.is_cuda:
-        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        z = hidden.float() @ weight.float().T
-    return z if bias is None else z + bias.to(z.dtype)
-
-
-def _adjusted(z: Tensor, scale: float, softcap: float | None) -> Tensor:
-    z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-class _UnlikeHeads(torch.autograd.Function):
-    """Student and teacher whose scales or softcaps differ, which `linear_divergence` does not take.
-
-    Chunks of tokens: logits in float32, each side's own transform, `logits_divergence`, and the gradients at once, so
-    that no chunk's logits outlive it. Returns (sum of divergences, sum of the student's entropies).
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, w_s: Tensor, b_s: Tensor | None, teacher: Tensor, w_t: Tensor, b_t: Tensor | None,
-        rows: Tensor, options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        device = student.device.type
-        ctx.dtypes = student.dtype, w_s.dtype, None if b_s is None else b_s.dtype
-        if torch.is_autocast_enabled(device):
-            to = torch.get_autocast_dtype(device)
-            student, teacher, w_s, w_t = (x.to(to) for x in (student, teacher, w_s, w_t))
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dhidden = torch.zeros(student.shape if need_hidden else 0, dtype=dtype, device=student.device)
-        dweight = torch.zeros(w_s.shape if need_weight else 0, dtype=dtype, device=student.device)
-        dbias = torch.zeros(w_s.shape[:1] if need_bias else 0, dtype=dtype, device=student.device)
-        loss = torch.zeros((), dtype=dtype, device=student.device)
-        entropy = torch.zeros_like(loss)
-        with torch.autocast(device, enabled=False):
-            for at in rows.split(max(1, _CHUNK_ELEMENTS // w_s.shape[0])):
-                hidden = student[at]
-                z_t = _adjusted(_project(teacher[at], w_t, b_t), options["scales"][1], options["softcaps"][1])
-                raw = _project(hidden, w_s, b_s).requires_grad_(need_hidden or need_weight or need_bias)
-                with torch.enable_grad():
-                    z_s = _adjusted(raw, options["scales"][0], options["softcaps"][0])
-                    own = torch.arange(at.shape[0], device=at.device)
-                    out = logits_divergence(
-                        z_s, z_t.to(z_s.dtype), supervision=Supervision(own, own, options["kind"]),
-                        temperature=options["temperature"], beta=options["beta"],
-                    )  # fmt: skip
-                loss += out.loss.detach()
-                entropy += out.student_entropy.sum()
-                if raw.requires_grad:
-                    # The head is used in its own dtype: float32 dlogits are rounded to it, their sums are not.
-                    (dlogits,) = torch.autograd.grad(out.loss, raw)
-                    if need_bias:
-                        dbias += dlogits.sum(0)
-                    if need_hidden:
-                        dhidden[at] = _project(dlogits.to(hidden.dtype), w_s.T, None)
-                    if need_weight:
-                        dweight += _project(dlogits.to(hidden.dtype).T, hidden.T, None)
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        ctx.mark_non_differentiable(entropy)
-        return loss, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        grads = [
-            (x * grad).to(dtype) if need else None
-            for x, need, dtype in zip(ctx.saved_tensors, ctx.needs_input_grad, ctx.dtypes, strict=False)
-        ]
-        return (*grads, None, None, None, None, None)
 
 
 # --- from logits -----------------------------------------------------------------------------------------------------
@@ -218,7 +121,7 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """GKD's and GOLD's `generalized_jsd_loss` of logits (B, T, V) for reductions to a scalar, in nats.
+    """Compute GKD's and GOLD's `generalized_jsd_loss` of logits (B, T, V) for reductions to a scalar, in nats.
 
     `num_items_in_batch` divides the sum over tokens; else "batchmean" divides it by the kept tokens (without labels by
     B), "mean" by tokens times V, "sum" by nothing.
@@ -238,13 +141,16 @@ def _divisor(items: Tensor | int, loss: Tensor) -> Tensor | int:
 def full_logit_self_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
 ) -> Tensor:
-    """SDFT's and SDPO's `compute_full_logit_self_distillation_loss`: (B, T, V) twice -> (B, T) nats per token."""
+    """Compute SDFT's and SDPO's loss per token, in nats: (B, T, V) twice -> (B, T)."""
     kind, beta = kind_and_beta(distillation_alpha)
     return token_divergence(student_logits, teacher_logits, kind=kind, beta=beta)
 
 
 def _fusable(reduction: str, logits_are_probs: bool = False) -> bool:
-    """reduction="none" asks for every vocabulary entry's term; probabilities of a subset of the ids are no softmax."""
+    """Tell if a fused loss can do it.
+
+    reduction="none" asks for every vocabulary entry's term; probabilities of a subset of the ids are no softmax.
+    """
     return reduction in ("batchmean", "mean", "sum") and not logits_are_probs
 
 
@@ -347,7 +253,7 @@ def unpatch() -> None:
 
 @contextmanager
 def patched(trainers: Sequence[str] | None = None) -> Iterator[tuple[str, ...]]:
-    """`patch` inside the block. A patch that was in place before it stays in place after it."""
+    """Patch inside the block. A patch that was in place before it stays in place after it."""
     outer = _patch.active
     try:
         yield patch(trainers)

@@ -43,10 +43,12 @@ def lm_head(model: nn.Module) -> nn.Module:
 
 
 def logit_settings(config: Any) -> dict[str, Any]:
-    """Read from a text config what the model's own forward does to its head's output, as arguments of
-    `linear_divergence`: Gemma caps it, Cohere and Granite scale it."""
+    """Read from a text config what the model's own forward does to its head's output, as fields of `vigos.Head`.
+
+    Gemma caps its logits, Cohere and Granite scale them.
+    """
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"logit_softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": float(scale)}
 
 
 def inner_model(base: Any) -> Any:

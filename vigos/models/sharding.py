@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from vigos.divergence.head import Head
 from vigos.models.compat import reshards_after_forward
-from vigos.models.parts import lm_head, replaced_forward, unwrap
+from vigos.models.parts import base_model, lm_head, logit_settings, replaced_forward, unwrap
 
 Kind = Literal["unsharded", "fsdp2", "zero3"]
 T = TypeVar("T")
@@ -96,12 +97,13 @@ def _gathered(parameters: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Gather weight (V, D) and bias of the language-model head.
+def gathered_head(model: nn.Module) -> Iterator[Head]:
+    """Gather the language-model head, with what the model does to its logits.
 
     Under FSDP2 the gathered parameters stay until the backward pass, whose hooks then reduce their gradients.
     """
     head: Any = lm_head(model)
+    settings = logit_settings(base_model(model).config.get_text_config())
     kind = sharding_of(model)
     if kind == "fsdp2":
         _owner(model, head).unshard()
@@ -109,9 +111,9 @@ def head_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
         with _gathered(list(head.parameters(recurse=False))):
             weight = head.weight.detach().clone()  # the engine may want it in the backward pass, when it is gone
             bias = None if head.bias is None else head.bias.detach().clone()
-        yield weight, bias
+        yield Head(weight, bias, **settings)
         return
-    yield head.weight, head.bias
+    yield Head(head.weight, head.bias, **settings)
 
 
 def _owner(model: nn.Module, module: nn.Module) -> FSDPModule:

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from vigos.divergence.api import linear_divergence
+from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, Term, route, teacher_prefill
-from vigos.models.parts import base_model, lm_head, logit_settings
-from vigos.models.sharding import head_tensors, reshard
+from vigos.models.parts import lm_head
+from vigos.models.sharding import gathered_head, reshard
 from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import teacher_mode
 
@@ -355,43 +356,35 @@ def _logprobs(
             student, batch.student_sequences, scoring=config.student_scoring, token_budget=scorer.token_budget,
             dummy=dummy,
         )  # fmt: skip
-    settings = {
-        "temperature": config.divergence_temperature, "impl": config.impl,
-        **logit_settings(base_model(student).config.get_text_config()),
-    }  # fmt: skip
-    head, taught = lm_head(student), lm_head(scorer.model)
-    with head_tensors(student) as (weight, bias), head_tensors(scorer.model) as (teacher_weight, teacher_bias):
-        kept = policy.head_weight(head) if policy and taught is head else None  # a head that trains keeps a copy
-        found = _of_labels(
-            batch, swapped, own.to(weight.dtype), hidden.to(weight.dtype), (weight, bias),
-            (teacher_weight if kept is None else kept, teacher_bias), settings,
-        )  # fmt: skip
+    settings = {"temperature": config.divergence_temperature, "impl": config.impl}
+    shared = lm_head(student) is lm_head(scorer.model)
+    with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:
+        kept = policy.head_weight(lm_head(student)) if policy and shared else None  # a head that trains keeps a copy
+        teacher_head = teacher_head if kept is None else replace(teacher_head, weight=kept)
+        own, hidden = (x.to(head.weight.dtype) for x in (own, hidden))
+        found = _of_labels(batch, swapped, own, hidden, (head, teacher_head), settings)
     reshard(student)
     return found
 
 
 def _of_labels(
-    batch: RoutedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, head: tuple[Tensor, Tensor | None],
-    taught: tuple[Tensor, Tensor | None], settings: dict[str, Any],
+    batch: RoutedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, heads: tuple[Head, Head],
+    settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The log-probabilities of `_logprobs`, from hidden states and the heads (weight, bias) they belong to."""
+    """Return the log-probabilities of `_logprobs`, from hidden states and the student's and the teacher's head."""
     R = batch.n_rows
     if R == 0:
         return (torch.zeros(0, dtype=torch.float64),) * 3
-    weight = head[0].detach()
-    teacher_weight = weight if taught[0] is head[0] else taught[0].detach()  # one head is read once for both
-    bias, teacher_bias = (None if b is None else b.detach() for b in (head[1], taught[1]))
+    head, teacher_head = heads
     out = linear_divergence(
-        own, weight, hidden[:R], None if teacher_weight is weight else teacher_weight, supervision=batch.supervision,
-        labels=batch.labels, student_bias=bias, teacher_bias=teacher_bias, **settings,
-    )  # fmt: skip
+        own, head, hidden[:R], teacher_head, supervision=batch.supervision, labels=batch.labels, **settings
+    )
     lengths = [len(base.scored) for base in batch.teacher_sequences]
     first, second = _pairs(lengths, [1 + len(swaps.wrong) for swaps in swapped])
     labels = torch.cat([s.completion_ids[s.scored] for swaps in swapped for s in (swaps.other_image, *swaps.wrong)])
     rest = linear_divergence(
-        hidden[R:], teacher_weight, hidden[R:], supervision=Supervision(first, second), labels=labels[first],
-        student_bias=teacher_bias, **settings,
-    )  # fmt: skip
+        hidden[R:], teacher_head, hidden[R:], supervision=Supervision(first, second), labels=labels[first], **settings
+    )
     swapped_logprob = torch.empty(len(labels), dtype=torch.float64)
     swapped_logprob[first], swapped_logprob[second] = _cpu(rest.student_logprob), _cpu(rest.teacher_logprob)
     return _cpu(out.student_logprob), _cpu(out.teacher_logprob), swapped_logprob

@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ from vigos.method.supervise import (
     divisors,
     route,
 )
-from vigos.models.parts import base_model, lm_head, logit_settings
-from vigos.models.sharding import gather_state, head_tensors, sharding_of
+from vigos.models.parts import base_model, lm_head
+from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
 from vigos.scoring.hidden_states import hidden_states
@@ -227,36 +228,26 @@ class ViGOSTrainer(RolloutTrainer):
                 dummy=dummy,
             )
         student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
-        settings = logit_settings(base_model(model).config.get_text_config())
-        with self.phases("divergence"), head_tensors(model) as (weight, bias), self.accelerator.autocast():
-            taught = self.policy.head_weight(lm_head(model))
+        with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
+            kept = self.policy.head_weight(lm_head(model))
+            teacher_head = head if kept is None else replace(head, weight=kept)
+            student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
             out = linear_divergence(
-                student_hidden.to(weight.dtype),
-                weight,
-                teacher_hidden.to(weight.dtype),
-                taught,
-                supervision=supervision,
-                student_bias=bias,
-                labels=batch.labels,
-                impl=args.impl,
-                **self.objective.divergence_options,
-                **settings,
-            )
+                student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
+                impl=args.impl, **self.objective.divergence_options,
+            )  # fmt: skip
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
         correct = self._record(batch, out, scored - started, time.perf_counter() - scored)
         if self._writes_completions() and self.first_attempt(batch):
             top = None
             if args.completion_top_k:
                 top = tuple(
-                    top_tokens(
-                        hidden.to(weight.dtype), head, rows, args.completion_top_k, bias=bias,
-                        temperature=args.divergence_temperature, **settings,
+                    top_tokens(hidden, side, rows, args.completion_top_k, temperature=args.divergence_temperature)
+                    for hidden, side, rows in (
+                        (student_hidden, head, supervision.student_row),
+                        (teacher_hidden, teacher_head, supervision.teacher_row),
                     )
-                    for hidden, head, rows in (
-                        (student_hidden, weight, supervision.student_row),
-                        (teacher_hidden, weight if taught is None else taught, supervision.teacher_row),
-                    )
-                )  # fmt: skip
+                )
             self.runlog.write_completions(
                 self.state.global_step + 1, batch, out, correct, self.tokenizer, image_side=args.completion_images,
                 top=top,

@@ -1,1 +1,0 @@
-"""The machine around a run: text on a terminal, files that others read."""
