@@ -32,7 +32,7 @@ from vigos.divergence.engines.problem import (
 def _check_rows(
     student_row: Tensor, teacher_row: Tensor, kind: Tensor, clip: Tensor, labels: Tensor | None, n: int, m: int, v: int
 ) -> None:
-    """Values in range. Checked where the tensors lie: on a GPU this is the call's one wait for the device."""
+    """Check that values are in range. On a GPU this is the call's one wait for the device."""
     if student_row.shape[0] == 0:
         return
     ranges = [
@@ -54,7 +54,7 @@ def _check_rows(
 
 
 def _shard(v: int, group_name: str, device: torch.device) -> tuple[dist.ProcessGroup | None, int, int]:
-    """(group, first global id held here, size of the whole vocabulary)."""
+    """Return (group, first id of this rank's shard, size of the full vocabulary)."""
     if not group_name:
         return None, 0, v
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -72,7 +72,7 @@ def _given(x: float) -> float | None:
 
 @dataclass(frozen=True)
 class Call:
-    """What a call asks for beside its tensors, and how it travels through an operator's schema.
+    """Options of a call besides its tensors, and how they travel through an operator's schema.
 
     Attributes:
         student, teacher: each side's transform from raw logits to z.
@@ -131,14 +131,14 @@ def _rows(
 
 
 def _loss(rows: Rows, divergence: Tensor) -> Tensor:
-    """Summed in float64, so that the order of a million rows does not show."""
+    """Sum in float64, so that the order of a million rows does not show."""
     value = torch.where(divergence > rows.clip, rows.clip.to(divergence.dtype), divergence)
     weighted = torch.where(rows.weight != 0, value * rows.weight.to(value.dtype), 0.0)
     return weighted.sum(dtype=torch.float64).to(divergence.dtype)
 
 
 def _flat(statistics: Statistics) -> list[Tensor]:
-    """Operators return tensors only: log-probabilities that were not asked for are empty."""
+    """Return the statistics as tensors only, as operators must: log-probabilities not asked for are empty."""
     empty = statistics.divergence.new_empty(0)
     return [
         statistics.divergence, statistics.student_entropy, statistics.teacher_entropy, statistics.student_lse,
@@ -149,7 +149,7 @@ def _flat(statistics: Statistics) -> list[Tensor]:
 
 
 def _upstream(rows: Rows, divergence: Tensor, grad_loss: Tensor | None, grad_divergence: Tensor | None) -> Tensor:
-    """(R,): the loss's derivative with respect to each row's divergence."""
+    """Return the loss's derivative with respect to each row's divergence, (R,)."""
     g = torch.zeros_like(divergence)
     if grad_loss is not None:
         g = torch.where(live_rows(rows, divergence), rows.weight.to(g.dtype) * grad_loss.to(g.dtype), g)
@@ -157,7 +157,7 @@ def _upstream(rows: Rows, divergence: Tensor, grad_loss: Tensor | None, grad_div
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
-    """Engines choose their own precision: an autocast around the call must not reach their matrix products."""
+    """Disable autocast: engines choose the precision of their matrix products."""
     return torch.autocast(device.type, enabled=False)
 
 

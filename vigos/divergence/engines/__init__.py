@@ -34,7 +34,7 @@ _MODULES = {"reference": "chunked"}  # where a module is called otherwise
 
 
 def engine(impl: str) -> ModuleType:
-    """The module of a named engine."""
+    """Return the module of a named engine."""
     if impl not in IMPLS:
         raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
     return importlib.import_module(f"vigos.divergence.engines.{_MODULES.get(impl, impl)}")
@@ -49,7 +49,11 @@ def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str 
 
 
 def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
-    """The engine that runs `problem`: the named one or an error that says why not; for "auto" the first that can."""
+    """Return the engine that runs `problem`: the named one, or for "auto" the first that can.
+
+    Raises:
+        ValueError: a named engine cannot run it; the message says why.
+    """
     if impl != "auto":
         module = engine(impl)
         reason = _why_not(module, problem)

@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _module() -> ModuleType | None:
-    """vigos._C.cuda, or None where the extension was built without CUDA."""
+    """Return vigos._C.cuda, or None where the extension was built without CUDA."""
     try:
         from vigos import _C
     except ImportError:
@@ -47,7 +47,7 @@ def _module() -> ModuleType | None:
 
 
 def _unavailable(device: torch.device) -> str | None:
-    """Why no call can run on `device`."""
+    """Return why no call can run on `device`, or None."""
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, the tensors are on {device}"
     module = _module()
@@ -65,12 +65,12 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 def _runs_on(name: str, major: int, minor: int) -> bool:
-    """Whether code for a CMake architecture name runs: 80-real on 8.x, 80 (with PTX) on later ones too, 90a on 9.0."""
+    """Return whether code for a CMake architecture runs: 80-real on 8.x, 80 (PTX) also on later ones, 90a on 9.0."""
     number = name.removesuffix("-real")
     if not number.isdigit():
         return number == f"{major}{minor}a"
-    of = divmod(int(number), 10)
-    return of <= (major, minor) and (of[0] == major or number == name)
+    built = divmod(int(number), 10)
+    return built <= (major, minor) and (built[0] == major or number == name)
 
 
 def _common(rows: Rows, device: torch.device) -> str | None:
@@ -80,7 +80,7 @@ def _common(rows: Rows, device: torch.device) -> str | None:
 
 
 def why_not(problem: LinearProblem) -> str | None:
-    """None, or the reason for people."""
+    """Return why this engine cannot run `problem`, or None."""
     for name, x in (("student_hidden", problem.student_hidden), ("teacher_hidden", problem.teacher_hidden)):
         if x.dtype not in DTYPES:
             return f"it takes float32, float16 and bfloat16, {name} is {x.dtype}"
@@ -88,7 +88,7 @@ def why_not(problem: LinearProblem) -> str | None:
 
 
 def logits_why_not(problem: LogitsProblem) -> str | None:
-    """None, or the reason for people."""
+    """Return why this engine cannot run `problem`, or None."""
     student, teacher = problem.student_logits, problem.teacher_logits
     if student.dtype not in DTYPES or teacher.dtype != student.dtype:
         return (
@@ -111,12 +111,12 @@ def _addressable(x: Tensor) -> bool:
 
 
 def _rows_of(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension and rows that do not overlap: what the kernels address."""
+    """Return `x` with a contiguous last dimension and rows that do not overlap, as the kernels address it."""
     return x if _addressable(x) else x.contiguous()
 
 
 def _stride(x: Tensor) -> int:
-    """Elements from row to row; a single row's stride means nothing and may be anything."""
+    """Return the elements from row to row; a single row's stride means nothing and may be anything."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
@@ -170,17 +170,17 @@ def _run_rows(
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation and an fp32 result. fp32 operands follow torch's TF32 setting."""
+    """Multiply with fp32 accumulation into an fp32 result. fp32 operands follow torch's TF32 setting."""
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _slice(statistics: Statistics, at: slice) -> Statistics:
-    """Views: what is written to them is written to `statistics`."""
-    return Statistics(*(None if x is None else x[at] for x in vars(statistics).values()))  # type: ignore[arg-type]
+def _slice(statistics: Statistics, rows: slice) -> Statistics:
+    """Return views of some rows: what is written to them is written to `statistics`."""
+    return Statistics(*(None if x is None else x[rows] for x in vars(statistics).values()))  # type: ignore[arg-type]
 
 
 def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor) -> None:
-    """dweight (V, D) fp32 += dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
+    """Add to dweight (V, D) fp32: dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
 
     The weights go to the narrow operand. Block by block of the vocabulary: no second (V, D) tensor exists.
     """
@@ -191,7 +191,7 @@ def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, 
 
 
 def forward(problem: LinearProblem) -> LinearResult:
-    """Statistics of every row; gradients of the rows through which the loss has one."""
+    """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     device, r = problem.device, problem.n_rows
     v, d = problem.student_weight.shape
     statistics = Statistics.empty(problem)
@@ -213,21 +213,21 @@ def forward(problem: LinearProblem) -> LinearResult:
     )
     width = chunk_width(r, CHUNK_BYTES // ((8 + head_s.element_size()) * v))
     dlogits = torch.empty(width, v, dtype=head_s.dtype, device=device) if need else None
-    for at in chunks(r, width):
-        n = at.stop - at.start
+    for chunk in chunks(r, width):
+        n = chunk.stop - chunk.start
         # Every chunk is as wide as the first, its last rows repeated: the GEMM's shape decides how it rounds.
         hidden_s, hidden_t = (
-            x[torch.nn.functional.pad(index[at], (0, width - n), value=0)]
+            x[torch.nn.functional.pad(index[chunk], (0, width - n), value=0)]
             for x, index in (
                 (problem.student_hidden, problem.student_row), (problem.teacher_hidden, problem.teacher_row),
             )
         )  # fmt: skip
-        labels = None if problem.labels is None else problem.labels[at]
+        labels = None if problem.labels is None else problem.labels[chunk]
         part = replace(
-            problem, student_row=problem.student_row[at], teacher_row=problem.teacher_row[at], kind=problem.kind[at],
-            weight=problem.weight[at], clip=problem.clip[at], labels=labels,
+            problem, student_row=problem.student_row[chunk], teacher_row=problem.teacher_row[chunk],
+            kind=problem.kind[chunk], weight=problem.weight[chunk], clip=problem.clip[chunk], labels=labels,
         )  # fmt: skip
-        into = _slice(statistics, at)
+        into = _slice(statistics, chunk)
         _run_rows(
             part, _mm(hidden_s, head_s.T), _mm(hidden_t, head_t.T), into, bias=(bias_s, bias_t),
             dlogits=None if dlogits is None else dlogits[:n],
@@ -238,7 +238,7 @@ def forward(problem: LinearProblem) -> LinearResult:
             dlogits[n:].zero_()
         live = live_rows(part, into.divergence)
         if result.drow is not None and result.computed is not None:
-            result.drow[at], result.computed[at] = _mm(dlogits, head_s)[:n], live
+            result.drow[chunk], result.computed[chunk] = _mm(dlogits, head_s)[:n], live
         weight = torch.where(live, part.weight, 0.0)
         if result.dbias is not None:
             result.dbias += torch.mv(dlogits[:n].float().T, weight)
@@ -251,7 +251,7 @@ def forward(problem: LinearProblem) -> LinearResult:
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
-    """Statistics and state of every row; one kernel."""
+    """Compute statistics and state of every row, in one kernel."""
     statistics = Statistics.empty(problem)
     state = torch.zeros(problem.n_rows, STATE, device=problem.device)
     if problem.n_rows > 0:
@@ -263,7 +263,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
 
 
 def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+    """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits: a thread reads an entry before it writes it. Rows with row_grad 0 are not read.
     """

@@ -36,7 +36,7 @@ class Errors:
 
 
 def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int, ...]) -> LinearProblem:
-    """24 rows of a shared head, V 1000, the teacher next to the student; `kinds` in turn."""
+    """Build 24 pairs of a shared head, V 1000, the teacher next to the student; `kinds` in turn."""
     generator = torch.Generator().manual_seed(0)
     n, d, v = 24, 64, 1000
     weight = torch.randn(v, d, generator=generator) * 0.5
@@ -56,7 +56,7 @@ def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int,
 
 
 def check(module: ModuleType, device: torch.device | str) -> Errors | str:
-    """Runs `module`, an engine, on the small case; or the reason for which it cannot run on this device.
+    """Run `module`, an engine, on the small case; return its errors, or why it cannot run on this device.
 
     Float32 operands and all three divergences, or bfloat16 and the two KLs where the engine takes no more.
     """
@@ -89,7 +89,7 @@ def _relative(x: Tensor, exact: Tensor) -> float:
 
 @cache
 def agrees(module: ModuleType, device: torch.device) -> bool:
-    """Whether `auto` may take the engine on this device; a disagreement is said once."""
+    """Return whether `auto` may take the engine on this device; a disagreement is said once."""
     try:
         found = check(module, device)
     except Exception as error:  # compilers and drivers fail in many ways, and another engine runs
