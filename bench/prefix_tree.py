@@ -95,7 +95,7 @@ def picture(tokens: int, seed: int) -> ImageInputs:
     columns = next(c for c in range(int(tokens**0.5), 0, -1) if tokens % c == 0)
     grid = torch.tensor([[1, MERGE * tokens // columns, MERGE * columns]])
     pixels = torch.randn(4 * tokens, 3 * 2 * PATCH * PATCH, generator=torch.Generator().manual_seed(seed))
-    return ImageInputs.of({"pixel_values": pixels, "image_grid_thw": grid})
+    return ImageInputs.from_tensors({"pixel_values": pixels, "image_grid_thw": grid})
 
 
 def prompt(image: ImageInputs, tokens: int, user: torch.Tensor) -> EncodedPrompt:

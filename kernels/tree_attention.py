@@ -69,26 +69,26 @@ FUSION = {"enable_fp_fusion": True}  # part of the promise of repeatable bits; T
 
 @triton.jit
 def _rows(base, offs_t, offs_d, stride_t, T, DH):
-    """A block (rows, padded width) of one head; zeros past T and DH."""
+    """Load a block (rows, padded width) of one head; zeros past T and DH."""
     ptrs = base + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]  # token * stride passes 2**31
     return tl.load(ptrs, mask=(offs_t < T)[:, None] & (offs_d < DH)[None, :], other=0.0)
 
 
 @triton.jit
 def _visible(offs_q, offs_k, end_ptr, position_ptr, T, window):
-    """(queries, keys) bool."""
+    """Return which queries see which keys, (queries, keys) bool."""
     end = tl.load(end_ptr + offs_k, mask=offs_k < T, other=0)
     seen = (offs_k[None, :] <= offs_q[:, None]) & (offs_q[:, None] < end[None, :]) & (offs_q < T)[:, None]
     if position_ptr is not None:
-        at_q = tl.load(position_ptr + offs_q, mask=offs_q < T, other=0)
-        at_k = tl.load(position_ptr + offs_k, mask=offs_k < T, other=0)
-        seen = seen & (at_q[:, None] - at_k[None, :] < window)
+        position_q = tl.load(position_ptr + offs_q, mask=offs_q < T, other=0)
+        position_k = tl.load(position_ptr + offs_k, mask=offs_k < T, other=0)
+        seen = seen & (position_q[:, None] - position_k[None, :] < window)
     return seen
 
 
 @triton.jit
 def _capped(dots, scale, cap, SOFTCAP: tl.constexpr):
-    """(score in units of log 2, d score / d (scale * dot)) of raw products."""
+    """Return (score in units of log 2, d score / d (scale * dot)) of raw products."""
     if SOFTCAP:
         y, slope = tanh_and_slope(dots * (scale / cap))
         return y * (cap * LOG2E), slope
@@ -120,9 +120,9 @@ def _tree_fwd_kernel(
         higher = tl.maximum(top, tl.max(score, 1))
         origin = tl.where(higher == -float("inf"), 0.0, higher)  # -inf - -inf is NaN
         p = tl.exp2(score - origin[:, None])
-        held = tl.exp2(top - origin)
-        total = total * held + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * held[:, None], input_precision="ieee")
+        rescale = tl.exp2(top - origin)
+        total = total * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = higher
     total = tl.where(total == 0.0, 1.0, total)  # rows past T
     out = out_ptr + head * stride_oh + offs_m.to(tl.int64)[:, None] * stride_ot + offs_d[None, :]
@@ -171,7 +171,7 @@ def _tree_bwd_kv_kernel(
     stride_list,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of keys of one key head sums over the query heads that share it: one writer, fixed order."""
+    """Sum dk and dv of one block of one key head over the query heads that share it: one writer, fixed order."""
     block, kv_head = tl.program_id(0), tl.program_id(1)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, PAD_D)
@@ -194,22 +194,22 @@ def _tree_bwd_kv_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None]) * slope
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
-    at = offs_n.to(tl.int64)[:, None] * stride_gt + kv_head * stride_gh + offs_d[None, :]
+    offsets = offs_n.to(tl.int64)[:, None] * stride_gt + kv_head * stride_gh + offs_d[None, :]
     mask = (offs_n < T)[:, None] & (offs_d < DH)[None, :]
-    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Which blocks meet. For each block of rows: the blocks of the other side, ascending, and how many."""
+    """Blocks that meet: for each block of rows the blocks of the other side, ascending, and how many."""
 
     index: Tensor  # (blocks, blocks of the other side) int32
     count: Tensor  # (blocks,) int32
 
 
 def _extremes(x: Tensor, block: int, largest: bool) -> Tensor:
-    """(T,) -> (blocks,) largest or smallest of each block."""
+    """Return the largest or smallest element of each block: (T,) -> (blocks,)."""
     empty = torch.iinfo(x.dtype).min if largest else torch.iinfo(x.dtype).max
     padded = torch.nn.functional.pad(x, (0, -x.shape[0] % block), value=empty).view(-1, block)
     return padded.amax(1) if largest else padded.amin(1)
@@ -218,7 +218,7 @@ def _extremes(x: Tensor, block: int, largest: bool) -> Tensor:
 def meeting_blocks(
     subtree_end: Tensor, positions: Tensor | None, window: int | None, block_m: int, block_n: int
 ) -> Tensor:
-    """(query blocks, key blocks) bool: whether any query of the one may see any key of the other."""
+    """Return, (query blocks, key blocks) bool, whether any query of the one may see any key of the other."""
     tokens, device = subtree_end.shape[0], subtree_end.device
     first_q = torch.arange(0, tokens, block_m, device=device)
     first_k = torch.arange(0, tokens, block_n, device=device)
@@ -245,7 +245,7 @@ class _Pack:
         self._lists: dict[Any, Lists] = {}
 
     def lists(self, window: int | None, launch: Launch, *, of_keys: bool = False) -> Lists:
-        """Key blocks of each query block, or with `of_keys` query blocks of each key block."""
+        """Return the key blocks of each query block, or with `of_keys` the query blocks of each key block."""
         key = (window, launch.block_m, launch.block_n, of_keys)
         if key not in self._lists:
             meet = meeting_blocks(self.end, self.positions, window, launch.block_m, launch.block_n)
@@ -257,7 +257,7 @@ _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _pack(subtree_end: Tensor, positions: Tensor | None) -> _Pack:
-    """Layers share a pack: the tensor that the caller passes again identifies it, as long as nobody wrote to it."""
+    """Return the pack that layers share: the same tensor, not written to since, identifies it."""
     stamp = (subtree_end._version, None if positions is None else (positions.data_ptr(), positions._version))
     known = _packs.get(subtree_end)
     if known is None or known[0] != stamp:
@@ -278,7 +278,7 @@ def _launch(table: dict[tuple[int, int], Launch], query: Tensor) -> tuple[Launch
 def tree_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, pack: _Pack, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(out (T, Hq, Dh), lse (Hq, T) fp32 in units of log 2). Arguments were checked in `tree_attention`."""
+    """Return (out (T, Hq, Dh), lse (Hq, T) fp32 in units of log 2). Arguments were checked in `tree_attention`."""
     tokens, heads, width = query.shape
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
@@ -298,7 +298,7 @@ def tree_attention_bwd(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pack: _Pack, scale: float,
     window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dquery, dkey, dvalue)."""
+    """Return (dquery, dkey, dvalue)."""
     tokens, heads, width = query.shape
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     dk, dv = (torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2))
@@ -348,7 +348,7 @@ def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, *, scale: float, window: int | None = None,
     softcap: float | None = None, positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention in which a token sees itself and its ancestors; differentiable once in query, key and value.
+    """Compute attention in which a token sees itself and its ancestors; differentiable once in query, key and value.
 
         q, k = torch.arange(T)[:, None], torch.arange(T)
         mask = (k <= q) & (q < subtree_end)

@@ -176,16 +176,16 @@ def test_eval_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     parquet(tmp_path, RECORDS["vilp"] * 2)
     command = ["eval", "--model", "builtin", "--benchmark", "vilp", "--data", str(tmp_path), "--max-new-tokens", "24"]
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--output", str(tmp_path / "out")])
+        main([*command, "--output-dir", str(tmp_path / "out")])
     assert not stop.value.code
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["rows"], summary["score_rows"], summary["prior_rows"]) == (6, 4, 2)
-    again = [*command, "--output", str(tmp_path / "b"), "--baseline", str(tmp_path / "out" / "records.jsonl")]
+    again = [*command, "--output-dir", str(tmp_path / "b"), "--baseline", str(tmp_path / "out" / "records.jsonl")]
     with pytest.raises(SystemExit) as stop:
         main(again)
     assert not stop.value.code
     assert "baseline" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        main([*again, "--temperature", "1", "--output", str(tmp_path / "c")])
+        main([*again, "--temperature", "1", "--output-dir", str(tmp_path / "c")])
     assert stop.value.code == 1
-    assert "baseline must be asked the same way: sampling" in " ".join(capsys.readouterr().out.split())
+    assert "baseline must be asked the same way: sampling" in capsys.readouterr().err

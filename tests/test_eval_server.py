@@ -20,7 +20,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(rows: Path, output: Path, *options: str) -> int:
-    command = ["eval", "--model", "builtin", "--data", str(rows), "--output", str(output), "--max-new-tokens", "48"]
+    command = ["eval", "--model", "builtin", "--data", str(rows), "--output-dir", str(output), "--max-new-tokens", "48"]
     with pytest.raises(SystemExit) as stop:
         main([*command, "--temperature", "0.8", "--k", "2", *options])
     return int(stop.value.code or 0)
@@ -48,8 +48,8 @@ def test_half_an_address_or_an_adapter_is_refused(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(rows, tmp_path / "a", "--server-url", "http://127.0.0.1:1/v1") == 1
-    assert "server_url and server_model go together" in " ".join(capsys.readouterr().out.split())
+    assert "server_url and server_model go together" in capsys.readouterr().err
     options = ["--server-url", "http://127.0.0.1:1/v1", "--server-model", "base", "--adapter", "runs/x"]
     assert run(rows, tmp_path / "b", *options) == 1
-    assert "adapter must be loaded by the server" in " ".join(capsys.readouterr().out.split())
+    assert "adapter must be loaded by the server" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

@@ -144,7 +144,7 @@ def test_score_and_prior_come_from_their_rows():
     extras.append({"role": "other"})
     outcomes = [[e.get("role") == "prior"] for e in extras]  # a model that always answers the prior
     outcomes[1] = [True]
-    summary = result_of(outcomes, extras).summary(by="role")
+    summary = result_of(outcomes, extras).summary(group_by="role")
     assert (summary["score"], summary["score_rows"]) == (1 / 8, 8)
     assert (summary["prior"], summary["prior_rows"]) == (1.0, 4)
     assert summary["score_interval"] == list(wilson_interval(1, 8))
@@ -153,8 +153,8 @@ def test_score_and_prior_come_from_their_rows():
     assert {name: (g["accuracy"], g["rows"]) for name, g in groups.items()} == {
         "prior": (1.0, 4), "conflict": (1 / 8, 8), "other": (0.0, 1),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="by must be a field of the rows, got 'colour'"):
-        result_of(outcomes, extras).summary(by="colour")
+    with pytest.raises(ValueError, match="group_by must be a field of the examples, got 'colour'"):
+        result_of(outcomes, extras).summary(group_by="colour")
     with pytest.raises(ValueError, match=r"metric must be one of accuracy, .* got 'scores'"):
         result_of(outcomes).values("scores")
 

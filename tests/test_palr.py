@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vigos.cli import main
 from vigos.data.examples import load_rows
-from vigos.launch import Source, palr_from_source
+from vigos.launch import PalrSource, palr_from_source
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import TERMS, Rollout, route
 from vigos.train.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob
@@ -283,8 +283,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_world(tmp_path / "w", "test", n=4)
     options = ["--model", "builtin", "--data", str(data), "--method", "opsd", "--max-completion-length", "64"]
     with pytest.raises(SystemExit) as stop:
-        main(["palr", *options, "--rows", "12", "--use-cpu", "true", "--report-to", "none", "--output-dir",
-              str(tmp_path / "run"), "--output", str(tmp_path / "palr.json")])  # fmt: skip
+        main(["palr", *options, "--limit", "12", "--use-cpu", "true", "--report-to", "none", "--output-dir",
+              str(tmp_path)])  # fmt: skip
     assert stop.value.code in (0, None)
     found = json.loads((tmp_path / "palr.json").read_text())
     assert found["method"] == "opsd"
@@ -303,17 +303,16 @@ def test_adapter_off_is_the_teacher_that_was_named(tmp_path: Path) -> None:
     made = ViGOSTrainer(model=model, args=args, processing_class=processor, train_dataset=data, prompts=world_prompts())
     moved(made, 0.05)
     made.model.save_pretrained(tmp_path / "adapter")
-    source = Source(model="builtin", data=str(data), dtype="float32")
-    first, second = (
-        palr_from_source(source, args, rows=8, adapter=str(tmp_path / "adapter"), teacher_model=name, group=4)
-        for name in (None, "builtin")
-    )
+    source = PalrSource(model="builtin", data=str(data), dtype="float32", limit=8, adapter=str(tmp_path / "adapter"))
+    first, second = (palr_from_source(replace(source, teacher_model=name), args, group=4) for name in (None, "builtin"))
     assert first["rollouts"] == 8
     assert first["groups"]["all"]["by_answer"] > 0.01
     for name, group in first["groups"].items():
         for key in ("by_answer", "by_image", "tokens"):
             assert group[key] == pytest.approx(second["groups"][name][key], rel=1e-4, abs=1e-5), (name, key)
-    untouched = palr_from_source(source, args, rows=8, group=4)
+    untouched = palr_from_source(replace(source, adapter=None), args, group=4)
     assert abs(untouched["groups"]["all"]["by_image"] - first["groups"]["all"]["by_image"]) > 1e-3
-    with pytest.raises(ValueError, match="rows must be at least 2, which lend each other answers and images, got 1"):
-        palr_from_source(source, args, rows=1)
+    with pytest.raises(
+        ValueError, match="limit must be at least 2: examples lend each other answers and images; got 1"
+    ):
+        palr_from_source(replace(source, limit=1), args)

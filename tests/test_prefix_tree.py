@@ -18,7 +18,7 @@ def sequence(ids, completion, scored, images=None, types=None):
 
 
 def image(value: float) -> ImageInputs:
-    return ImageInputs.of({"pixel_values": torch.full((2, 3), value)})
+    return ImageInputs.from_tensors({"pixel_values": torch.full((2, 3), value)})
 
 
 def check(tree: PrefixTree, budget: int) -> None:

@@ -97,7 +97,7 @@ def test_the_builtin_model_looks(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_world(tmp_path / "w", "test", n=3)
     with pytest.raises(SystemExit) as stop:
-        main(["probe", "--model", "builtin", "--data", str(path), "--output", str(tmp_path / "p"),
+        main(["probe", "--model", "builtin", "--data", str(path), "--output-dir", str(tmp_path / "p"),
               "--max-new-tokens", "64"])  # fmt: skip
     assert stop.value.code in (0, None)
     found = json.loads((tmp_path / "p" / "probes.json").read_text())

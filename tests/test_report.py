@@ -548,7 +548,7 @@ def test_ten_thousand_rollouts_in_the_browser(browser: Any, large: Path, tmp_pat
 @pytest.mark.slow
 def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["report", str(run), "--output", str(tmp_path / "r.html"), "--rollouts", "5"])
+        main(["report", str(run), "--output-dir", str(tmp_path), "--rollouts", "5"])
     assert stop.value.code in (0, None)
-    assert "5 of the 18 rollouts" in (tmp_path / "r.html").read_text()
+    assert "5 of the 18 rollouts" in (tmp_path / "report.html").read_text()
     assert "written:" in capsys.readouterr().out

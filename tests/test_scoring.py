@@ -323,7 +323,7 @@ def test_nothing_to_score():
 
 
 def test_images_of_different_shape_are_refused():
-    one, two = (ImageInputs.of({"pixel_values": torch.zeros(1, 2, 3, n, n)}) for n in (8, 16))
+    one, two = (ImageInputs.from_tensors({"pixel_values": torch.zeros(1, 2, 3, n, n)}) for n in (8, 16))
     with pytest.raises(ValueError, match="pixel_values of one batch must agree beyond the second axis"):
         passes_module.concat_images([one, two])
 

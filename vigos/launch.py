@@ -1,4 +1,4 @@
-"""From a model name and a dataset to a trained or evaluated model: what `vigos train` and `vigos eval` run."""
+"""Run `vigos train`, `palr`, `eval` and `probe`: from a model name and a dataset to a trained or measured model."""
 
 from __future__ import annotations
 
@@ -26,65 +26,53 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class Source:
-    """What is trained on what; the rest of the configuration is `ViGOSConfig`."""
-
-    model: str = dataclasses.field(default="", metadata={"help": "Model folder or hub name."})
-    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
-    data_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder that image paths are relative to."}
-    )
-    allow_outside_root: bool = dataclasses.field(
-        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
-    )
-    streaming: bool = dataclasses.field(default=False, metadata={"help": "Read the data as a stream."})
-    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
-    attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "As in transformers."})
-    trust_remote_code: bool = dataclasses.field(
-        default=False, metadata={"help": "Run code from the model's repository."}
-    )
-    resume: str | None = dataclasses.field(default=None, metadata={"help": "'auto' or a checkpoint folder."})
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass
-class EvalSource:
+class _ModelAndData:
+    """Options of every command that loads a model and data."""
+
+    model: str = _option("", "Model folder or hub name; 'builtin' for the built-in model.")
+    data: str = _option("", "JSONL, JSON or Parquet file, folder, or name for `datasets`.")
+    data_root: str | None = _option(None, "Folder that image paths are relative to; default: the folder of the data.")
+    allow_outside_root: bool = _option(False, "Read images outside that folder, or behind links that lead out of it.")
+    dtype: str = _option("bfloat16", "Dtype the model is loaded in.")
+
+
+@dataclasses.dataclass
+class Source(_ModelAndData):
+    """Name what is trained on what; the rest of the configuration is `ViGOSConfig`."""
+
+    streaming: bool = _option(False, "Read the data as a stream.")
+    attn_implementation: str | None = _option(None, "As in transformers.")
+    trust_remote_code: bool = _option(False, "Run code from the model's repository.")
+    resume: str | None = _option(None, "'auto' or a checkpoint folder.")
+
+
+@dataclasses.dataclass
+class PalrSource(Source):
+    """Name the student, its teacher and the examples that PALR is measured on."""
+
+    limit: int = _option(64, "First examples of the data that are measured, at least 2.")
+    adapter: str | None = _option(None, "Folder of the student's LoRA adapter; without it the model is the teacher.")
+    teacher_model: str | None = _option(None, "Teacher of a student that was trained in full.")
+
+
+@dataclasses.dataclass
+class EvalSource(_ModelAndData):
     """Name what is evaluated on what; the rest of the configuration is `EvalConfig`."""
 
-    model: str = dataclasses.field(
-        default="", metadata={"help": "Model folder or hub name; 'builtin' for the built-in model."}
-    )
-    data: str = dataclasses.field(default="", metadata={"help": "JSONL, Parquet, folder or `datasets` name."})
-    output_dir: str = dataclasses.field(
-        default="",
-        metadata={
-            "help": "Folder for records and their summary; finished examples are kept.",
-            "aliases": ["--output-dir", "--output"],
-        },
-    )
-    adapter: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder of a LoRA adapter that is put on the model."}
-    )
-    prompts_file: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with prompt templates."})
-    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "Dtype the model is loaded in."})
-    data_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder that image paths are relative to."}
-    )
-    allow_outside_root: bool = dataclasses.field(
-        default=False, metadata={"help": "Read images outside that folder, or behind links that lead out of it."}
-    )
-    benchmark: str | None = dataclasses.field(
-        default=None, metadata={"help": "Layout of a published benchmark that `data` is in: vilp, mmmu, …"}
-    )
-    judge_url: str | None = dataclasses.field(
-        default=None, metadata={"help": "Server of a judge, up to and including /v1."}
-    )
-    judge_model: str | None = dataclasses.field(default=None, metadata={"help": "The judge's name on that server."})
-    server_url: str | None = dataclasses.field(
-        default=None, metadata={"help": "Server with vLLM's API that answers, up to and including /v1."}
-    )
-    server_model: str | None = dataclasses.field(
-        default=None, metadata={"help": "The model's name there; `model` then names its configuration and processor."}
+    output_dir: str = _option("", "Folder for records and their summary; finished examples are kept.")
+    adapter: str | None = _option(None, "Folder of a LoRA adapter that is put on the model.")
+    prompts_file: str | None = _option(None, "YAML file with prompt templates.")
+    benchmark: str | None = _option(None, "Layout of a published benchmark that `data` is in: vilp, mmmu, …")
+    judge_url: str | None = _option(None, "Server of a judge, up to and including /v1.")
+    judge_model: str | None = _option(None, "The judge's name on that server.")
+    server_url: str | None = _option(None, "Server with vLLM's API that answers, up to and including /v1.")
+    server_model: str | None = _option(
+        None, "The model's name there; `model` then names its configuration and processor."
     )
 
     def __post_init__(self) -> None:
@@ -117,13 +105,7 @@ class EvalSource:
         Args:
             concurrency: requests under way at the server.
         """
-        from vigos.method.prompts import Prompts
-
-        prompts = Prompts.from_file(self.prompts_file) if self.prompts_file else Prompts()
-        if self.model == "builtin" and not self.prompts_file:  # it knows no other wording
-            from vigos.world import world_prompts
-
-            prompts = world_prompts()
+        prompts = prompts_of(self.model, self.prompts_file)
         if self.server_url is not None and self.server_model is not None:
             engine, processor = load_served(self.model, self.server_url, self.server_model, concurrency=concurrency)
             return None, processor, prompts, engine
@@ -139,7 +121,7 @@ class EvalSource:
 def load_model(
     name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """A model and its processor (a tokenizer for text-only models), from a folder or hub name; "builtin" is our own.
+    """Load a model and its processor (a tokenizer for text-only models) from a folder or hub name, or "builtin".
 
     Weights come from safetensors alone: a pickle is never loaded.
     """
@@ -165,7 +147,7 @@ def load_model(
 
 
 def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
-    """Loads model and data, trains, and leaves the run folder; returns the trainer."""
+    """Load model and data, train, and leave the run folder; return the trainer."""
     trainer = build_trainer(source, config)
     resume = source.resume
     if resume == "auto":
@@ -179,7 +161,7 @@ def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
 
 
 def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
-    """Model, processor, rows and prompts of `source` in a trainer; `adapter` is put on the model and trained on."""
+    """Build a trainer from model, data and prompts of `source`; `adapter` is put on the model and trained on."""
     from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
 
@@ -204,39 +186,32 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         allow_outside_root=source.allow_outside_root,
         streaming=source.streaming,
     )
-    prompts = None
-    if source.model == "builtin" and not config.prompts_file:  # it knows no other wording
-        from vigos.world import world_prompts
-
-        prompts = world_prompts()
+    prompts = prompts_of(source.model, config.prompts_file)
     return ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
 
 
-def palr_from_source(
-    source: Source, config: ViGOSConfig, *, rows: int, adapter: str | None = None, teacher_model: str | None = None,
-    group: int = 32,
-) -> dict[str, Any]:  # fmt: skip
-    """PALR of the student's rollouts of the first `rows` rows; see `vigos.train.palr`.
+def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32) -> dict[str, Any]:
+    """Measure PALR of the student's rollouts, and write `palr.json` to `config.output_dir`; see `vigos.train.palr`.
 
     Args:
-        adapter: LoRA adapter of the student; its teacher is the model with the adapter off.
-        teacher_model: folder or hub name of the teacher where the student was trained in full.
-        group: rows measured at once, which lend each other answers and images.
+        group: examples measured at once, which lend each other answers and images.
     """
     from itertools import islice
 
     from vigos.scoring.teacher import TeacherScorer
     from vigos.train.palr import PALR, measure_palr
 
-    if rows < 2:
-        raise ValueError(f"rows must be at least 2, which lend each other answers and images, got {rows}")
-    trainer = build_trainer(source, config, adapter=adapter)
-    scorer, policy = trainer.scorer, None if teacher_model else trainer.policy
-    if teacher_model:
-        taught: Any = load_model(teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[0]
+    if source.limit < 2:
+        raise ValueError(f"limit must be at least 2: examples lend each other answers and images; got {source.limit}")
+    trainer = build_trainer(source, config, adapter=source.adapter)
+    scorer, policy = trainer.scorer, None if source.teacher_model else trainer.policy
+    if source.teacher_model:
+        taught: Any = load_model(source.teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[
+            0
+        ]
         scorer = TeacherScorer(taught.to(trainer.model.device), token_budget=config.token_budget)
     dataset: Any = trainer.train_dataset
-    source_rows, parts = islice(iter(dataset), rows), []
+    source_rows, parts = islice(iter(dataset), source.limit), []
     while members := list(islice(source_rows, group)):
         rollouts = trainer.sample_rollouts(members)
         parts.append(
@@ -247,9 +222,26 @@ def palr_from_source(
         )  # fmt: skip
     found = PALR.joined(parts).summary()
     if not found["rollouts"]:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in found["left_out"].items()) or "no usable row"
-        raise ValueError(f"data: PALR could be measured on none of {rows} rows ({reasons})")
-    return {"method": config.method, **found}
+        reasons = ", ".join(f"{reason} {n}" for reason, n in found["left_out"].items()) or "no usable example"
+        raise ValueError(f"data: PALR could be measured on none of {source.limit} examples ({reasons})")
+    found = {"method": config.method, **found}
+    folder = Path(str(config.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "palr.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def prompts_of(model: str, prompts_file: str | None) -> Prompts:
+    """Return the prompts that a model is asked with: those of a file, the built-in model's, or the defaults."""
+    from vigos.method.prompts import Prompts
+
+    if prompts_file:
+        return Prompts.from_file(prompts_file)
+    if model == "builtin":  # it knows no other wording
+        from vigos.world import world_prompts
+
+        return world_prompts()
+    return Prompts()
 
 
 def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple[ServerEngine, Any]:

@@ -58,7 +58,7 @@ def sample(body: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
     batch = PROCESSOR(text=[text], images=[images], return_tensors="pt", return_mm_token_type_ids=True)
     tensors = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
     prompt = EncodedPrompt(
-        batch["input_ids"][0], torch.as_tensor(batch["mm_token_type_ids"])[0], ImageInputs.of(tensors)
+        batch["input_ids"][0], torch.as_tensor(batch["mm_token_type_ids"])[0], ImageInputs.from_tensors(tensors)
     )
     sampling = Sampling(body["temperature"], body["top_p"], max(body["top_k"], 0), body["max_tokens"], body["n"])
     with LOCK:

@@ -169,15 +169,15 @@ def images(family: str, sizes: list[Any], seed: int) -> tuple[ImageInputs, list[
             "pixel_values": torch.cat([pixels(h * w, 3 * 2 * 4 * 4) for h, w in sizes]),
             "image_grid_thw": grid,
         }
-        return ImageInputs.of(tensors), [h * w // 4 for h, w in sizes]
+        return ImageInputs.from_tensors(tensors), [h * w // 4 for h, w in sizes]
     if family == "smolvlm":
         tiles = pixels(1, sum(sizes), 3, 32, 32)
         tensors = {"pixel_values": tiles, "pixel_attention_mask": torch.ones(1, sum(sizes), 32, 32, dtype=torch.int64)}
-        return ImageInputs.of(tensors), [4 * n for n in sizes]
+        return ImageInputs.from_tensors(tensors), [4 * n for n in sizes]
     if family == "gemma3":
-        return ImageInputs.of({"pixel_values": pixels(len(sizes), 3, 32, 32)}), [4] * len(sizes)
+        return ImageInputs.from_tensors({"pixel_values": pixels(len(sizes), 3, 32, 32)}), [4] * len(sizes)
     if family == "internvl":
-        return ImageInputs.of({"pixel_values": pixels(sum(sizes), 3, 32, 32)}), [4 * n for n in sizes]
+        return ImageInputs.from_tensors({"pixel_values": pixels(sum(sizes), 3, 32, 32)}), [4 * n for n in sizes]
     # LLaVA-OneVision: one image is cut in tiles (the whole, then a grid); several images take one tile each.
     tiles, counts = [], []
     for height, width in sizes:
@@ -196,7 +196,7 @@ def images(family: str, sizes: list[Any], seed: int) -> tuple[ImageInputs, list[
         "image_sizes": torch.tensor(sizes),
         "batch_num_images": torch.tensor([len(sizes)]),
     }
-    return ImageInputs.of(tensors), counts
+    return ImageInputs.from_tensors(tensors), counts
 
 
 def _unpadded(height: int, width: int, rows: int, columns: int) -> int:

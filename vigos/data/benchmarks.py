@@ -40,13 +40,13 @@ class Benchmark:
 
 
 def lettered(question: str, options: Sequence[Any]) -> str:
-    """The question, its options under it as (A), (B), …, and how to answer."""
+    """Return the question, its options under it as (A), (B), …, and how to answer."""
     lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return "\n".join([question.strip(), *lines, "Answer with the letter of the right option."])
 
 
 def letter_of(answer: Any, options: Sequence[Any]) -> str:
-    """The letter of an answer that is given as a letter, as "(B)", or as the option itself."""
+    """Return the letter of an answer that is given as a letter, as "(B)", or as the option itself."""
     text = str(answer).strip()
     bare = text.strip("().: ").upper()
     if len(bare) == 1 and bare in ascii_uppercase[: len(options)] and text not in map(str, options):
@@ -58,7 +58,7 @@ def letter_of(answer: Any, options: Sequence[Any]) -> str:
 
 
 def _listed(options: Any) -> list[Any]:
-    """Options as a list; MMMU writes the list as text."""
+    """Return options as a list; MMMU writes the list as text."""
     if isinstance(options, str):
         options = ast.literal_eval(options) if options.strip() else []
     return list(options) if options is not None else []
@@ -73,7 +73,7 @@ def _row(
 
 
 def _vilp(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """One question and three images with an answer each; the first agrees with the prior."""
+    """Read one question and three images with an answer each; the first agrees with the prior."""
     for k in (1, 2, 3):
         yield _row(
             record, f"{record.get('id', n)}-{k}", str(record["question"]), record[f"answer{k}"], [record[f"image{k}"]],
@@ -100,7 +100,7 @@ def _mmmu(record: Record, n: int) -> Iterator[dict[str, Any]]:
 
 
 def _first(answer: Any) -> str:
-    """An open answer; several accepted ones are written as a list, and the first is the one asked for."""
+    """Return an open answer; several accepted ones are written as a list, and the first is the one asked for."""
     text = str(answer)
     return str(_listed(text)[0]) if text.startswith("[") else text
 
@@ -116,7 +116,7 @@ def _math_vista(record: Record, n: int) -> Iterator[dict[str, Any]]:
 
 
 def _math_verse(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """The options, where there are any, stand in the question already."""
+    """Read an example whose question already holds its options, if any."""
     problem = str(record["question"] or "").strip() or READ_THE_IMAGE
     yield _row(
         record, record["sample_index"], problem, record["answer"], [record["image"]], "problem_version", "question_type"
@@ -124,12 +124,12 @@ def _math_verse(record: Record, n: int) -> Iterator[dict[str, Any]]:
 
 
 def _real_world_qa(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """Options and how to answer stand in the question already."""
+    """Read an example whose question already holds its options and how to answer."""
     yield _row(record, record.get("id", n), str(record["question"]), record["answer"], [record["image"]])
 
 
 def _mm_vet(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """Free-form answers with <AND> and <OR>: meant for a judge; matched as text here."""
+    """Read a free-form answer with <AND> and <OR>, meant for a judge; matched as text here."""
     images = [record["image"]]
     yield _row(record, record["question_id"], str(record["question"]), record["answer"], images, "capability")
 
@@ -153,7 +153,7 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = False) -> ExampleDataset | ExampleStream:
-    """Rows of a published benchmark.
+    """Open a published benchmark as examples.
 
     Args:
         name: a key of BENCHMARKS.
@@ -161,7 +161,8 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
             kinds are read in the order of their names. Image paths are relative to the folder.
         allow_outside_root: as in `load_rows`, whose bounds hold here too.
 
-    Raises ValueError for an unknown benchmark, a path without data, and columns that the layout has and the file lacks.
+    Raises:
+        ValueError: an unknown benchmark, a path without data, or a column of the layout that the file lacks.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}")

@@ -37,8 +37,13 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
-        """Read a records file; a line cut off by a kill is left out. Raises ValueError for another kind of file."""
-        settings, records, _ = _read_records(Path(path))
+        """Read a records file, or records.jsonl of a folder; a line cut off by a kill is left out.
+
+        Raises ValueError for another kind of file.
+        """
+        path = Path(path)
+        path = path / "records.jsonl" if path.is_dir() else path
+        settings, records, _ = _read_records(path)
         if settings is None:
             raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
         return cls(settings, records)
@@ -66,11 +71,11 @@ class EvaluationResult:
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.rows_of(metric)}
 
-    def summary(self, by: str | None = None) -> dict[str, Any]:
+    def summary(self, group_by: str | None = None) -> dict[str, Any]:
         """Return shares in [0, 1] and, under `<name>_interval`, the 95 % interval of each over examples.
 
         Args:
-            by: a field of the examples; adds `groups`, accuracy and interval for each of the field's values.
+            group_by: a field of the examples; adds `groups`, accuracy and interval for each of the field's values.
         """
         n, k = self.settings["n"], self.settings["k"]
         answered = self.answered
@@ -106,11 +111,11 @@ class EvaluationResult:
                 }
                 for level, keys in variants.items()
             }
-        if by is not None:
+        if group_by is not None:
             values = self.values("accuracy")
-            groups = {str(level): [values[key] for key in keys] for level, keys in self._levels(by).items()}
+            groups = {str(level): [values[key] for key in keys] for level, keys in self._levels(group_by).items()}
             if not groups:
-                raise ValueError(f"by must be a field of the rows, got {by!r}")
+                raise ValueError(f"group_by must be a field of the examples, got {group_by!r}")
             found["groups"] = {
                 level: {"accuracy": _mean(v), "accuracy_interval": list(mean_interval(v)), "rows": len(v)}
                 for level, v in groups.items()
@@ -213,7 +218,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Adds lines to the records, on the disk when it returns."""
+    """Append lines to the records; they are on the disk when it returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()

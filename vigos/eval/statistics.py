@@ -8,7 +8,7 @@ from typing import Any
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that at least one of `k` samples drawn from `n` without replacement is among the `correct` ones.
+    """Return the chance that one or more of `k` samples, drawn from `n` without replacement, is `correct`.
 
     Unbiased for n > k, and simply "any of them" for n = k. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1.
     """

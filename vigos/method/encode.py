@@ -30,7 +30,8 @@ class ImageInputs:
     tensors: dict[str, Tensor]  # pixel_values, image_grid_thw, … as the processor returned them
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> ImageInputs:
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ImageInputs:
+        """Return the inputs with a digest of names, shapes, dtypes and bytes as their key."""
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(tensors):
             array = tensors[name].detach().cpu().contiguous()
@@ -41,7 +42,7 @@ class ImageInputs:
 
 @dataclass(frozen=True)
 class Chat:
-    """What a prompt was rendered from, for servers that render it themselves."""
+    """Messages, images and prefill that a prompt was rendered from, for servers that render it themselves."""
 
     messages: Seq[dict[str, Any]]  # contents are parts, {"type": "image"} in place of each image
     images: Seq[Image]
@@ -50,7 +51,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A whole prompt, image placeholders expanded and the assistant's prefill included."""
+    """A prompt as ids, image placeholders expanded and the assistant's prefill included."""
 
     ids: Tensor  # (P,) int64
     token_type_ids: Tensor | None  # (P,) int64, the processor's mm_token_type_ids: 0 text, 1 image; None without images
@@ -72,7 +73,7 @@ class ScoredSequence:
     prompt: EncodedPrompt
     completion_ids: Tensor  # (C,) int64
     scored: Tensor  # (S,) int64, increasing indices into completion_ids
-    owner: tuple[int, str] = field(default=(0, ""))  # row of the batch and role, for messages and metrics
+    owner: tuple[int, str] = field(default=(0, ""))  # rollout of the batch and role, for messages and metrics
 
 
 def encode_prompt(
@@ -85,7 +86,7 @@ def encode_prompt(
     prefill: str | None = None,
     like: EncodedPrompt | None = None,
 ) -> EncodedPrompt:
-    """Renders the chat template of `role`, appends the assistant's prefill and tokenises the whole at once.
+    """Render the chat template of `role`, append the assistant's prefill and tokenise the text at once.
 
     Args:
         processor: a transformers processor (or, for text-only models, a tokenizer) with a chat template.
@@ -120,7 +121,7 @@ def encode_prompt(
 
 @contextmanager
 def _processing_once(image_processor: Any, known: Seq[Any], outputs: list[Any]) -> Iterator[None]:
-    """Appends to `outputs` what the image processor returns, call by call, or what is `known` of it."""
+    """Append to `outputs` what the image processor returns, call by call; calls that are in `known` are not made."""
     original = image_processor.preprocess
 
     def preprocess(*args: Any, **kwargs: Any) -> Any:
@@ -136,9 +137,9 @@ def _processing_once(image_processor: Any, known: Seq[Any], outputs: list[Any]) 
 
 
 def _image_inputs(tensors: dict[str, Tensor], like: EncodedPrompt | None) -> ImageInputs:
-    """The very images of `like` if these are its tensors: hashing all pixels takes as long as processing them."""
+    """Return the images of `like` if these are its tensors: hashing all pixels takes as long as processing them."""
     if like is not None and like.images is not None:
         known = like.images.tensors
         if known.keys() == tensors.keys() and all(known[name] is tensor for name, tensor in tensors.items()):
             return like.images
-    return ImageInputs.of(tensors)
+    return ImageInputs.from_tensors(tensors)

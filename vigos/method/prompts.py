@@ -1,4 +1,4 @@
-"""What each of the four roles is told: the student, and the three teachers in their own contexts.
+"""Prompts of the four roles: the student, and the three teachers in their contexts.
 
 The wording is ours and every line of it can be replaced: `Prompts.from_file("prompts.yaml")` reads a YAML mapping
 of the fields below. Placeholders are `{problem}`, `{answer}` and `{format}`; other braces are left alone.
@@ -46,7 +46,11 @@ class Prompts:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Prompts:
-        """Reads the templates from a YAML mapping; fields left out keep their default."""
+        """Read the templates from a YAML mapping; fields left out keep their default.
+
+        Raises:
+            ValueError: the file is no mapping, names an unknown template, or a template is no text.
+        """
         import yaml
 
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -65,7 +69,7 @@ class Prompts:
         return cls(**loaded)
 
     def user_text(self, role: Role, problem: str, answer: str = "") -> str:
-        """The text of the user turn of `role`. Values are inserted once: braces inside them are never expanded."""
+        """Return the text of the user turn of `role`. Braces inside the values are never expanded."""
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
         values = {"{problem}": problem, "{answer}": answer, "{format}": self.format}
@@ -79,7 +83,7 @@ class Prompts:
         return "".join([*pieces, rest])
 
     def messages(self, role: Role, problem: str, answer: str = "", num_images: int = 1) -> list[dict[str, Any]]:
-        """The conversation of `role` as chat templates take it, images first so that the roles share them."""
+        """Return the conversation of `role` as chat templates take it, images first so that the roles share them."""
         text = self.user_text(role, problem, answer)
         content: list[dict[str, str]] = [{"type": "image"}] * num_images
         if text:

@@ -1,4 +1,4 @@
-r"""Where the description, the reasoning and the answer of a rollout lie among its tokens.
+r"""Positions of the description, the reasoning and the answer among a rollout's tokens.
 
     <description> … </description> <think> … </think> \boxed{ … }
     (prefilled)^ the completion starts here
@@ -89,7 +89,7 @@ def parse_rollout(
     eos_token_ids: int | Collection[int] | None = None,
     image_token_ids: Collection[int] = (),
 ) -> Spans:
-    r"""Finds description, reasoning and answer in a completion that follows a prefilled `<description>`.
+    r"""Find description, reasoning and answer in a completion that follows a prefilled `<description>`.
 
     Valid means, in this order: `</description>`, a later `<think>`, a later `</think>`, a later `\boxed{` whose braces
     balance, and something but white space in the description and in the reasoning. Each is the first one after the
@@ -124,7 +124,7 @@ def parse_rollout(
     starts = [0, *ends[:-1]]
 
     def tokens_within(start: int, end: int) -> tuple[int, int]:
-        """The tokens that lie wholly in bytes [start, end)."""
+        """Return [first, last) of the tokens that lie entirely in bytes [start, end)."""
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         return (first, last) if first < last else _NONE
 
@@ -180,7 +180,7 @@ def parse_rollout(
 
 
 def token_bytes(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
-    """The bytes each token adds to the text, in order: joined they are the UTF-8 text of `ids`.
+    """Return the bytes that each token adds to the text; joined they are the UTF-8 text of `ids`.
 
     Special tokens count with their literal text. Ids that the tokenizer does not know (padded vocabularies) are empty.
     Byte-level BPE and SentencePiece-like tokenizers (`▁` and `<0xAB>` pieces) are read off their vocabulary; all others
@@ -216,7 +216,7 @@ _tables: WeakKeyDictionary[Any, _TokenTable] = WeakKeyDictionary()
 
 
 def _scheme(tokenizer: Any) -> Scheme:
-    """How the vocabulary spells bytes, from the decoder of a fast tokenizer. Anything unfamiliar is "other"."""
+    """Tell from the decoder of a fast tokenizer how the vocabulary spells bytes; anything unfamiliar is "other"."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return "other"
@@ -254,14 +254,14 @@ def _read_pieces(ids: Sequence[int], tokenizer: Any, scheme: Scheme) -> dict[int
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of the 256 bytes: printable Latin-1 stands for itself, the rest follow from U+0100 on."""
+    """Return GPT-2's spelling of the 256 bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + k): b for k, b in enumerate(rest)}
 
 
 def _decode_incrementally(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
-    """Texts of the tokens from decoding growing windows, for tokenizers whose vocabulary says nothing about bytes.
+    """Decode growing windows into the text of each token, where the vocabulary says nothing about bytes.
 
     Each window starts with tokens already emitted, since decoding may treat the first token of a text specially.
     """
@@ -279,8 +279,8 @@ def _decode_incrementally(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
             continue
         new = text[len(emitted) :]
         if read < i:  # ids[read:i] were held back: what they left incomplete is the first character that changed
-            held = decode(ids[context : read + 1])[len(emitted) :].rstrip("\ufffd")
-            cut = min(len(held) + 1, len(new))
+            complete = decode(ids[context : read + 1])[len(emitted) :].rstrip("\ufffd")
+            cut = min(len(complete) + 1, len(new))
             pieces[read], pieces[i] = new[:cut].encode(), new[cut:].encode()
         else:
             pieces[i] = new.encode()
@@ -295,20 +295,22 @@ def _decode_incrementally(ids: Sequence[int], tokenizer: Any) -> list[bytes]:
 def _as_list(ids: Any) -> list[int]:
     values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if values and isinstance(values[0], Iterable):
-        raise ValueError("ids must be one completion of shape (C,), got a nested sequence; parse one row at a time")
+        raise ValueError(
+            "ids must be one completion of shape (C,), got a nested sequence; parse one completion at a time"
+        )
     return values
 
 
 def _content_ids(
     ids: list[int], tokenizer: Any, eos_token_ids: int | Collection[int] | None
 ) -> tuple[list[int], int, bool]:
-    """The ids before the first end-of-sequence token, the length with it, and whether there is one."""
+    """Return the ids before the first end-of-sequence token, the length with it, and whether there is one."""
     if eos_token_ids is None:
-        own = tokenizer.eos_token_id
-        eos_token_ids = () if own is None else own
-    eos = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids)
+        eos = tokenizer.eos_token_id
+        eos_token_ids = () if eos is None else eos
+    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids)
     for i, token in enumerate(ids):
-        if token in eos:
+        if token in ends:
             return ids[:i], i + 1, True
     end, pad = len(ids), tokenizer.pad_token_id
     while end > 0 and ids[end - 1] == pad:  # a rollout cut at the limit, padded to a longer one of its batch

@@ -107,8 +107,7 @@ def load_run(
 
 def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -> EvaluationResult | None:
     if given is not None:
-        path = Path(given)
-        return EvaluationResult.load(path / "records.jsonl" if path.is_dir() else path)
+        return EvaluationResult.load(given)
     folders = [outer, inner, *([outer.parent] if outer.name == "train" else [])]
     found = next((p / name for p in folders if (p / name).is_file()), None)
     return EvaluationResult.load(found) if found else None

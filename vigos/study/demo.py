@@ -43,15 +43,13 @@ def run_demo(
         `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their Wilson intervals,
         and `seconds`.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from vigos.data.examples import load_rows
     from vigos.study.plan import world_config
+    from vigos.system.screen import make_console, per_cent, print_table
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts, write_world
 
-    console = console or Console()
+    console = console or make_console()
     size = QUICK if quick else FULL
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -92,24 +90,22 @@ def run_demo(
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
-    table = Table("", "before", "after", "what it is", title="held-out handwriting, held-out wordings")
+    rows = []
     for name, meaning in (
         ("score", "right where the image contradicts the prior"),
         ("prior", "right where the image agrees with it"),
         ("valid_rate", "outputs in the asked format"),
     ):
-        table.add_row(
-            name, *(f"{100 * r[name]:.1f} % {_interval(r[name + '_interval'])}" for r in (before, after)), meaning
-        )
-    console.print(table)
+        rows.append((name, *(per_cent(r[name], r[f"{name}_interval"]) for r in (before, after)), meaning))
+    title = "held-out handwriting, held-out wordings (95 % intervals)"
+    print_table(console, ("", "before", "after", "what it is"), rows, title=title)
     written = "summary.json, before.jsonl, after.jsonl, train/"
-    console.print(f"{summary['seconds']:.0f} s; everything is in {output_dir}: {written}", soft_wrap=True)
-    console.print(f"a page about it: [bold]vigos report {output_dir}[/]", soft_wrap=True)
+    for line in (
+        f"{summary['seconds']:.0f} s; everything is in {output_dir}: {written}",
+        f"a page about it: vigos report {output_dir}",
+    ):
+        console.print(line, soft_wrap=True, markup=False)
     return summary
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"[dim]({100 * bounds[0]:.0f}–{100 * bounds[1]:.0f})[/]"
 
 
 def _evaluate(

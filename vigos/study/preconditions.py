@@ -247,17 +247,17 @@ _ROWS = (
 
 def print_check(report: dict[str, Any]) -> None:
     """Print a report of `check` as a table."""
-    from rich.console import Console
-    from rich.table import Table
+    from vigos.system.screen import make_console, print_table
 
-    table = Table("", "measured on held-out handwriting", "rate", "95 % interval", "n", "met")
+    rows = []
     shown: set[str] = set()
     for key, name, words in _ROWS:
         value = report[key][name]
         met = report[key].get("met") if key not in shown else None
-        table.add_row(
+        rows.append((
             "" if key in shown else key, words, f"{value['rate']:.1%}", f"{value['low']:.1%} to {value['high']:.1%}",
             str(value["n"]), "" if met is None else "yes" if met else "no",
-        )  # fmt: skip
+        ))  # fmt: skip
         shown.add(key)
-    Console().print(table)
+    columns = ("", "measured on held-out handwriting", "rate", "95 % interval", "n", "met")
+    print_table(make_console(), columns, rows)

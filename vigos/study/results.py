@@ -187,13 +187,21 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def print_results(results: str | Path, console: Console) -> None:
     """Print every arm of the default world against ViGOS, and the expectations, as tables."""
-    from rich.table import Table
+    from vigos.system.screen import print_table
 
     rows = read_csv(results)
     default = in_world(rows)
-    table = Table(
-        "arm", "Score", "Prior", "description", "in format", "PALR", "Score against vigos", "within: p < 0.01"
+    columns = (
+        "arm",
+        "Score",
+        "Prior",
+        "description",
+        "in format",
+        "PALR",
+        "Score against vigos",
+        "within: p < 0.01",
     )
+    lines: list[Any] = []
     for arm in ARMS:
         mine = [r for r in default if r["arm"] == arm.name]
         if not mine:
@@ -203,12 +211,10 @@ def print_results(results: str | Path, console: Console) -> None:
         against = None if arm.name == "vigos" else difference(default, arm.name, "vigos")
         tested = [] if arm.name == "vigos" else pairs(default, arm.name, "vigos")
         clear = f"{sum(p.p_value < 0.01 for p in tested)} of {len(tested)}" if tested else "–"
-        table.add_row(arm.name.replace("_", " "), *cells, _words(against), clear)
-    console.print(table)
-    table = Table("", "expected", "points", title="expectations of docs/study.md")
-    for finding in findings(rows):
-        table.add_row(finding.name, finding.says, _words(finding.difference))
-    console.print(table)
+        lines.append((arm.name.replace("_", " "), *cells, _words(against), clear))
+    print_table(console, columns, lines)
+    lines = [(finding.name, finding.says, _words(finding.difference)) for finding in findings(rows)]
+    print_table(console, ("", "expected", "points"), lines, title="expectations of docs/study.md")
 
 
 def _words(found: Difference | None) -> str:

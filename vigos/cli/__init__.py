@@ -1,0 +1,45 @@
+"""The command line: `vigos demo | train | eval | compare | palr | probe | report | study | world | doctor`.
+
+Exit codes: 0 all is well; 1 the run failed, with one line on stderr that says why; 2 the command line or the
+configuration is wrong; 143 `train` was told to stop by SIGTERM, and wrote a checkpoint first: the same command with
+`--resume auto` goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+try:
+    import rich  # noqa: F401
+    import typer  # noqa: F401
+except ImportError:  # the base install has torch and triton alone
+    sys.exit("the vigos command needs a few packages more: pip install 'vigos[train]'")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line; a mistake of the user's ends in one line and a code, not in a traceback."""
+    _quiet_libraries()
+    from vigos.cli.commands import app
+    from vigos.cli.options import UsageError
+    from vigos.errors import TrainingStopped, end_process
+    from vigos.system.screen import print_error
+
+    try:
+        return app(argv)
+    except UsageError as error:
+        print_error(error)
+        sys.exit(2)
+    except (ValueError, OSError, TrainingStopped) as error:  # our own checks; files and models that are not there
+        print_error(error)
+        end_process(1)
+
+
+def _quiet_libraries() -> None:
+    """Leave the screen to us: no bars of transformers where nobody watches, no notes meant for its developers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
