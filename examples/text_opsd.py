@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def subject() -> tuple[Any, Any]:
-    """A byte-level tokenizer and a random two-layer model, 0.2 M parameters."""
+    """Build a byte-level tokenizer and a random two-layer model, 0.2 M parameters."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -59,7 +59,7 @@ def subject() -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, a: int, b: int, keyed: bool, total: int) -> tuple[list[int], list[int]]:
-    """Prompt and answer of one question, with or without the key: the prompts that student and teacher will read."""
+    """Encode prompt and answer of one question, as the student (or, with the key, the teacher) will read them."""
     role: Role = "reference" if keyed else "student"
     prompt = encode_prompt(tokenizer, PROMPTS, role, f"{a}+{b}?", str(a + b)).ids.tolist()
     answer = f"{a}+{b} is {total}. \\boxed{{{total}}}<|im_end|>"
@@ -67,7 +67,7 @@ def encode(tokenizer: Any, a: int, b: int, keyed: bool, total: int) -> tuple[lis
 
 
 def warm_up(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
-    """Supervision in which plain questions lose the carry three times in four, and questions with a key never do."""
+    """Train on answers that lose the carry three times in four for plain questions, never for those with a key."""
     draw = random.Random(seed)
     known: dict[tuple[int, int, bool, int], tuple[list[int], list[int]]] = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -94,7 +94,7 @@ def warm_up(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
 
 
 def sums(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """All hundred questions, and the half that is trained on."""
+    """Return all hundred questions, and the half that is trained on."""
     rows = [
         {"problem": f"{a}+{b}?", "answer": str(a + b), "problem_id": f"{a}+{b}"} for a in range(10) for b in range(10)
     ]

@@ -71,14 +71,14 @@ class PrivilegedDistillationTrainer(DistillationTrainer):
         self, unwrapped_model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **images: Any
     ) -> Tensor:
         if unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
-            own = self._of_teacher
-            input_ids, attention_mask = own["input_ids"], own["attention_mask"]
-            images["mm_token_type_ids"] = own["mm_token_type_ids"]
+            read = self._of_teacher
+            input_ids, attention_mask = read["input_ids"], read["attention_mask"]
+            images["mm_token_type_ids"] = read["mm_token_type_ids"]
         return super()._get_last_hidden_state(unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
 
 
 def dataset(file: Path) -> list[dict[str, Any]]:
-    """The world's rows with TRL's columns: prompt, images, and the teacher's own prompt."""
+    """Read the world's rows with TRL's columns: prompt, images, and the teacher's own prompt."""
     rows = []
     for line in file.read_text().splitlines():
         row = json.loads(line)

@@ -31,7 +31,8 @@ CLAUSES = set(
 )
 PREPOSITIONS = {"of", "to", "at", "by", "own", "here", "held", "whole", "beside", "apart"}
 MOST_PARAMETERS = 12
-FINISHED = {"vigos/report", "vigos/study", "vigos/world"}
+PEERS_SIGNATURES = {"chunked_divergence_loss"}  # a replacement takes what the peer's function takes
+FINISHED = {"vigos/integrations", "vigos/report", "vigos/study", "vigos/world"}
 MOST_NAMES = 20
 
 
@@ -55,7 +56,7 @@ def broken(path: Path) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             a = node.args
             count = len([x for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in ("self", "cls")])
-            if count > MOST_PARAMETERS and place.parts[0] != "kernels":
+            if count > MOST_PARAMETERS and place.parts[0] != "kernels" and node.name not in PEERS_SIGNATURES:
                 yield f"{line} {node.name} has {count} parameters"
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

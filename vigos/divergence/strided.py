@@ -18,7 +18,7 @@ from vigos.divergence.ops import Call, _logits_backward_inplace_op, _logits_back
 
 
 def overlaps(x: Tensor) -> bool:
-    """True if elements of `x` may share memory, as in an expanded tensor."""
+    """Return True if elements of `x` may share memory, as in an expanded tensor."""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride <= reach:

@@ -1,4 +1,4 @@
-"""Which token is supervised by which teacher row, in which direction, with which clip and weight."""
+"""Supervision: the pairs of student and teacher rows, and each pair's direction, weight and clip."""
 
 from __future__ import annotations
 

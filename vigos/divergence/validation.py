@@ -1,4 +1,4 @@
-"""What `linear_divergence` and `logits_divergence` are given, checked before anything is computed.
+"""Checks of the arguments of `linear_divergence` and `logits_divergence`, before anything is computed.
 
 A `ValueError` names the argument, what was wanted and what came. Nothing here waits for a device: ranges of indices are
 checked by the operators (`vigos.divergence.ops`).
@@ -118,7 +118,7 @@ def _check_numbers(*checks: tuple[str, Any, Callable[[Any], bool], str]) -> None
 
 
 def check_vocab_size(vocab_size: int | None, v: int, sharded: bool) -> int:
-    """-1 stands for "all of it", which a rank that holds a shard cannot know yet."""
+    """Return the size, or -1 for "all of it", which a rank that holds a shard cannot know yet."""
     if vocab_size is None:
         return -1
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
@@ -129,7 +129,7 @@ def check_vocab_size(vocab_size: int | None, v: int, sharded: bool) -> int:
 
 
 def supervision_tensors(supervision: Supervision | None, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    """The five fields as tensors (R,) of their own dtypes, where the caller left them.
+    """Return the five fields as tensors (R,) of their own dtypes, where the caller left them.
 
     Args:
         student, teacher: (..., D), whose leading dimensions the pairs index.
@@ -196,15 +196,15 @@ def check_labels(
     if labels is None:
         return None
     r, shape = student_row.shape[0], None if supervision is None else supervision.shape
-    whole = isinstance(labels, Tensor) and shape is not None and labels.shape == torch.Size(shape)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or not (whole or labels.shape == (r,)):
+    spread = isinstance(labels, Tensor) and shape is not None and labels.shape == torch.Size(shape)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or not (spread or labels.shape == (r,)):
         raise ValueError(
             f"labels must be an int64 tensor ({r},), one id for each pair, or of the mask's shape, got "
             f"{_described(labels)}"
         )
     if labels.device.type != "cpu" and labels.device != device:
         raise ValueError(f"labels must be on the CPU or on {device}, got {labels.device}")
-    return labels.reshape(-1)[student_row.to(labels.device)] if whole else labels
+    return labels.reshape(-1)[student_row.to(labels.device)] if spread else labels
 
 
 def local(x: Any, name: str, group: dist.ProcessGroup | None = None) -> tuple[Any, dist.ProcessGroup | None]:
@@ -217,10 +217,10 @@ def local(x: Any, name: str, group: dist.ProcessGroup | None = None) -> tuple[An
         return x.to_local(), group
     if x.device_mesh.ndim != 1 or tuple(x.placements) != (Shard(0),):
         raise ValueError(f"{name} must be replicated or Shard(0) over a one-dimensional mesh, got {x.placements}")
-    own = x.device_mesh.get_group()
-    if group is not None and group.group_name != own.group_name:
+    mesh_group = x.device_mesh.get_group()
+    if group is not None and group.group_name != mesh_group.group_name:
         raise ValueError(f"{name} is sharded over another process group than the head's process_group or its weight")
-    return x.to_local(), own
+    return x.to_local(), mesh_group
 
 
 def autocast(x: Any, device: torch.device) -> Any:

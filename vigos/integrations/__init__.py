@@ -23,5 +23,5 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """(name, whether the drop-in fits, why) of every peer; None: not installed. What `vigos doctor` prints."""
+    """Return (name, whether the drop-in fits, why) of every peer, for `vigos doctor`; None: not installed."""
     return [line for name in PEERS for line in importlib.import_module(f"vigos.integrations.{name}").fit()]

@@ -29,7 +29,7 @@ def say_once(message: str) -> None:
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version, None if it is not installed."""
+    """Return the installed version, None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -37,14 +37,14 @@ def version_of(distribution: str) -> str | None:
 
 
 def described(function: Callable[..., Any]) -> str:
-    """Names, kinds and defaults of a function's parameters, without annotations: "(a, b=1, *, c)"."""
+    """Return names, kinds and defaults of a function's parameters, without annotations: "(a, b=1, *, c)"."""
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
 def check_signature(function: Callable[..., Any], known: Sequence[str], where: str) -> None:
-    """UnknownPeer, naming what was found and what is known, unless the signature is one of `known`."""
+    """Raise UnknownPeer, naming what was found and what is known, unless the signature is one of `known`."""
     found = described(function)
     if found not in known:
         raise UnknownPeer(f"{where} has the signature {found}; vigos knows {' and '.join(known)}")
@@ -70,7 +70,7 @@ class Target:
     package: str | None = None
 
     def holder(self) -> ModuleType | type:
-        """The owner itself, imported if it is named."""
+        """Return the owner itself, imported if it is named."""
         if not isinstance(self.owner, str):
             return self.owner
         module, _, cls = self.owner.partition(":")
@@ -83,14 +83,14 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Where it is, in words."""
+        """Return the dotted path, for messages."""
         if isinstance(self.owner, str):
             return f"{self.owner.replace(':', '.')}.{self.name}"
         prefix = f"{self.owner.__module__}." if isinstance(self.owner, type) else ""
         return f"{prefix}{self.owner.__name__}.{self.name}"
 
     def original(self) -> Any:
-        """The peer's own function or class, its signature checked."""
+        """Return the peer's own function or class, its signature checked."""
         holder = self.holder()
         if self.name not in vars(holder):
             raise UnknownPeer(f"{self.path} does not exist; vigos knows it with {' or '.join(self.known)}")
@@ -117,7 +117,7 @@ class Patch:
 
     @property
     def active(self) -> bool:
-        """Whether the replacements are in place."""
+        """True while the replacements are in place."""
         return bool(self.changes)
 
     def apply(self, targets: Sequence[Target]) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Patch:
 
     @contextmanager
     def during(self, targets: Sequence[Target]) -> Iterator[tuple[str, ...]]:
-        """Replaced inside the block; a patch that was in place before it stays."""
+        """Replace inside the block; a patch that was in place before it stays."""
         outer = self.active
         try:
             yield self.apply(targets)
@@ -166,7 +166,7 @@ class Patch:
 
 
 def _modules(package: str) -> list[ModuleType]:
-    """Loaded modules of a package; all of them for "". Ours keep the originals they hold."""
+    """Return the loaded modules of a package; all of them for "". Ours keep the originals they hold."""
     return [
         module
         for name, module in list(sys.modules.items())

@@ -68,15 +68,15 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     """Sum -log p(label) over labels that are not `ignore`, `width` tokens at a time, recomputed in backward."""
     kept = (labels != ignore).nonzero().squeeze(1)
 
-    def part(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits_and_loss(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = torch.nn.functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
 
     total = (hidden[:0].sum() + weight[:0].sum()).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    for at in kept.split(max(1, width)):
+    for rows in kept.split(max(1, width)):
         total = total + torch.utils.checkpoint.checkpoint(
-            part, hidden[at], labels[at], weight, bias, use_reentrant=False
+            logits_and_loss, hidden[rows], labels[rows], weight, bias, use_reentrant=False
         )
     return total
 
@@ -232,7 +232,7 @@ def patched() -> Iterator[tuple[str, ...]]:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """(name, whether it fits, why) of each class; None: Liger is not installed."""
+    """Return (name, whether it fits, why) of each class; None: Liger is not installed."""
     found = version_of("liger-kernel")
     if found is None:
         return [("liger-kernel", None, "not installed; the classes of vigos.integrations.liger work without it")]

@@ -131,11 +131,11 @@ def _instead(ours: Any, _original: Any) -> Any:
 
 
 def _targets(module: ModuleType) -> list[Target]:
-    here = {"masked_kl_loss": masked_kl_loss, "kl_tokens": kl_tokens}
-    present = [name for name in here if name in vars(module)]
+    ours = {"masked_kl_loss": masked_kl_loss, "kl_tokens": kl_tokens}
+    present = [name for name in ours if name in vars(module)]
     if not present:
-        raise UnknownPeer(f"{module.__name__} has neither {' nor '.join(here)}; vigos knows {KNOWN}")
-    return [Target(module, name, (KNOWN[name],), partial(_instead, here[name])) for name in present]
+        raise UnknownPeer(f"{module.__name__} has neither {' nor '.join(ours)}; vigos knows {KNOWN}")
+    return [Target(module, name, (KNOWN[name],), partial(_instead, ours[name])) for name in present]
 
 
 def patch(*modules: ModuleType) -> tuple[str, ...]:
@@ -190,7 +190,9 @@ def _without_head(head: torch.nn.Module) -> Iterator[None]:
 
 
 class FusedLossMixin:
-    """Before the released `ViGOSTrainer` in a class's bases: hidden states in place of its three logits tensors.
+    """Mix-in that gives the released `ViGOSTrainer` hidden states in place of its three logits tensors.
+
+    It stands before that class among the bases.
 
     Needs a linear output head that is whole on every rank (LoRA, as released, or ZeRO up to stage 2) and a model that
     applies nothing to its logits after the head.

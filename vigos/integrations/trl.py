@@ -263,7 +263,7 @@ def patched(trainers: Sequence[str] | None = None) -> Iterator[tuple[str, ...]]:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """(name, whether it fits, why) of each trainer; None: TRL is not installed."""
+    """Return (name, whether it fits, why) of each trainer; None: TRL is not installed."""
     found = version_of("trl")
     if found is None:
         return [("trl", None, "not installed: pip install 'vigos[trl]'")]

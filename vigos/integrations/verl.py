@@ -32,7 +32,7 @@ _CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
 
 def _row_chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices over the rows of logits (N, V)."""
+    """Return slices over the rows of logits (N, V)."""
     n, v = logits.shape
     width = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 2**25) // v)
     return (slice(start, start + width) for start in range(0, n, width))
@@ -48,12 +48,12 @@ class _TopK(torch.autograd.Function):
         lse = torch.empty(n, dtype=dtype, device=logits.device)
         picked = torch.empty(ids.shape, dtype=dtype, device=logits.device)
         overlap = torch.empty(ids.shape, dtype=torch.bool, device=logits.device)
-        for at in _row_chunks(logits):
-            z = logits[at].to(dtype)
-            lse[at] = z.logsumexp(-1)
-            picked[at] = z.gather(-1, ids[at])
-            own = z.topk(ids.shape[1], -1).indices
-            overlap[at] = (ids[at, :, None] == own[:, None, :]).any(-1)
+        for chunk in _row_chunks(logits):
+            z = logits[chunk].to(dtype)
+            lse[chunk] = z.logsumexp(-1)
+            picked[chunk] = z.gather(-1, ids[chunk])
+            student_ids = z.topk(ids.shape[1], -1).indices
+            overlap[chunk] = (ids[chunk, :, None] == student_ids[:, None, :]).any(-1)
         log_q, log_p = picked - lse[:, None], teacher.to(dtype)
         mass = log_q.exp().sum(-1)
         free = torch.ones_like(overlap) if floor is None else log_q >= floor
@@ -73,10 +73,10 @@ class _TopK(torch.autograd.Function):
         scale = grad.to(lse.dtype)[:, None]
         # Both factors of p_s = exp(z - lse) go into the exponent or into k ids: two passes over the vocabulary.
         shift = lse[:, None] - (p.sum(-1, keepdim=True) * scale.abs()).log()
-        for at in _row_chunks(logits):
-            g = (logits[at] - shift[at]).exp_()
-            g.mul_(scale[at].sign()).scatter_add_(1, ids[at], -p[at] * scale[at])
-            out[at] = g
+        for chunk in _row_chunks(logits):
+            g = (logits[chunk] - shift[chunk]).exp_()
+            g.mul_(scale[chunk].sign()).scatter_add_(1, ids[chunk], -p[chunk] * scale[chunk])
+            out[chunk] = g
         return out, None, None, None
 
 
@@ -84,7 +84,7 @@ def topk_forward_kl(
     student_logits: Tensor, teacher_topk_log_probs: Tensor, teacher_topk_ids: Tensor, *,
     log_prob_min_clamp: float | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Forward KL over the teacher's top-k ids, per token: logits (..., V), log-probabilities and ids (..., k).
+    """Compute forward KL over the teacher's top-k ids, per token: logits (..., V), log-probabilities and ids (..., k).
 
     Returns `distillation_losses` (nats, differentiable in the logits), `student_mass`, `teacher_mass`, `overlap_count`
     and `overlap_token_advantage`, each (...). Ids of a token are distinct. A log-probability below `log_prob_min_clamp`
@@ -118,7 +118,7 @@ def topk_forward_kl(
 
 
 def _make(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """verl's FSDP top-k loss for every mode but ours."""
+    """Return verl's FSDP top-k loss for every mode but ours."""
 
     def compute_forward_kl_topk(
         student_logits: Tensor, teacher_topk_log_probs: Tensor, teacher_topk_ids: Tensor, config: Any, data_format: str
@@ -183,7 +183,7 @@ patch, unpatch = register, unregister
 
 @contextmanager
 def patched() -> Iterator[tuple[str, ...]]:
-    """Registered inside the block. A registration that was there before it stays after it."""
+    """Register inside the block. A registration that was there before it stays after it."""
     outer = _patch.active
     try:
         yield register()
@@ -193,7 +193,7 @@ def patched() -> Iterator[tuple[str, ...]]:
 
 
 def fit() -> list[tuple[str, bool | None, str]]:
-    """(name, whether it fits, why); None: verl is not installed."""
+    """Return (name, whether it fits, why); None: verl is not installed."""
     found = version_of("verl")
     if found is None:
         return [("verl", None, "not installed")]
