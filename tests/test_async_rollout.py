@@ -245,9 +245,9 @@ def test_profile_tells_what_lay_beside(server: Server, tmp_path: Path) -> None:
     build(tmp_path, server.url("delay-0.3,profile"), Slow(0.4), max_steps=4, profile=True).train()
     table = (tmp_path / "profile" / "table.txt").read_text()
     seconds = {line[: line.index("  ")]: float(line.split()[-4]) for line in table.splitlines()[1:]}
-    assert seconds["rollouts, beside"] > 0.3
-    assert seconds["rollouts"] < seconds["rollouts, beside"] - 0.15
-    parts = [v for name, v in seconds.items() if name not in ("a step", "rollouts, beside")]
+    assert seconds["rollouts, overlapping"] > 0.3
+    assert seconds["rollouts"] < seconds["rollouts, overlapping"] - 0.15
+    parts = [v for name, v in seconds.items() if name not in ("a step", "rollouts, overlapping")]
     assert sum(parts) == pytest.approx(seconds["a step"], abs=2e-3)
 
 
@@ -414,7 +414,7 @@ def test_nor_put_in_its_place_later(tmp_path: Path) -> None:
     engine = trainer(tiny_student(), config(tmp_path, async_rollout=1, max_steps=3, **options), rows(8))
     from helpers.training import ScriptedEngine
 
-    engine.engine = ScriptedEngine([VALID_A])
+    engine.rollouts.engine = ScriptedEngine([VALID_A])
     with pytest.raises(ValueError, match=r"async_rollout must be 0 with .* got 1 with ScriptedEngine"):
         engine.train()
 

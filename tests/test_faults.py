@@ -74,7 +74,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_step_that_is_not_finite_is_dropped(where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, watch = poisoned(tmp_path, {2, 4}, where)
-    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.recovery"):
         engine.train()
     first, second, third, fourth, fifth = watch.after
     assert same(first, second)
@@ -138,10 +138,10 @@ def test_out_of_memory_halves_the_packs(
     whole.train()
     engine = memory_run(tmp_path / "short")
     fault = NoMemory(engine, at, backward=backward)
-    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.recovery"):
         engine.train()
     assert fault.seen > at
-    assert (engine.token_budget, engine.scorer.token_budget) == (2048, 2048)
+    assert engine.scorer.token_budget == 2048
     assert caplog.text.count("going on with token_budget=2048 instead of 4096") == 1
     for log, expected in zip(logs_of(engine), logs_of(whole), strict=True):
         assert log == pytest.approx(expected, rel=1e-9)
@@ -171,9 +171,9 @@ def test_out_of_memory_while_sampling_halves_the_batch(tmp_path: Path, caplog: p
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         engine.model.get_base_model().model.language_model.layers[0].mlp.register_forward_pre_hook(too_many)
-        with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
+        with caplog.at_level(logging.WARNING, logger="vigos.rollout.generate"):
             engine.train()
-        found.append((logs_of(engine), engine.engine.batch_size))  # type: ignore[attr-defined]
+        found.append((logs_of(engine), engine.rollouts.engine.batch_size))  # type: ignore[attr-defined]
     assert [size for _, size in found] == [None, 1]
     assert "going on with rollout_batch_size=2 instead of 4" in caplog.text
     for log, expected in zip(found[1][0], found[0][0], strict=True):
@@ -189,7 +189,7 @@ def test_smaller_packs_outlive_a_restart(tmp_path: Path) -> None:
     for budget, expected in ((4096, 2048), (3000, 3000)):
         again = memory_run(tmp_path, **saved, token_budget=budget)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        assert again.token_budget == expected, "what was set anew counts, what was found out stays"
+        assert again.scorer.token_budget == expected, "what was set anew counts, what was found out stays"
 
 
 # --- Ranks -----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from vigos.cli import main
 from vigos.data.examples import load_rows
 from vigos.launch import PalrSource, palr_from_source
 from vigos.method.prompts import Prompts
-from vigos.method.supervise import TERMS, Rollout, route
+from vigos.method.supervise import TERMS, Rollout, supervise
 from vigos.train.palr import PALR, draw_other_images, draw_wrong_answers, measure_palr, mixture_logprob
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
@@ -64,7 +64,7 @@ def moved(made: ViGOSTrainer, scale: float) -> None:
 
 def measured(made: ViGOSTrainer, found: Sequence[Rollout], **options: Any) -> PALR:
     arguments = {
-        "student": made.model, "scorer": made.scorer, "policy": made.policy, "prompts": made.prompts,
+        "student": made.model, "scorer": made.scorer, "teacher": made.teacher, "prompts": made.prompts,
         "processor": made.processing_class,
     }  # fmt: skip
     return measure_palr(found, made.args, **(arguments | options))
@@ -154,12 +154,12 @@ def test_moving_average_teaches_in_palr_too(tmp_path: Path) -> None:
     texts = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
     made = trained(tmp_path, data, texts, teacher="ema", lora=False, train_head=True)
     found = rollouts_of(made, data)
-    _, out = made.compute_loss(made.model, {"batch": route(found, made.args.objective)}, return_outputs=True)
+    _, out = made.compute_loss(made.model, {"batch": supervise(found, made.args.objective)}, return_outputs=True)
     ours = measured(made, found, wrong=WRONG)
     torch.testing.assert_close(ours.teacher, out.teacher_logprob.double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.student, out.student_logprob.double(), rtol=0, atol=1e-5)
     assert not torch.allclose(ours.student, ours.teacher, atol=0.1)
-    elsewhere = measured(made, found, wrong=WRONG, policy=None)
+    elsewhere = measured(made, found, wrong=WRONG, teacher=None)
     assert not torch.allclose(elsewhere.wrong, ours.wrong, atol=0.1)
 
 

@@ -30,9 +30,9 @@ from vigos.rollout.engine import Sampling
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.server import RolloutServerError, ServerEngine
 from vigos.rollout.vllm import VLLMEngine
+from vigos.train.adapters import build_lora
 from vigos.train.config import ViGOSConfig
-from vigos.train.rollouts import vllm_engine
-from vigos.train.teacher_weights import build_lora
+from vigos.train.engines import vllm_engine
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
 
@@ -367,11 +367,11 @@ def test_training_on_vllm_is_training(make: Any, ahead: int, servable: str, tmp_
         options = {"rollout_engine": "server", "rollout_url": engine.url}
     found, trainer = train(tmp_path / "vllm", rows, rollout_model=servable, async_rollout=ahead, **options)
     try:
-        assert type(trainer.engine) is type(engine)
-        assert trainer.engine.model == ("vigos-1" if ahead else "vigos-2")
+        assert type(trainer.rollouts.engine) is type(engine)
+        assert trainer.rollouts.engine.model == ("vigos-1" if ahead else "vigos-2")
     finally:
-        if isinstance(trainer.engine, VLLMEngine):
-            trainer.engine.close()
+        if isinstance(trainer.rollouts.engine, VLLMEngine):
+            trainer.rollouts.engine.close()
     wanted, _ = train(tmp_path / "own", rows)
     if ahead:  # rollouts of weights one step old: the first step's are the same, and so are the second's prompts
         found, wanted = found[:1], wanted[:1]

@@ -34,7 +34,7 @@ from vigos.cli import main
 from vigos.divergence.head import Head
 from vigos.eval.evaluate import evaluate
 from vigos.report.page import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
-from vigos.train.run_folder import _texts
+from vigos.train.records import token_texts
 from vigos.train.top_tokens import top_tokens
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }}"
@@ -151,8 +151,8 @@ def test_images_are_kept_once_and_small(run: Path) -> None:
 
 def test_characters_split_over_tokens_survive() -> None:
     snow = "a☃b".encode()
-    assert _texts([snow[:2], snow[2:3], snow[3:]]) == ["a", "", "☃b"]
-    assert "".join(_texts([b"ok", b"\xe2\x98"])) == "ok�"
+    assert token_texts([snow[:2], snow[2:3], snow[3:]]) == ["a", "", "☃b"]
+    assert "".join(token_texts([b"ok", b"\xe2\x98"])) == "ok�"
 
 
 # --- What the page says -----------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
     url = f"http://127.0.0.1:{port}/train/v1"
     found, trainer = train(tmp_path / "served", rollout_engine="server", rollout_url=url, rollout_model="base")
     assert found == wanted
-    assert trainer.engine.model == "vigos-2"
+    assert trainer.rollouts.engine.model == "vigos-2"
     ours = [name for name, path in seen(port)["adapters"].items() if path.startswith(str(tmp_path))]
-    assert ours == [trainer.engine.served_name]  # the one before was unloaded
+    assert ours == [trainer.rollouts.engine.served_name]  # the one before was unloaded
     assert [p.name for p in (tmp_path / "served" / "rollout_adapters").iterdir()] == ["vigos-2"]

@@ -107,8 +107,8 @@ def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
             ("bad-2", "outside_root"),
             ("bad-3", "remote_image"),
         ]
-        assert made.skipped.total() == 4
-        assert made.rows_used == 4
+        assert made.rollouts.skipped.total() == 4
+        assert made.rollouts.examples_used == 4
 
 
 def test_tokens_do_not_reach_the_run_folder(tmp_path: Path) -> None:

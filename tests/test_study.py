@@ -22,7 +22,7 @@ from scipy import stats
 from vigos.cli import main
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL
 from vigos.method.spans import parse_rollout
-from vigos.method.supervise import assignments
+from vigos.method.supervise import assign
 from vigos.study.cell import cell_config, measure, stated
 from vigos.study.plan import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, reduced
 from vigos.study.results import (
@@ -117,8 +117,8 @@ def test_reference_direction() -> None:
     kinds = {}
     for direction in ("reverse", "forward"):
         args = config(Path("unused"), reference_kl=direction)
-        kinds[direction] = [a.kind for a in assignments(cut, args.objective)]
-        assert {a.kind for a in assignments(valid, args.objective)} == {FORWARD_KL}
+        kinds[direction] = [a.kind for a in assign(cut, args.objective)]
+        assert {a.kind for a in assign(valid, args.objective)} == {FORWARD_KL}
     assert kinds == {"reverse": [REVERSE_KL], "forward": [FORWARD_KL]}
     with pytest.raises(ValueError, match="reference_kl must be one of reverse, forward, got 'backward'"):
         ViGOSConfig(output_dir="unused", use_cpu=True, reference_kl="backward")  # type: ignore[arg-type]

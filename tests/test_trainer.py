@@ -30,8 +30,9 @@ from torch import Tensor
 
 from vigos.data.examples import ImageLimits, load_rows
 from vigos.models.parts import lm_head
+from vigos.train.adapters import build_lora, merged_copy, prepare_model
 from vigos.train.config import ViGOSConfig
-from vigos.train.teacher_weights import TeacherPolicy, build_lora, merged_copy, prepare_model
+from vigos.train.teacher_weights import TeacherWeights
 from vigos.train.trainer import ViGOSTrainer
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
@@ -289,7 +290,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert metrics_of(resumed)[2:] == metrics_of(whole)[2:]
     after = parameters(whole)
     assert all(torch.equal(p, after[n]) for n, p in parameters(resumed).items())
-    assert all(torch.equal(c, whole.policy.copies[n]) for n, c in resumed.policy.copies.items())
+    assert all(torch.equal(c, whole.teacher.copies[n]) for n, c in resumed.teacher.copies.items())
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     files = sorted(p.name for p in (tmp_path / "whole" / "completions").glob("step-*"))
@@ -301,7 +302,9 @@ def test_ema_needs_its_own_file_to_resume(tmp_path: Path) -> None:
     options = {**SAMPLED, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer(tiny_student(), config(tmp_path, **options), rows(8)).train()
     ema = trainer(tiny_student(), config(tmp_path, **options, teacher="ema"), rows(8))
-    with pytest.raises(ValueError, match=r"teacher='ema' must resume from a checkpoint with vigos_teacher.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"teacher='ema' must resume from a checkpoint that holds the average of .*got 0 tensors"
+    ):
         ema.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -353,13 +356,13 @@ def test_frozen_teacher_of_full_training_stays(tmp_path: Path) -> None:
     model = tiny_student()
     before = copy.deepcopy(model)
     engine = trainer(model, args, rows(6))
-    names = set(engine.policy.parameters)
+    names = set(engine.teacher.parameters)
     assert names
     assert not any(n.startswith(("model.visual", "lm_head")) for n in names), "tower and head are frozen by default"
     engine.train()
     own = dict(engine.model.named_parameters())
     assert any(not torch.equal(own[n], p) for n, p in before.named_parameters())
-    with engine.policy.weights():
+    with engine.teacher.weights():
         assert all(torch.equal(own[n], p) for n, p in before.named_parameters())
     assert any(not torch.equal(own[n], p) for n, p in before.named_parameters()), "the student's own weights are back"
     for name, parameter in before.named_parameters():
@@ -371,7 +374,7 @@ def test_moving_average_follows_its_recursion(tmp_path: Path) -> None:
     for lora in (True, False):
         args = config(tmp_path, lora=lora)
         model = prepare_model(tiny_student(torch.bfloat16 if not lora else torch.float32), args)
-        policy = TeacherPolicy(model, "ema", decay=0.75)
+        policy = TeacherWeights(model, "ema", decay=0.75)
         assert policy.adapter == "on"
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert policy.copies.keys() == trained.keys()
@@ -391,7 +394,7 @@ def test_moving_average_follows_its_recursion(tmp_path: Path) -> None:
 
 def test_weights_come_back_after_an_error() -> None:
     model = tiny_student()
-    policy = TeacherPolicy(model, "frozen")
+    policy = TeacherWeights(model, "frozen")
     pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match="while scoring"), policy.weights():
         raise RuntimeError("while scoring")
@@ -667,7 +670,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     (folder / "train.jsonl").write_text("\n".join(lines))
     args = config(tmp_path / "run", per_device_train_batch_size=4, max_steps=2, max_prompt_length=100)
     engine = trainer(tiny_student(), args, load_rows(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING, logger="vigos.train.trainer"):
+    with caplog.at_level(logging.WARNING, logger="vigos.train.rollouts"):
         engine.train()
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     reasons = {s["row"]: s["reason"] for s in skipped}
@@ -682,8 +685,8 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     assert "max_prompt_length is 100" in next(s["detail"] for s in skipped if s["row"] == "r6")
     logs = [log for log in engine.state.log_history if "loss" in log]
     assert [log["rows/skipped"] for log in logs] == [3, 3]
-    assert engine.rows_used == 2
-    assert engine.skipped.total() == 6
+    assert engine.rollouts.examples_used == 2
+    assert engine.rollouts.skipped.total() == 6
     assert all(f"skipped row r{i}:" in caplog.text for i in range(1, 7))
 
 
@@ -697,7 +700,7 @@ def test_row_that_the_processor_refuses_is_skipped(tmp_path: Path) -> None:
     (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (skipped["row"], skipped["reason"]) == ("strip", "not_encodable")
     assert "aspect ratio" in skipped["detail"]
-    assert engine.rows_used == 1
+    assert engine.rollouts.examples_used == 1
 
 
 def test_a_step_of_bad_rows_alone_goes_by(tmp_path: Path) -> None:
@@ -713,10 +716,10 @@ def test_dataset_without_a_usable_row(tmp_path: Path) -> None:
     data = [{**row, "answer": ""} for row in rows(3)]
     with pytest.raises(ValueError, match=r"none of the 3 rows read is usable \(empty_answer 3\); the first: row row-0"):
         trainer(tiny_student(), config(tmp_path), data).train()
-    with pytest.raises(ValueError, match=r"none of the 2 rows of train_dataset read is usable \(prompt_too_long 2\)"):
+    with pytest.raises(ValueError, match=r"none of the 2 examples .* is usable \(prompt_too_long 2\)"):
         trainer(tiny_student(), config(tmp_path, max_prompt_length=8), rows(2)).train()
     args = config(tmp_path, max_prompt_length=8, max_steps=1000, per_device_train_batch_size=16)
-    with pytest.raises(ValueError, match=r"none of the 64 rows"):  # not after a whole run
+    with pytest.raises(ValueError, match=r"none of the 64 examples"):  # not after a whole run
         trainer(tiny_student(), args, rows(16)).train()
 
 
@@ -737,7 +740,7 @@ def text_model() -> tuple[Any, Any]:
 def test_images_need_a_vision_tower(tmp_path: Path) -> None:
     model, tokenizer = text_model()
     engine = ViGOSTrainer(model, config(tmp_path), tokenizer, rows(2), prompts=PROMPTS)
-    with pytest.raises(ValueError, match=r"row row-\d has 1 image\(s\), but Qwen3ForCausalLM .* has no vision tower"):
+    with pytest.raises(ValueError, match=r"example row-\d has 1 image\(s\), but Qwen3ForCausalLM .* has no vision"):
         engine.train()
 
 

@@ -64,7 +64,7 @@ def test_phases_count_no_second_twice() -> None:
     with phases("backward"), phases("student forward"):
         torch.ones(300, 300) @ torch.ones(300, 300)
     assert phases.seconds["backward"] < phases.seconds["student forward"]
-    assert table({"teachers": 1.0}, whole=4.0, steps=2).splitlines()[1:] == [
+    assert table({"teachers": 1.0}, total=4.0, steps=2).splitlines()[1:] == [
         "teachers     0.5000 s   25.0 %", "the rest     1.5000 s   75.0 %", "a step       2.0000 s  100.0 %",
     ]  # fmt: skip
     assert peak_tflops(torch.device("cpu")) is None

@@ -204,7 +204,7 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
     if source.limit < 2:
         raise ValueError(f"limit must be at least 2: examples lend each other answers and images; got {source.limit}")
     trainer = build_trainer(source, config, adapter=source.adapter)
-    scorer, policy = trainer.scorer, None if source.teacher_model else trainer.policy
+    scorer, teacher = trainer.scorer, None if source.teacher_model else trainer.teacher
     if source.teacher_model:
         taught: Any = load_model(source.teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[
             0
@@ -216,7 +216,7 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
         rollouts = trainer.sample_rollouts(members)
         parts.append(
             measure_palr(
-                rollouts, config, student=trainer.model, scorer=scorer, policy=policy, prompts=trainer.prompts,
+                rollouts, config, student=trainer.model, scorer=scorer, teacher=teacher, prompts=trainer.prompts,
                 processor=trainer.processing_class, wrong_answers=config.palr_wrong_answers, seed=config.seed,
             )
         )  # fmt: skip

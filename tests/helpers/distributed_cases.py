@@ -164,7 +164,7 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
         model = type(model).from_pretrained(folder / "untrained")
     engine = trainer(model, args, data())
     if not sampled:
-        engine.engine = ByRow()
+        engine.rollouts.engine = ByRow()
     return engine
 
 
@@ -221,9 +221,9 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
             engine = build(case, folder, ranks)
             engine.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     logs = [log for log in engine.state.log_history if "loss" in log]
-    with engine.policy.weights():
+    with engine.teacher.weights():
         teacher = whole(engine)
-    pushed = getattr(engine.engine, "pushed", {})  # on rank 0 alone
+    pushed = getattr(engine.rollouts.engine, "pushed", {})  # on rank 0 alone
     return {"logs": logs, "start": start, "parameters": whole(engine), "teacher": teacher, "pushed": pushed}
 
 

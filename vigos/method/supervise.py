@@ -1,4 +1,4 @@
-"""From rollouts and their spans to what is computed: whose tokens meet which teacher, which way, clipped and weighted.
+"""Decide which tokens of a rollout meet which teacher, in which direction, clipped and weighted how.
 
     term         rollouts   tokens                                  direction
     perception   valid      description                             KL(teacher || student)
@@ -6,11 +6,11 @@
     reference    invalid    every completion token, EOS included    KL(student || teacher)
     method="opsd": one term, called "reference": every token of every rollout, KL(teacher || student)
 
-A row without images has nothing to be perceived, so its description is left unsupervised.
+An example without images has nothing to be perceived, so its description is left unsupervised.
 
 Pure functions of their arguments: nothing here runs a model. The divisors are global (all micro-batches of the
-optimizer step, all ranks), so a step is routed in two passes: `count_terms` on each micro-batch, then `divisors` of
-their sum and `route`.
+optimizer step, all ranks), so a step takes two passes: `count_terms` on each micro-batch, then `divisors` of their
+sum and `supervise`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from vigos.method.spans import Spans
 
 Term = Literal["perception", "reasoning", "reference"]
 TERMS: tuple[Term, ...] = ("perception", "reasoning", "reference")
-SEGMENTS = ("description", "reasoning", "answer", "other")  # what `RoutedBatch.segment` numbers
+SEGMENTS = ("description", "reasoning", "answer", "other")  # what `SupervisedBatch.segment` numbers
 
 NO_CLIP = float("inf")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a row's student prompt, parsed. `prompts` needs the roles that supervise it and the student's.
+    """Hold one completion of an example's student prompt, parsed.
 
     Attributes:
-        images: the row's images as they came (PIL), for records; not read here.
+        images: the example's images (PIL), for records; not read here.
+        prompts: of the student and of the teachers that supervise it.
         completion_ids: (C,) int64 on the CPU, EOS included if there was one.
-        reference: what the privileged teachers read; None: the answer.
+        reference: the text that privileged teachers read; None: the answer.
+        correct: True if the boxed answer is the reference answer; None: not graded.
     """
 
     problem_id: str
@@ -53,11 +55,12 @@ class Rollout:
     completion_ids: Tensor
     spans: Spans
     reference: str | None = None
+    correct: bool | None = None
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The tokens of one rollout that one teacher supervises, by index into the completion."""
+    """Name the tokens of one rollout that one teacher supervises, by index into the completion."""
 
     term: Term
     tokens: Tensor  # (S,) int64, increasing
@@ -69,19 +72,21 @@ class Assignment:
 
 @dataclass(frozen=True)
 class TermCounts:
-    """Supervised tokens and the rollouts that hold them, by term in the order of TERMS."""
+    """Count supervised tokens and the rollouts that hold them, by term in the order of TERMS."""
 
     tokens: Tensor  # (3,) int64
-    rows: Tensor  # (3,) int64
+    rollouts: Tensor  # (3,) int64
 
     def __add__(self, other: TermCounts) -> TermCounts:
-        return TermCounts(self.tokens + other.tokens, self.rows + other.rows)
+        return TermCounts(self.tokens + other.tokens, self.rollouts + other.rollouts)
 
 
 @dataclass(frozen=True)
-class RoutedBatch:
-    """A micro-batch ready to be computed. R supervised rows; `student_row` and `teacher_row` of `supervision` count
-    through the scored positions of `student_sequences` and `teacher_sequences` in order.
+class SupervisedBatch:
+    """Hold a micro-batch ready to be scored: R pairs of hidden rows and where they come from.
+
+    `student_row` and `teacher_row` of `supervision` count through the scored positions of `student_sequences` and
+    `teacher_sequences` in order.
 
     Attributes:
         term, segment: int8 (R,), indices into TERMS and SEGMENTS.
@@ -102,24 +107,24 @@ class RoutedBatch:
     counts: TermCounts
 
     @property
-    def n_rows(self) -> int:
-        """R."""
+    def n_pairs(self) -> int:
+        """Return R, the number of pairs."""
         return len(self.term)
 
 
-def assignments(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
-    """Which tokens of a rollout each teacher supervises; terms of weight 0 and terms without tokens are left out."""
-    if spans.reason == "image_token":  # its features would be somebody else's: nothing of it can be scored
+def assign(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
+    """Assign the tokens of a rollout to teachers, one assignment for each term with a weight above 0 and tokens."""
+    if spans.reason == "image_token":  # it would be given another image's features: nothing of it can be scored
         return []
-    whole = torch.arange(spans.length)
+    everything = torch.arange(spans.length)
     found: list[Assignment] = []
     if objective.method == "opsd":
-        found.append(_assignment("reference", whole, FORWARD_KL, spans, objective))
+        found.append(_assignment("reference", everything, FORWARD_KL, spans, objective))
     elif not spans.valid and objective.invalid_rollouts == "reference":
         kind = REVERSE_KL if objective.reference_kl == "reverse" else FORWARD_KL
-        found.append(_assignment("reference", whole, kind, spans, objective))
+        found.append(_assignment("reference", everything, kind, spans, objective))
     else:
-        description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, whole, objective)
+        description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, everything, objective)
         if has_images:
             found.append(_assignment("perception", description, FORWARD_KL, spans, objective))
         found.append(_assignment("reasoning", reasoning, FORWARD_KL, spans, objective))
@@ -128,20 +133,23 @@ def assignments(spans: Spans, objective: Objective, *, has_images: bool = True) 
 
 
 def teacher_prefill(term: Term, objective: Objective, prompts: Prompts) -> str | None:
-    """What opens the assistant's turn of a term's teacher; None: what its role always has."""
+    """Return the text that opens the assistant's turn of a term's teacher; None: its role's own prefill."""
     if term != "reasoning":
         return None
     return prompts.think_prefill if objective.reasoning_prefix == "think" else prompts.prefill
 
 
-def _reasoning_tokens(spans: Spans, whole: Tensor, objective: Objective) -> Tensor:
-    """Valid: reasoning and answer. Invalid (an ablation): all that follows the description, or `<think>` if the teacher
-    starts there."""
+def _reasoning_tokens(spans: Spans, everything: Tensor, objective: Objective) -> Tensor:
+    """Return the tokens that the reasoning teacher supervises.
+
+    Those of reasoning and answer in a valid rollout; in an invalid one (an ablation) all after the description, or all
+    after `<think>` if the teacher starts there.
+    """
     if spans.valid:
         return torch.cat([torch.arange(*spans.reasoning), torch.arange(*spans.answer)])
     if objective.reasoning_prefix == "think":
-        return whole[spans.think_start :] if spans.think_start is not None else whole[:0]
-    return whole[spans.description[1] :]
+        return everything[spans.think_start :] if spans.think_start is not None else everything[:0]
+    return everything[spans.description[1] :]
 
 
 def _segments(tokens: Tensor, spans: Spans) -> Tensor:
@@ -167,17 +175,17 @@ def _assignment(term: Term, tokens: Tensor, kind: int, spans: Spans, objective: 
 
 
 def count_terms(rollouts: Sequence[Rollout], objective: Objective) -> TermCounts:
-    """Supervised tokens and rollouts of a micro-batch, by term."""
-    tokens, rows = torch.zeros(2, len(TERMS), dtype=torch.int64)
+    """Count the supervised tokens and rollouts of a micro-batch, by term."""
+    tokens, supervised = torch.zeros(2, len(TERMS), dtype=torch.int64)
     for rollout in rollouts:
-        for a in assignments(rollout.spans, objective, has_images=bool(rollout.images)):
+        for a in assign(rollout.spans, objective, has_images=bool(rollout.images)):
             tokens[TERMS.index(a.term)] += len(a.tokens)
-            rows[TERMS.index(a.term)] += 1
-    return TermCounts(tokens, rows)
+            supervised[TERMS.index(a.term)] += 1
+    return TermCounts(tokens, supervised)
 
 
 def divisors(objective: Objective, step: TermCounts, micro_batch: TermCounts, micro_batches: int = 1) -> Tensor:
-    """What each term's sum is divided by in one micro-batch, (3,) float64; infinite for a term that is empty.
+    """Return the divisor of each term's sum in one micro-batch, (3,) float64; infinite for a term without tokens.
 
     Args:
         step: counts of the whole optimizer step, over micro-batches and ranks.
@@ -187,16 +195,16 @@ def divisors(objective: Objective, step: TermCounts, micro_batch: TermCounts, mi
     if objective.normalize == "tokens":
         count = step.tokens
     elif objective.normalize == "sequence":
-        count = step.rows
+        count = step.rollouts
     else:  # every supervised token of the micro-batch counts alike, and the step is the mean of its micro-batches
         count = torch.where(micro_batch.tokens > 0, micro_batch.tokens.sum(), 0) * micro_batches
     return torch.where(count > 0, count.double(), float("inf"))
 
 
-def route(
+def supervise(
     rollouts: Sequence[Rollout], objective: Objective, divisor: Tensor | None = None, scale: float = 1.0
-) -> RoutedBatch:
-    """Lays a micro-batch out for scoring.
+) -> SupervisedBatch:
+    """Lay a micro-batch out for scoring: its sequences, and the pairs of rows that meet in the divergence.
 
     Args:
         divisor: (3,) from `divisors`; None: this micro-batch is the whole step.
@@ -210,7 +218,7 @@ def route(
     columns: list[dict[str, Tensor]] = []
     student_rows = teacher_rows = 0
     for i, rollout in enumerate(rollouts):
-        found = assignments(rollout.spans, objective, has_images=bool(rollout.images))
+        found = assign(rollout.spans, objective, has_images=bool(rollout.images))
         if not found:
             continue
         ids = rollout.completion_ids
@@ -245,7 +253,7 @@ def route(
         student_rows += len(scored)
     table = {name: torch.cat([c[name] for c in columns]) if columns else _EMPTY[name] for name in _EMPTY}
     supervision = Supervision(*(table[name] for name in ("student_row", "teacher_row", "kind", "weight", "clip")))
-    return RoutedBatch(
+    return SupervisedBatch(
         rollouts=tuple(rollouts),
         student_sequences=student,
         teacher_sequences=teacher,
@@ -269,6 +277,6 @@ _EMPTY = {
 def _prompt(rollout: Rollout, role: Role) -> EncodedPrompt:
     if role not in rollout.prompts:
         raise ValueError(
-            f"prompts of row {rollout.problem_id} must hold {role!r}, which it needs, got {sorted(rollout.prompts)}"
+            f"prompts of example {rollout.problem_id} must hold {role!r}, which it needs, got {sorted(rollout.prompts)}"
         )
     return rollout.prompts[role]

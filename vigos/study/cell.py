@@ -128,7 +128,7 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
     from vigos.models.parts import lm_head
     from vigos.models.vision_cache import VisionCache
     from vigos.scoring.hidden_states import hidden_states
-    from vigos.train.teacher_weights import build_lora
+    from vigos.train.adapters import build_lora
     from vigos.world import world_prompts
 
     set_seed(options.seed)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and runs that stop in order when they are told to.
+"""Write checkpoints that are complete or not there, and stop a run in order on SIGTERM.
 
 A checkpoint is written to `saving/checkpoint-N` in the run folder, flushed to the disk, and renamed to `checkpoint-N`:
 whatever kills the process, what is called `checkpoint-N` is complete. Older ones are renamed away before they are
@@ -14,13 +14,16 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from vigos.errors import lost_peer
+from vigos.models.compat import loss_totals, set_loss_totals
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +33,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest step first."""
+    """List the complete checkpoints of a run folder, oldest step first."""
     folder = Path(folder)
     found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted((p for p in found if (p / "trainer_state.json").is_file()), key=_step)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, what an interrupted replacement left over included."""
+    """Return the newest complete checkpoint of a run folder, one left over by an interrupted replacement included."""
     folder = Path(folder)
     for old in folder.glob(f"{SAVING}/replaced-checkpoint-*"):
         place = folder / old.name.removeprefix("replaced-")
@@ -54,7 +57,7 @@ def _step(path: Path) -> int:
 
 
 def publish(folder: str | Path, name: str) -> Path:
-    """Makes `saving/name` the run folder's `name`, after everything in it has reached the disk."""
+    """Rename `saving/name` to the run folder's `name`, after everything in it has reached the disk."""
     folder = Path(folder)
     source, place = folder / SAVING / name, folder / name
     for directory, _, files in os.walk(source):
@@ -72,7 +75,7 @@ def publish(folder: str | Path, name: str) -> Path:
 
 
 def rotate(folder: str | Path, limit: int | None) -> None:
-    """Deletes all but the newest `limit` checkpoints; None keeps all."""
+    """Delete all but the newest `limit` checkpoints; None keeps all."""
     if not limit or limit < 1:
         return
     for old in checkpoints(folder)[:-limit]:
@@ -90,25 +93,71 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_state(folder: str | Path, rank: int, state: dict[str, Any]) -> None:
-    """What a rank of the trainer has to know beside weights, optimizer and random numbers. Floats keep every bit."""
-    Path(folder).mkdir(parents=True, exist_ok=True)  # with save_only_model, other ranks have written nothing yet
-    (Path(folder) / f"vigos_state-{rank}.json").write_text(json.dumps(state), encoding="utf-8")
+class Stateful(Protocol):
+    """Anything with a state that a resumed run has to go on from."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state by name: tensors, and values that JSON knows. Every rank calls it together."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; an empty one is that of a checkpoint in which this rank left nothing."""
+        ...
 
 
-def read_state(folder: str | Path, rank: int) -> dict[str, Any] | None:
-    """What `write_state` wrote; None where this rank left nothing (another number of ranks, or another trainer)."""
-    path = Path(folder) / f"vigos_state-{rank}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def write_parts(folder: str | Path, rank: int, parts: Mapping[str, Stateful]) -> None:
+    """Write a rank's states into a checkpoint: JSON (floats keep every bit), and safetensors for the leader's tensors.
+
+    `vigos_state-RANK.json` holds all parts, `vigos_PART.safetensors` the tensors of a part that has any.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # with save_only_model, other ranks have written nothing yet
+    plain: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        state = part.state_dict()
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        plain[name] = {key: value for key, value in state.items() if key not in tensors}
+        if tensors:
+            save_file(tensors, folder / f"vigos_{name}.safetensors")
+    (folder / f"vigos_state-{rank}.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def read_parts(folder: str | Path, rank: int, parts: Mapping[str, Stateful]) -> None:
+    """Give every part the state that `write_parts` wrote; an empty one where this rank left none."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    path = folder / f"vigos_state-{rank}.json"
+    plain = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, part in parts.items():
+        tensors = folder / f"vigos_{name}.safetensors"
+        part.load_state_dict(plain.get(name, {}) | (load_file(tensors) if tensors.is_file() else {}))
+
+
+class LossSums:
+    """Keep the sums of losses that `transformers.Trainer` logs at the end; older versions keep them to themselves."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums; None where transformers keeps them as local variables."""
+        return {"totals": loss_totals(self.trainer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        set_loss_totals(self.trainer, state.get("totals"))
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """Say that a checkpoint could not be written; earlier ones are as they were."""
 
 
 @contextmanager
 def saving(folder: str | Path, name: str) -> Iterator[None]:
-    """Turns any failure to write into one message that says what is left."""
+    """Turn any failure to write into one message that says which checkpoints are left."""
     from safetensors import SafetensorError
 
     try:
@@ -128,14 +177,14 @@ def saving(folder: str | Path, name: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers that SIGTERM came. A second one ends the process at once, as if nobody had listened."""
+    """Remember that SIGTERM came; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.received = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens inside; only the main thread can."""
+        """Listen inside; does nothing outside the main thread, which alone can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vigos.divergence.api import DivergenceOutput
 from vigos.method.spans import REASONS
-from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch
+from vigos.method.supervise import SEGMENTS, TERMS, Rollout, SupervisedBatch
 
 PER_TERM = (
-    "loss",  # mean of min(divergence, clip) as normalised, without lambda: what the term adds to the loss, over lambda
+    "loss",  # clipped divergence as normalised in the loss, before it is multiplied by lambda
     "kl",  # mean divergence of its tokens before the clip
     "token_share",  # its tokens among all completion tokens
     "clipped_tokens",  # share of its tokens that were clipped
@@ -29,7 +29,7 @@ PER_ROLLOUT = (
     "rows/skipped", "steps/dropped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
     "perf/tflops", "perf/mfu",
-    "perf/rollout_wait_s",  # with async_rollout: of perf/rollout_s, what the step stood still for
+    "perf/rollout_wait_s",  # with async_rollout: the part of perf/rollout_s for which the step was blocked
 )  # fmt: skip
 # In the steps in which it is measured (see vigos.train.palr).
 PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))
@@ -42,42 +42,42 @@ NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOU
 
 
 class Metrics:
-    """Numerators and denominators by name. Names are fixed, so that ranks can be summed unasked."""
+    """Hold numerators and denominators by name. Names are fixed, so that sums over ranks line up."""
 
     def __init__(self) -> None:
         self._index = {name: i for i, name in enumerate(NAMES)}
         self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)
 
     def add(self, name: str, numerator: float | Tensor, denominator: float | Tensor = 1.0) -> None:
-        """Adds to the ratio `name`."""
+        """Add to the ratio `name`."""
         i = self._index[name]
         self._sums[0, i] += float(numerator)
         self._sums[1, i] += float(denominator)
 
     def add_step(self, share: float) -> None:
-        """One optimizer step, for what is averaged over steps; `share` of it, one over the number of ranks."""
+        """Count one optimizer step in the averages over steps; `share` of it, one over the number of ranks."""
         for name in PER_STEP:
             self.add(name, 0.0, share)
 
-    def add_rollouts(self, rollouts: Sequence[Rollout], correct: Sequence[bool | None]) -> None:
-        """Validity, reasons, lengths and accuracy of the rollouts."""
-        for rollout, right in zip(rollouts, correct, strict=True):
+    def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        """Add validity, reasons, lengths and, where they were graded, accuracy of rollouts."""
+        for rollout in rollouts:
             spans = rollout.spans
             self.add("rollout/valid", spans.valid)
             self.add("rollout/finished", spans.finished)
             self.add("rollout/tagless", spans.reason == "tagless")
             for reason in REASONS:
                 self.add(f"rollout/invalid/{reason}", spans.reason == reason)
-            if right is not None:
-                self.add("rollout/accuracy", right)
+            if rollout.correct is not None:
+                self.add("rollout/accuracy", rollout.correct)
             self.add("length/completion", spans.length)
             for part in ("description", "reasoning", "answer"):
                 start, end = getattr(spans, part)
                 if end > start:
                     self.add(f"length/{part}", end - start)
 
-    def add_terms(self, batch: RoutedBatch, out: DivergenceOutput, lambdas: Sequence[float], scale: float) -> None:
-        """Losses, divergences, entropies and clipping by term. `scale` is what `route` multiplied the weights with."""
+    def add_terms(self, batch: SupervisedBatch, out: DivergenceOutput, lambdas: Sequence[float], scale: float) -> None:
+        """Add losses, divergences, entropies and clipping by term; `scale` is the one that `supervise` was given."""
         term = batch.term.long()
         divergence = out.divergence.detach().double().cpu()
         added = torch.minimum(divergence, batch.supervision.clip.double())  # type: ignore[union-attr]
@@ -105,16 +105,18 @@ class Metrics:
             self.add(f"teacher_entropy/{name}", teacher_entropy, tokens)
 
     def state(self) -> list[list[float]]:
-        """What has been added since the last `collect`, for a checkpoint."""
+        """Return the sums since the last `collect`."""
         return self._sums.tolist()
 
     def restore(self, sums: list[list[float]]) -> None:
-        """Goes on from a `state`."""
+        """Go on from a `state`."""
         self._sums = torch.tensor(sums, dtype=torch.float64)
 
     def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The ratios since the last call over all ranks (`reduce` sums a tensor over them). What has no denominator is
-        left out, and so are the reasons for which no rollout was invalid."""
+        """Return the ratios since the last call over all ranks; `reduce` sums a tensor over them.
+
+        Ratios without a denominator are left out, and so are the reasons for which no rollout was invalid.
+        """
         numerator, denominator = reduce(self._sums).double().cpu()
         self._sums = torch.zeros_like(self._sums)
         values = (numerator / denominator).tolist()
@@ -130,7 +132,7 @@ _PEAK_TFLOPS = (
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Dense bfloat16 peak of a GPU, TFLOP/s; None for one we have no data sheet of, and for CPUs."""
+    """Return the dense bfloat16 peak of a GPU, TFLOP/s; None for CPUs and for GPUs without a known data sheet."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -138,7 +140,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory of this process, GiB: allocated on the GPU, or resident on the CPU."""
+    """Return the peak memory of this process, GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere

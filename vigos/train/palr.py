@@ -32,7 +32,7 @@ from vigos.divergence.api import linear_divergence
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
-from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, Term, route, teacher_prefill
+from vigos.method.supervise import SEGMENTS, TERMS, Rollout, SupervisedBatch, Term, supervise, teacher_prefill
 from vigos.models.parts import lm_head
 from vigos.models.sharding import gathered_head, reshard
 from vigos.scoring.hidden_states import hidden_states
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from vigos.method.prompts import Prompts
     from vigos.scoring.teacher import TeacherScorer
     from vigos.train.config import ViGOSConfig
-    from vigos.train.teacher_weights import TeacherPolicy
+    from vigos.train.teacher_weights import TeacherWeights
 
 PRIVILEGED: tuple[Term, ...] = ("reasoning", "reference")  # the teachers that read the answer
 
@@ -221,7 +221,7 @@ def measure_palr(
     scorer: TeacherScorer,
     processor: Any,
     prompts: Prompts,
-    policy: TeacherPolicy | None = None,
+    teacher: TeacherWeights | None = None,
     wrong_answers: int = 4,
     wrong: Sequence[Sequence[str]] | None = None,
     dummy: ScoredSequence | None = None,
@@ -236,7 +236,7 @@ def measure_palr(
         rollouts: with the prompts of the student and of the teachers that supervise them, as the trainer makes them.
             Wrong answers and other images are taken from each other, so give it several rows at once.
         scorer: the teacher; its model may be the student, whose adapter is switched off.
-        policy: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
+        teacher: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
         wrong_answers: K, at most, for each row.
         wrong: the wrong answers of each rollout; None draws them from the other rows' answers.
         dummy: as in `hidden_states`, for ranks without a rollout that can be measured.
@@ -246,12 +246,12 @@ def measure_palr(
     drawn = draw_wrong_answers([_reference(r) for r in rollouts], wrong_answers, seed=seed) if wrong is None else wrong
     donors = draw_other_images(rollouts, seed=seed)
     usable, left_out = _usable(rollouts, drawn, donors)
-    batch = route([rollouts[i] for i in usable], config.objective)
+    batch = supervise([rollouts[i] for i in usable], config.objective)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
     swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config.objective, processor, prompts)
-    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, policy, config, dummy)
+    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, teacher, config, dummy)
 
-    R, K = batch.n_rows, max((len(s.wrong) for s in swapped), default=0)
+    R, K = batch.n_pairs, max((len(s.wrong) for s in swapped), default=0)
     other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
     counts = torch.zeros(R, dtype=torch.float64)
     at, row = 0, 0
@@ -309,7 +309,7 @@ def _usable(
 
 
 def _swapped(
-    batch: RoutedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
+    batch: SupervisedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
     objective: Objective, processor: Any, prompts: Prompts,
 ) -> list[_Swapped]:  # fmt: skip
     """The other contexts of every teacher sequence of `batch`."""
@@ -343,13 +343,13 @@ def _swapped(
 
 
 def _logprobs(
-    batch: RoutedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
-    policy: TeacherPolicy | None, config: ViGOSConfig, dummy: ScoredSequence | None,
+    batch: SupervisedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
+    teacher: TeacherWeights | None, config: ViGOSConfig, dummy: ScoredSequence | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """log p (R,), log q (R,) and the log-probabilities of the swapped sequences, end to end; float64 on the CPU."""
     extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
     step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
-    with policy.weights() if policy else nullcontext():
+    with teacher.weights() if teacher else nullcontext():
         hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
         own = hidden_states(
@@ -359,7 +359,7 @@ def _logprobs(
     settings = {"temperature": config.divergence_temperature, "impl": config.impl}
     shared = lm_head(student) is lm_head(scorer.model)
     with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:
-        kept = policy.head_weight(lm_head(student)) if policy and shared else None  # a head that trains keeps a copy
+        kept = teacher.head_weight(lm_head(student)) if teacher and shared else None  # a head that trains keeps a copy
         teacher_head = teacher_head if kept is None else replace(teacher_head, weight=kept)
         own, hidden = (x.to(head.weight.dtype) for x in (own, hidden))
         found = _of_labels(batch, swapped, own, hidden, (head, teacher_head), settings)
@@ -368,11 +368,11 @@ def _logprobs(
 
 
 def _of_labels(
-    batch: RoutedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, heads: tuple[Head, Head],
+    batch: SupervisedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, heads: tuple[Head, Head],
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the log-probabilities of `_logprobs`, from hidden states and the student's and the teacher's head."""
-    R = batch.n_rows
+    R = batch.n_pairs
     if R == 0:
         return (torch.zeros(0, dtype=torch.float64),) * 3
     head, teacher_head = heads

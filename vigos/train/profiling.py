@@ -1,4 +1,4 @@
-"""`vigos train --profile`: a trace of a few steps, and a table of where their time went.
+"""Clocks of the phases of a step, and `vigos train --profile`: a trace of a few steps and a table of their phases.
 
     profile/trace.json    for chrome://tracing or Perfetto, with a range for each phase
     profile/table.txt     seconds and share of each phase
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,41 +27,51 @@ NAMES = ("rollouts", "prompts and spans", "teachers", "student forward", "diverg
 
 
 class Phases:
-    """Adds up the wall-clock time of phases while it is on; costs nothing while it is off."""
+    """Add up the wall-clock time of phases.
+
+    Attributes:
+        on: True while a profile is taken: a phase then ends when the device has done its work, and is in the trace.
+        seconds: of each phase while `on`, nested phases not counted twice.
+        overlap: seconds of phases that were run on other threads meanwhile.
+    """
 
     def __init__(self) -> None:
         self.on = False
         self.seconds = dict.fromkeys(NAMES, 0.0)
-        self.at_the_same_time: dict[str, float] = {}
+        self.overlap: dict[str, float] = {}
+        self._lap = dict.fromkeys(NAMES, 0.0)
 
-    def beside(self, name: str, seconds: float) -> None:
-        """Work of phase `name` that was done on another thread, while other phases went on: counted apart."""
+    def overlapped(self, name: str, seconds: float) -> None:
+        """Count work of phase `name` that was done on another thread while other phases ran."""
         if self.on:
-            self.at_the_same_time[name] = self.at_the_same_time.get(name, 0.0) + seconds
+            self.overlap[name] = self.overlap.get(name, 0.0) + seconds
+
+    def take_lap(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call, profile or not."""
+        lap, self._lap = self._lap, dict.fromkeys(NAMES, 0.0)
+        return lap
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Inside is phase `name`; what a phase inside it takes is not counted twice."""
-        if not self.on:
+        """Count the time inside as phase `name`, but for the phases nested in it."""
+        nested = sum(self.seconds.values())
+        self._synchronize()
+        with record_function(f"vigos::{name}") if self.on else nullcontext():
+            start = time.perf_counter()
             yield
-            return
-        _synchronize()
-        inner = sum(self.seconds.values())
-        start = time.perf_counter()
-        with record_function(f"vigos::{name}"):
-            yield
-            _synchronize()
-        taken = time.perf_counter() - start
-        self.seconds[name] += taken - (sum(self.seconds.values()) - inner)
+            self._synchronize()
+            taken = time.perf_counter() - start
+        self._lap[name] += taken
+        if self.on:
+            self.seconds[name] += taken - (sum(self.seconds.values()) - nested)
 
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    def _synchronize(self) -> None:
+        if self.on and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 class ProfileCallback(TrainerCallback):
-    """Profiles the third and fourth step of a run (rank 0 of it).
+    """Profile the third and fourth step of a run, on rank 0.
 
     Args:
         phases: the trainer's.
@@ -78,7 +88,7 @@ class ProfileCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the profiler."""
+        """Start the profiler."""
         if self.rank != 0:
             return
         if args.max_steps > 0 and state.max_steps - state.global_step < WAIT + WARM_UP + ACTIVE:
@@ -94,7 +104,7 @@ class ProfileCallback(TrainerCallback):
         self.profiler.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Counts the steps."""
+        """Count the steps."""
         if self.profiler is None:
             return
         self.step += 1
@@ -102,8 +112,8 @@ class ProfileCallback(TrainerCallback):
             self.phases.on, self.started = True, time.perf_counter()
         elif self.step == WAIT + WARM_UP + ACTIVE:
             self.phases.on = False
-            whole = time.perf_counter() - self.started
-            self.table = table(self.phases.seconds, whole, ACTIVE, self.phases.at_the_same_time)
+            total = time.perf_counter() - self.started
+            self.table = table(self.phases.seconds, total, ACTIVE, self.phases.overlap)
         self.profiler.step()
         if self.table:
             self.profiler.stop()
@@ -116,11 +126,14 @@ class ProfileCallback(TrainerCallback):
         print(f"\n{self.table}\ntrace: {self.folder / 'trace.json'}")
 
 
-def table(seconds: dict[str, float], whole: float, steps: int, beside: dict[str, float] | None = None) -> str:
-    """Where `whole` seconds of `steps` steps went, a line a phase; what no phase has is "the rest". What was done
-    `beside` it, on other threads, stands below."""
-    rows = [*seconds.items(), ("the rest", max(whole - sum(seconds.values()), 0.0)), ("a step", whole)]
-    rows += [(f"{name}, beside", s) for name, s in (beside or {}).items()]
+def table(seconds: dict[str, float], total: float, steps: int, overlap: dict[str, float] | None = None) -> str:
+    """Format where the `total` seconds of `steps` steps went, a line a phase; time in no phase is "the rest".
+
+    Args:
+        overlap: seconds of work on other threads, which stands below.
+    """
+    rows = [*seconds.items(), ("the rest", max(total - sum(seconds.values()), 0.0)), ("a step", total)]
+    rows += [(f"{name}, overlapping", s) for name, s in (overlap or {}).items()]
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {s / steps:9.4f} s  {100 * s / whole:5.1f} %" for name, s in rows]
+    lines = [f"{name:<{width}}  {s / steps:9.4f} s  {100 * s / total:5.1f} %" for name, s in rows]
     return "\n".join([f"Mean of {steps} steps", *lines, ""])

@@ -1,4 +1,4 @@
-"""The likeliest tokens of student and teacher at supervised positions, for records; a few rows of logits at a time."""
+"""Find the likeliest tokens of student and teacher at supervised positions, a few rows of logits at a time."""
 
 from __future__ import annotations
 

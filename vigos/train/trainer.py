@@ -1,8 +1,6 @@
 """`ViGOSTrainer`: visually grounded on-policy self-distillation on top of `transformers.Trainer`.
 
-    from vigos.train.config import ViGOSConfig
-    from vigos.data.examples import load_rows
-    from vigos.train.trainer import ViGOSTrainer
+    from vigos import ViGOSConfig, ViGOSTrainer, load_rows
     from vigos.world import load_base, world_prompts
 
     model, processor = load_base()  # or any transformers image-text model and its processor
@@ -15,15 +13,14 @@
 One optimizer step, in the order of the code below: all its rollouts, parsed (`get_batch_samples`); the supervised
 tokens of each term counted over micro-batches and ranks, so that the divisor is known before the first backward; then
 for each micro-batch the teachers' hidden states, the student's, their divergence, backward (`compute_loss`).
-What it leaves out: evaluation (see `vigos.eval.evaluate`) and the rollout servers, which bring their own engine.
+`examples/vigos_loop.py` is the same method in plain PyTorch. The trainer holds its parts, and a checkpoint is a loop
+over their states. What it leaves out: evaluation (see `vigos.eval.evaluate`) and the rollout servers.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,53 +29,70 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
 from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
-from vigos.method.supervise import (
-    Rollout,
-    RoutedBatch,
-    TermCounts,
-    count_terms,
-    divisors,
-    route,
-)
+from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
 from vigos.models.parts import base_model, lm_head
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
 from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import TeacherScorer
-from vigos.train.checkpoint import last_checkpoint
+from vigos.train.adapters import prepare_model
+from vigos.train.checkpoint import (
+    SAVING,
+    LossSums,
+    Stateful,
+    StopSignal,
+    last_checkpoint,
+    publish,
+    read_parts,
+    rotate,
+    saving,
+    write_parts,
+)
 from vigos.train.config import ViGOSConfig
-from vigos.train.metrics import Metrics, peak_gib, peak_tflops
+from vigos.train.engines import build_engine
+from vigos.train.final import save_final
 from vigos.train.palr import PALR, measure_palr
 from vigos.train.profiling import Phases, ProfileCallback
-from vigos.train.rollouts import UNUSABLE_ROWS, RolloutTrainer
-from vigos.train.run_folder import RunLog
-from vigos.train.teacher_weights import TeacherPolicy, prepare_model
+from vigos.train.ranks import count_over_ranks, sum_over_ranks
+from vigos.train.recorder import Recorder
+from vigos.train.recovery import StepGuard
+from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
+from vigos.train.run_folder import RunFolder
+from vigos.train.teacher_weights import TeacherWeights
 from vigos.train.top_tokens import top_tokens
 
 logger = logging.getLogger(__name__)
 
 
-class ViGOSTrainer(RolloutTrainer):
-    """Trains a student against its own frozen (averaged, live) weights in three contexts.
+class ViGOSTrainer(Trainer, TrainerCallback):
+    """Train a student against its own frozen (averaged, live) weights in three contexts.
 
     Args:
         model: a transformers model with a language-model head; adapted or frozen in place as `args` say. One that
             already carries a peft adapter trains that adapter.
         args: every option, see `ViGOSConfig`.
         processing_class: the model's processor, or the tokenizer of a text-only model.
-        train_dataset: from `vigos.data.examples.load_rows`, or anything that it opens (a path, a list of dicts, a
+        train_dataset: from `vigos.load_rows`, or anything that it opens (a path, a list of dicts, a
             `datasets.Dataset`).
         prompts: templates of the four roles; None takes `args.prompts_file`, or the built-in wording.
-        rollout_engine: samples the completions; None uses the model's own `generate`.
+        rollout_engine: samples the completions; None makes the one that `args` name.
         callbacks, optimizers: as in `transformers.Trainer`.
+
+    Attributes:
+        rollouts: turns examples into a step's rollouts.
+        teacher, scorer: whose weights teach, and how their hidden states are computed.
+        guard: repeats or drops steps that go wrong.
+        recorder: metrics and records.
+        parts: those with a state, by their name in checkpoints.
     """
 
     args: ViGOSConfig
@@ -97,101 +111,101 @@ class ViGOSTrainer(RolloutTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if not isinstance(args, ViGOSConfig):
-            raise ValueError(f"args must be a ViGOSConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process: start one process a GPU with `accelerate launch "
-                "--num_processes ...`, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
-        if processing_class is None:
-            raise ValueError("processing_class must be the model's processor or tokenizer, got None")
+        _check_arguments(model, args, processing_class)
         set_seed(args.seed)  # before the adapter is drawn
-        if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
-            raise ValueError(
-                f"model must be unsharded (args say how the trainer shards it), got the DTensor {sharded[0]}"
-            )
         model = prepare_model(model, args)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_rows,  # rows stay rows; they become prompts once the step is known
-            train_dataset=_as_rows(train_dataset, args),
+            data_collator=_unchanged,  # examples become prompts once the step is known
+            train_dataset=_as_examples(train_dataset, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
-            prompts=prompts,
-            rollout_engine=rollout_engine,
         )
         self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
-        base = base_model(model)
-        self.policy = TeacherPolicy(model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled)
+        self.objective: Objective = args.objective
+        self.phases, self.stop_signal = Phases(), StopSignal()
+        self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
+        self.folder = RunFolder(str(args.output_dir), rank=args.process_index)
+        self.recorder = Recorder(
+            args, folder=self.folder, phases=self.phases, accelerator=self.accelerator,
+            tokenizer=getattr(processing_class, "tokenizer", processing_class),
+            parameters=base_model(model).num_parameters(exclude_embeddings=True),
+        )  # fmt: skip
+        self.teacher = TeacherWeights(
+            model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled, is_leader=args.process_index == 0
+        )
         self.scorer = TeacherScorer(
             self.model,
             scoring=args.teacher_scoring,
             verify=args.teacher_verify,
             token_budget=args.token_budget,
-            adapter=self.policy.adapter,
+            adapter=self.teacher.adapter,
         )
-        self.metrics = Metrics()
-        self.runlog = RunLog(str(args.output_dir), rank=args.process_index)
-        self.add_callback(self.runlog)
-        self.add_callback(_StepCallback(self))
-        self.phases = Phases()
+        self.rollouts = RolloutLoader(
+            args, engine=rollout_engine or build_engine(args, self.model, processing_class), model=self.model,
+            processor=processing_class, prompts=self.prompts, accelerator=self.accelerator, recorder=self.recorder,
+            phases=self.phases,
+        )  # fmt: skip
+        self.guard = StepGuard(args, scorer=self.scorer, recorder=self.recorder, accelerator=self.accelerator)
+        self.parts: dict[str, Stateful] = {
+            "rollouts": self.rollouts, "teacher": self.teacher, "guard": self.guard, "recorder": self.recorder,
+            "loop": LossSums(self),
+        }  # fmt: skip
+        self.add_callback(self.recorder)
+        self.add_callback(self)
         if args.profile:
             self.add_callback(ProfileCallback(self.phases, str(args.output_dir), args.process_index))
-        self.token_budget = args.token_budget  # halved when memory runs out
-        self._peak_tflops = peak_tflops(args.device)
-        self.skipped: Counter[str] = Counter()  # reasons for which rows were left out, over the run
-        self._step_started = 0.0
-        self._dummy_sequence: ScoredSequence | None = None
-        self._parameters = base.num_parameters(exclude_embeddings=True)
+        self._dummy: ScoredSequence | None = None
+        self._optimizer_phase = ExitStack()
+        self._saving = False  # a checkpoint is being written
+        self._resumed_from: str | None = None
 
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example | BadExample]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, RoutedBatch]], Tensor | None]:
-        """The rollouts of all micro-batches of an optimizer step, made ready to be computed.
+    ) -> tuple[list[dict[str, SupervisedBatch]], Tensor | None]:
+        """Return the rollouts of all micro-batches of an optimizer step, ready to be computed.
 
         Returns:
             one input of `compute_loss` for each micro-batch, and the number of supervised tokens of the step over all
             ranks, by which transformers knows that the loss is normalised already.
         """
-        self._step_started = time.perf_counter()
+        self.recorder.begin_step()
         with self.phases("prompts and spans"):
-            rollouts = self.step_rollouts(epoch_iterator, num_batches)
-        if not rollouts:
+            groups = self.rollouts.next_step(epoch_iterator, num_batches, self.state)
+        if not groups:
             return [], None
-        local = [count_terms(group, self.objective) for group in rollouts]
-        # (micro-batches, tokens or rows, terms), summed over ranks
-        table = torch.stack([torch.stack([c.tokens, c.rows]) for c in local])
-        counts = [TermCounts(*row) for row in self._over_world(table.to(device)).cpu()]
+        local = [count_terms(group, self.objective) for group in groups]
+        # (micro-batches, tokens or rollouts, terms), summed over ranks
+        table = torch.stack([torch.stack([c.tokens, c.rollouts]) for c in local])
+        counts = [TermCounts(*row) for row in sum_over_ranks(self.accelerator, table.to(device)).cpu()]
         step = sum(counts[1:], counts[0])
-        ranks = self.accelerator.num_processes  # gradients are averaged over them, and the loss is a sum over them
-        routed = [
-            route(group, self.objective, divisors(self.objective, step, count, len(counts)), scale=float(ranks))
-            for group, count in zip(rollouts, counts, strict=True)
+        ranks = float(self.accelerator.num_processes)  # gradients are averaged over them, and the loss is a sum
+        batches = [
+            supervise(group, self.objective, divisors(self.objective, step, count, len(counts)), scale=ranks)
+            for group, count in zip(groups, counts, strict=True)
         ]
-        self.begin_step(routed)
-        self.metrics.add_step(1.0 / ranks)
-        seconds = time.perf_counter() - self._step_started
-        if self.args.async_rollout:  # waited for, apart from the sampling, most of which was beside the last step
-            self.metrics.add("perf/rollout_wait_s", seconds / ranks, 1.0 / ranks)
-            seconds = self.sampling_s
-        self.metrics.add("perf/rollout_s", seconds / ranks, 0.0)
+        rollouts = [rollout for group in groups for rollout in group]
+        self.recorder.sampled(rollouts, self.rollouts.sampling_s)
         if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
-            found = self.measure_palr([rollout for group in rollouts for rollout in group])
-            for name, (answer, image) in found.sums().items():
-                self.metrics.add(f"palr/{name}", answer, answer + image)
-        return [{"batch": batch} for batch in routed], step.tokens.sum().to(device)
+            self.recorder.palr(self.measure_palr(rollouts).sums())
+        self.recorder.begin_micro_batches()
+        self.guard.begin_step(batches)
+        return [{"batch": batch} for batch in batches], step.tokens.sum().to(device)
+
+    def sample_rollouts(self, examples: Sequence[Example | BadExample]) -> list[Rollout]:
+        """Return the student's rollouts of some examples, as the next step of training would draw them."""
+        return self.rollouts.sample(examples, self.state.global_step)
 
     def measure_palr(self, rollouts: Sequence[Rollout]) -> PALR:
-        """PALR of rollouts under this trainer's teachers; wrong answers and other images come from each other."""
+        """Measure PALR of rollouts under this trainer's teachers; wrong answers and images come from each other."""
         return measure_palr(
-            rollouts, self.args, student=self.model, scorer=self.scorer, policy=self.policy, prompts=self.prompts,
+            rollouts, self.args, student=self.model, scorer=self.scorer, teacher=self.teacher, prompts=self.prompts,
             processor=self.processing_class, wrong_answers=self.args.palr_wrong_answers, seed=self.state.global_step,
-            dummy=self._dummy() if self.accelerator.num_processes > 1 else None,
+            dummy=self._dummy_sequence(),
         )  # fmt: skip
 
     # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
@@ -203,152 +217,121 @@ class ViGOSTrainer(RolloutTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """lambda_p L_p + lambda_r L_r + lambda_f L_f, this micro-batch's share of the whole step's loss.
+        """Return lambda_p L_p + lambda_r L_r + lambda_f L_f, this micro-batch's share of the whole step's loss.
 
         `num_items_in_batch` is part of transformers' signature and not needed: weights carry the divisor.
         """
-        args = self.args
-        batch: RoutedBatch = inputs["batch"]
-        started = time.perf_counter()
+        args, step, dummy = self.args, self.state.global_step + 1, self._dummy_sequence()
+        batch: SupervisedBatch = inputs["batch"]
         # With a frozen tower, teachers and student read the features of one run an image.
-        vision = VisionCache.for_model(base_model(model)) if self.has_vision else None
-        dummy = self._dummy() if self.accelerator.num_processes > 1 else None
-        with self.phases("teachers"), self.policy.weights():
+        vision = VisionCache.for_model(base_model(model)) if self.rollouts.has_vision else None
+        with self.phases("teachers"), self.teacher.weights():
             teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
-        scored = time.perf_counter()
-        # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
-        sequences = batch.student_sequences or [_DUMMY]
         with self.phases("student forward"):
+            # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
             student_hidden = hidden_states(
-                model,
-                sequences,
-                scoring=args.student_scoring,
-                token_budget=self.token_budget,
-                vision=vision,
-                dummy=dummy,
-            )
-        student_hidden = student_hidden[: len(student_hidden) if batch.student_sequences else 0]
+                model, batch.student_sequences or [_ONE_TOKEN], scoring=args.student_scoring,
+                token_budget=self.scorer.token_budget, vision=vision, dummy=dummy,
+            )[: None if batch.student_sequences else 0]  # fmt: skip
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
-            kept = self.policy.head_weight(lm_head(model))
+            kept = self.teacher.head_weight(lm_head(model))
             teacher_head = head if kept is None else replace(head, weight=kept)
             student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
             out = linear_divergence(
                 student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
                 impl=args.impl, **self.objective.divergence_options,
             )  # fmt: skip
-        loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no rows
-        correct = self._record(batch, out, scored - started, time.perf_counter() - scored)
-        if self._writes_completions() and self.first_attempt(batch):
-            top = None
-            if args.completion_top_k:
-                top = tuple(
-                    top_tokens(hidden, side, rows, args.completion_top_k, temperature=args.divergence_temperature)
-                    for hidden, side, rows in (
-                        (student_hidden, head, supervision.student_row),
-                        (teacher_hidden, teacher_head, supervision.teacher_row),
-                    )
+            top, k, temperature = None, args.completion_top_k, args.divergence_temperature
+            if k and self.recorder.writes_completions(step):
+                top = (
+                    top_tokens(student_hidden, head, supervision.student_row, k, temperature=temperature),
+                    top_tokens(teacher_hidden, teacher_head, supervision.teacher_row, k, temperature=temperature),
                 )
-            self.runlog.write_completions(
-                self.state.global_step + 1, batch, out, correct, self.tokenizer, image_side=args.completion_images,
-                top=top,
-            )  # fmt: skip
+        self.recorder.micro_batch(step, batch, out, top)
+        loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
         return (loss, out) if return_outputs else loss
 
-    def _dummy(self) -> ScoredSequence | None:
-        """What a rank is shown that has no image in a forward in which others have one."""
-        if not self.has_vision:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of a micro-batch, in smaller packs if memory runs out; return its loss."""
+        step = super().training_step
+
+        def compute(inputs: dict[str, Any]) -> Tensor:
+            with self.phases("backward"):  # the nested phases apart
+                return step(model, inputs, *args, **kwargs)
+
+        return self.guard.run(compute, model, inputs)
+
+    def _dummy_sequence(self) -> ScoredSequence | None:
+        """Return an image for ranks without one in a forward in which others have one; None if there are no others."""
+        if self.accelerator.num_processes == 1 or not self.rollouts.has_vision:
             return None
-        if self._dummy_sequence is None:
+        if self._dummy is None:
             from PIL import Image
 
             blank = [Image.new("RGB", (64, 64))]
             prompt = encode_prompt(self.processing_class, self.prompts, "perception", "", images=blank)
-            self._dummy_sequence = ScoredSequence(prompt, _ONE, _ONE)
-        return self._dummy_sequence
+            self._dummy = ScoredSequence(prompt, _ONE, _ONE)
+        return self._dummy
 
-    def _writes_completions(self) -> bool:
-        step, every = self.state.global_step + 1, self.args.completion_steps
-        return bool(every) and (step % every == 0 or step == 1)
+    # --- The run --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _record(self, batch: RoutedBatch, out: Any, teacher_s: float, student_s: float) -> list[bool | None]:
-        """Adds to the metrics; returns whether each rollout's answer is right (None: not graded)."""
-        args, ranks = self.args, self.accelerator.num_processes
-        correct = _grade(batch.rollouts, args.grade_rollouts)
-        self.metrics.add_rollouts(batch.rollouts, correct)
-        self.metrics.add_terms(batch, out, self.objective.lambdas, scale=float(ranks))
-        self.metrics.add("perf/teacher_s", teacher_s / ranks, 0.0)
-        self.metrics.add("perf/student_s", student_s / ranks, 0.0)
-        self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in batch.rollouts), 0.0)
-        return correct
-
-    # --- The rest of transformers' loop ---------------------------------------------------------------------------
+    @property
+    def interrupted(self) -> bool:
+        """Tell whether SIGTERM ended the run; its last step is in a checkpoint."""
+        return self.stop_signal.received
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`transformers.Trainer.train`, then the final adapter and the merged copy in the run folder."""
-        rows = self.train_dataset
-        if isinstance(rows, ExampleDataset | ExampleStream):
-            check_usable(rows, UNUSABLE_ROWS)
-        self.runlog.write_config(self.args, model=base_model(self.model).config.name_or_path)
+        """Run `transformers.Trainer.train`, then write the final adapter and the merged copy into the run folder."""
+        if isinstance(self.train_dataset, ExampleDataset | ExampleStream):
+            check_usable(self.train_dataset, UNUSABLE_EXAMPLES)
+        self.folder.write_config(self.args, model=base_model(self.model).config.name_or_path)
         if last_checkpoint(str(self.args.output_dir)) and not (args or kwargs.get("resume_from_checkpoint")):
             logger.warning("%s holds checkpoints of an earlier run, which this one does not read", self.args.output_dir)
         ranks, timeout = self.accelerator.num_processes, float(self.args.ddp_timeout)
         with self.stop_signal.listening(), watching_ranks(self.accelerator.process_index, ranks, timeout):
-            return self._train(*args, **kwargs)
-
-    def _train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        if self.interrupted:
+            result = super().train(*args, **kwargs)
+            if not self.interrupted:
+                self._finish()
             return result
-        if not self._over_ranks(self.rows_used):
-            raise ValueError(self._nothing_usable())
-        if not self._over_ranks(self.valid_rollouts) and self.is_world_process_zero():
+
+    def _finish(self) -> None:
+        self.rollouts.check_usable()
+        valid = count_over_ranks(self.accelerator, self.rollouts.valid_rollouts)
+        if not valid and self.is_world_process_zero():
             logger.warning(
                 "no rollout of this run was valid: the model did not take up the format, and only the reference "
                 "teacher had work. Look at completions/ for what it wrote"
             )
-        weights = None  # or those of rank 0, where the model's own are in pieces
+        weights = None  # or those of the leader rank, where the model's own are sharded
         if self.is_fsdp_enabled:
             weights = self.accelerator.get_state_dict(self.model)
-        elif sharding_of(self.model) != "unsharded":  # ZeRO-3, or loaded in pieces by transformers
+        elif sharding_of(self.model) != "unsharded":  # ZeRO-3
             weights = gather_state(self.model, keep=self.is_world_process_zero())
-        self.runlog.save_final(self.model, self.processing_class, merged=self.args.save_merged, weights=weights)
-        self.accelerator.wait_for_everyone()  # nobody leaves while rank 0 writes
-        return result
+        if self.is_world_process_zero():
+            folder, processor = str(self.args.output_dir), self.processing_class
+            save_final(folder, self.model, processor, merged=self.args.save_merged, weights=weights)
+        self.accelerator.wait_for_everyone()  # no rank leaves while the leader writes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds our metrics to what is logged during training."""
-        if "loss" in logs:
-            logs = {**logs, **self.metrics.collect(self._over_world), "perf/peak_gib": peak_gib(self.args.device)}
-        super().log(logs, start_time)
+        """Add our metrics to the logs of a step."""
+        super().log({**logs, **self.recorder.logs()} if "loss" in logs else logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """About 6 operations a student token and parameter, 2 a teacher token."""
-        batch = inputs["batch"]
-        student, teacher = (
-            sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
-            for sequences in (batch.student_sequences, batch.teacher_sequences)
-        )
-        operations = (6 * student + 2 * teacher) * self._parameters
-        self.metrics.add("perf/tflops", operations / 1e12, 0.0)
-        if self._peak_tflops:
-            self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)
-        return operations
+        """Return and record the floating-point operations of a micro-batch."""
+        return self.recorder.operations(inputs["batch"])
 
-
-class _StepCallback(TrainerCallback):
-    """After each optimizer step: moves a moving-average teacher, which checkpoints then hold, and stops the clock."""
-
-    def __init__(self, trainer: ViGOSTrainer) -> None:
-        self.trainer = trainer
+    # --- The loop's events ----------------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self.trainer
-        trainer.policy.bind(trainer.model_wrapped)
-        trainer.restore_own_state()
-        if sharding_of(trainer.model_wrapped) == "zero3" and trainer.engine.collective:
+        """Have the parts follow the wrapped model, and go on from the checkpoint that was loaded."""
+        self.teacher.bind(self.model_wrapped)
+        self.rollouts.bind(self.model_wrapped)
+        folder, self._resumed_from = self._resumed_from, None
+        if folder is not None:
+            read_parts(folder, self.accelerator.process_index, self.parts)
+        if sharding_of(self.model_wrapped) == "zero3" and self.rollouts.engine.collective:
             raise ValueError(
                 "rollout_engine must be a server's under ZeRO-3, which gathers all weights for every token of a "
                 "rollout; or take FSDP2 (configs/fsdp2.yaml) or ZeRO-2, with rollouts in the training process"
@@ -357,45 +340,83 @@ class _StepCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.drop_if_not_finite()
-        self._optimizer = ExitStack()
-        self._optimizer.enter_context(self.trainer.phases("optimizer"))
+        """Drop the step if its numbers are not finite."""
+        # DeepSpeed has stepped by now and checks for itself (not in float32), as float16's loss scaler does.
+        if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+            self.guard.drop_if_not_finite(self.model, state.global_step + 1)
+        self._optimizer_phase.enter_context(self.phases("optimizer"))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.policy.update()
-        self._optimizer.close()
+        """Move a moving-average teacher."""
+        self.teacher.update()
+        self._optimizer_phase.close()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ranks = self.trainer.accelerator.num_processes
-        seconds = (time.perf_counter() - self.trainer._step_started) / ranks
-        self.trainer.metrics.add("perf/step_s", seconds, 0.0)
-        self.trainer.metrics.add("perf/tokens_per_s", 0.0, seconds)
-        for name in ("perf/tflops", "perf/mfu") if self.trainer._peak_tflops else ("perf/tflops",):
-            self.trainer.metrics.add(name, 0.0, seconds * ranks)  # of one device
-        if ranks > 1:  # all stop after the same step
-            self.trainer.stop_signal.received = bool(self.trainer._over_ranks(int(self.trainer.interrupted)))
-        if self.trainer.interrupted:
+        """Save and stop after this step if SIGTERM came on any rank."""
+        if self.accelerator.num_processes > 1:  # all stop after the same step
+            self.stop_signal.received = bool(count_over_ranks(self.accelerator, int(self.interrupted)))
+        if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+    # --- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return f"{folder}/{SAVING}" if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write transformers' checkpoint and the states of the parts, completely or not at all."""
+        folder, name = str(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with saving(folder, name):
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            write_parts(f"{folder}/{SAVING}/{name}", self.accelerator.process_index, self.parts)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(folder, name)
+                rotate(folder, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.teacher.bind(self.model_wrapped)  # before the weights that it may take its copies from change
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)
-# One token after one token: what a rank without supervised tokens runs.
-_DUMMY = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)
+_ONE_TOKEN = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)  # one token after one token
 
 
-def _rows(rows: list[Any]) -> Any:
-    """The collator: rows as they are. A function of a module, so that data loader workers can be sent it."""
-    return rows
+def _check_arguments(model: nn.Module, args: Any, processing_class: Any) -> None:
+    if not isinstance(args, ViGOSConfig):
+        raise ValueError(f"args must be a ViGOSConfig, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process: start one process a GPU with `accelerate launch "
+            "--num_processes ...`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    if processing_class is None:
+        raise ValueError("processing_class must be the model's processor or tokenizer, got None")
+    if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
+        raise ValueError(f"model must be unsharded (args say how the trainer shards it), got the DTensor {sharded[0]}")
 
 
-def _as_rows(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStream:
-    """Rows that come back as `BadExample` where they cannot be used, so that one bad image does not end a run."""
+def _unchanged(examples: list[Any]) -> Any:
+    """Collate by returning the list: a function of a module, so that it can be sent to data loader workers."""
+    return examples
+
+
+def _as_examples(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStream:
+    """Return examples, with a `BadExample` in place of one that cannot be used, so that it does not end the run."""
     if isinstance(dataset, ExampleDataset | ExampleStream):
-        rows = copy.copy(dataset)
-        rows.bad_rows = "return"
-        return rows
+        examples = copy.copy(dataset)
+        examples.bad_rows = "return"
+        return examples
     return load_rows(
         dataset,
         problem_column=args.problem_column,
@@ -405,15 +426,3 @@ def _as_rows(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStream:
         streaming=hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"),
         bad_rows="return",
     )
-
-
-def _grade(rollouts: Sequence[Rollout], wanted: bool) -> list[bool | None]:
-    """Whether each rollout's boxed answer is the reference answer; None for all if that is not wanted."""
-    if not wanted:
-        return [None] * len(rollouts)
-    from vigos.eval.grading import grade
-
-    return [
-        rollout.spans.answer_text is not None and grade(rollout.spans.answer_text, rollout.answer)
-        for rollout in rollouts
-    ]

@@ -8,12 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import vigos.method.supervise as routing
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 from vigos.method.encode import EncodedPrompt
 from vigos.method.objective import Objective
 from vigos.method.spans import Spans
-from vigos.method.supervise import SEGMENTS, TERMS, Rollout, RoutedBatch, assignments, count_terms, divisors, route
+from vigos.method.supervise import (
+    SEGMENTS,
+    TERMS,
+    Rollout,
+    SupervisedBatch,
+    TermCounts,
+    assign,
+    count_terms,
+    divisors,
+    supervise,
+)
 
 VALID = Spans(True, "", (0, 4), (6, 11), (13, 14), length=16, finished=True, think_start=6, answer_text="3")
 RELEASED = Spans(True, "", (0, 4), (6, 15), (0, 0), length=16, finished=True, think_start=6, answer_text="3")
@@ -35,7 +44,7 @@ def rollout(spans: Spans, number: int = 0, images: int = 1, extra: int = 0) -> R
     return Rollout(f"row-{number}", "?", "3", (object(),) * images, prompts, ids, spans)
 
 
-def table(batch: RoutedBatch) -> list[tuple[Any, ...]]:
+def table(batch: SupervisedBatch) -> list[tuple[Any, ...]]:
     """One tuple a supervised row: owner, term, segment, token, kind, clip and weight."""
     s = batch.supervision
     columns: list[list[Any]] = [
@@ -50,7 +59,7 @@ def table(batch: RoutedBatch) -> list[tuple[Any, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def check_rows(batch: RoutedBatch) -> None:
+def check_rows(batch: SupervisedBatch) -> None:
     """Every supervised row points at hidden rows of its own rollout that predict its own token, on both sides."""
 
     def places(sequences: list[Any]) -> list[tuple[Any, int, int]]:
@@ -62,7 +71,7 @@ def check_rows(batch: RoutedBatch) -> None:
 
     student, teacher = places(batch.student_sequences), places(batch.teacher_sequences)
     supervision = batch.supervision
-    for r in range(batch.n_rows):
+    for r in range(batch.n_pairs):
         owner, term, label = int(batch.owner[r]), TERMS[int(batch.term[r])], int(batch.labels[r])
         s, t = student[int(supervision.student_row[r])], teacher[int(supervision.teacher_row[r])]
         assert s[:2] == ((owner, "student"), label)
@@ -78,7 +87,7 @@ def check_rows(batch: RoutedBatch) -> None:
 
 
 def test_valid_rollout() -> None:
-    batch = route([rollout(VALID)], Objective())
+    batch = supervise([rollout(VALID)], Objective())
     clip, inverse = 0.05, {"perception": 1 / 4, "reasoning": 1 / 6}
     expected = [
         (0, "perception", "description", i, FORWARD_KL, clip, round(inverse["perception"], 6)) for i in range(4)
@@ -88,7 +97,7 @@ def test_valid_rollout() -> None:
     assert table(batch) == expected
     check_rows(batch)
     assert batch.counts.tokens.tolist() == [4, 6, 0]
-    assert batch.counts.rows.tolist() == [1, 1, 0]
+    assert batch.counts.rollouts.tolist() == [1, 1, 0]
     perception, reasoning = batch.teacher_sequences
     assert perception.prompt is batch.rollouts[0].prompts["perception"]
     assert len(perception.completion_ids) == 4, "the perception teacher reads no further than the description"
@@ -97,16 +106,16 @@ def test_valid_rollout() -> None:
 
 
 def test_invalid_rollout_meets_the_reference_teacher_alone() -> None:
-    batch = route([rollout(INVALID, extra=3)], Objective())
+    batch = supervise([rollout(INVALID, extra=3)], Objective())
     segments = ["description"] * 3 + ["other"] * 4
     assert table(batch) == [(0, "reference", s, i, REVERSE_KL, 0.05, round(2 / 7, 6)) for i, s in enumerate(segments)]
     check_rows(batch)
-    finished = route([rollout(TAGLESS)], Objective())
+    finished = supervise([rollout(TAGLESS)], Objective())
     assert finished.token.tolist() == [0, 1], "EOS is supervised"
 
 
 def test_released_prefix_starts_after_the_tag() -> None:
-    batch = route([rollout(RELEASED)], Objective.preset("released"))
+    batch = supervise([rollout(RELEASED)], Objective.preset("released"))
     check_rows(batch)
     _, reasoning = batch.teacher_sequences
     assert reasoning.scored.tolist() == list(range(9))
@@ -116,15 +125,15 @@ def test_released_prefix_starts_after_the_tag() -> None:
 
 def test_boundary_clips() -> None:
     args = Objective(token_clip=0.25, description_end_clip=0.5, reasoning_start_clip=0.125)
-    clip = route([rollout(VALID), rollout(INVALID, 1)], args).supervision.clip
+    clip = supervise([rollout(VALID), rollout(INVALID, 1)], args).supervision.clip
     assert clip.tolist() == [0.25] * 3 + [0.5, 0.125] + [0.25] * 5 + [0.25] * 7  # type: ignore[union-attr]
     for mode in ("entry", "none"):
-        clip = route([rollout(VALID)], Objective(clip_mode=mode, description_end_clip=0.5)).supervision.clip
+        clip = supervise([rollout(VALID)], Objective(clip_mode=mode, description_end_clip=0.5)).supervision.clip
         assert torch.isinf(clip).all(), f"clip_mode={mode} clips no tokens"  # type: ignore[arg-type]
 
 
 def test_opsd_supervises_every_token_of_every_rollout() -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(method="opsd"))
+    batch = supervise([rollout(VALID), rollout(TAGLESS, 1)], Objective(method="opsd"))
     check_rows(batch)
     assert batch.token.tolist() == [*range(16), 0, 1]
     assert {t for _, t, *_ in table(batch)} == {"reference"}
@@ -136,7 +145,7 @@ def test_opsd_supervises_every_token_of_every_rollout() -> None:
 
 
 def test_weight_zero_leaves_a_term_out() -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(lambda_perception=0.0, lambda_reference=0.0))
+    batch = supervise([rollout(VALID), rollout(TAGLESS, 1)], Objective(lambda_perception=0.0, lambda_reference=0.0))
     assert {t for _, t, *_ in table(batch)} == {"reasoning"}
     assert [s.owner for s in batch.student_sequences] == [(0, "student")], "an unsupervised rollout is not run at all"
     check_rows(batch)
@@ -144,7 +153,7 @@ def test_weight_zero_leaves_a_term_out() -> None:
 
 def test_invalid_rollouts_by_the_others() -> None:
     args = Objective(invalid_rollouts="others")
-    batch = route([rollout(INVALID), rollout(TAGLESS, 1)], args)
+    batch = supervise([rollout(INVALID), rollout(TAGLESS, 1)], args)
     assert [(o, t, i) for o, t, _, i, *_ in table(batch)] == [
         *((0, "perception", i) for i in range(3)),
         *((0, "reasoning", i) for i in range(3, 7)),
@@ -152,7 +161,7 @@ def test_invalid_rollouts_by_the_others() -> None:
     ]
     check_rows(batch)
     think = Objective(invalid_rollouts="others", reasoning_prefix="think")
-    batch = route([rollout(INVALID), rollout(TAGLESS, 1)], think)
+    batch = supervise([rollout(INVALID), rollout(TAGLESS, 1)], think)
     assert [(o, t, i) for o, t, _, i, *_ in table(batch)] == [
         *((0, "perception", i) for i in range(3)),
         *((0, "reasoning", i) for i in range(5, 7)),
@@ -161,32 +170,32 @@ def test_invalid_rollouts_by_the_others() -> None:
 
 
 def test_jsd_replaces_every_direction() -> None:
-    batch = route([rollout(VALID), rollout(TAGLESS, 1)], Objective(divergence="jsd"))
+    batch = supervise([rollout(VALID), rollout(TAGLESS, 1)], Objective(divergence="jsd"))
     assert set(batch.supervision.kind.tolist()) == {JSD}  # type: ignore[union-attr]
 
 
 def test_answer_swallowed_by_its_box() -> None:
-    batch = route([rollout(SWALLOWED)], Objective())
+    batch = supervise([rollout(SWALLOWED)], Objective())
     assert batch.counts.tokens.tolist() == [4, 5, 0]
     check_rows(batch)
 
 
 def test_without_images_nothing_is_perceived() -> None:
-    batch = route([rollout(VALID, images=0)], Objective())
+    batch = supervise([rollout(VALID, images=0)], Objective())
     assert {t for _, t, *_ in table(batch)} == {"reasoning"}
-    assert assignments(VALID, Objective(), has_images=False)[0].term == "reasoning"
+    assert assign(VALID, Objective(), has_images=False)[0].term == "reasoning"
 
 
 def test_image_token_in_a_rollout_leaves_it_out() -> None:
-    batch = route([rollout(STOLEN), rollout(TAGLESS, 1)], Objective())
+    batch = supervise([rollout(STOLEN), rollout(TAGLESS, 1)], Objective())
     assert set(batch.owner.tolist()) == {1}
     check_rows(batch)
 
 
 def test_nothing_to_supervise() -> None:
     for rollouts in ([], [rollout(STOLEN)]):
-        batch = route(rollouts, Objective())
-        assert batch.n_rows == 0
+        batch = supervise(rollouts, Objective())
+        assert batch.n_pairs == 0
         assert batch.student_sequences == batch.teacher_sequences == []
         assert batch.counts.tokens.tolist() == [0, 0, 0]
         fields = (batch.supervision.student_row, batch.supervision.kind, batch.supervision.weight, batch.labels)
@@ -196,8 +205,8 @@ def test_nothing_to_supervise() -> None:
 def test_missing_prompt_names_row_and_role() -> None:
     one = rollout(VALID, 3)
     del one.prompts["perception"]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"prompts of row row-3 must hold 'perception'"):
-        route([one], Objective())
+    with pytest.raises(ValueError, match=r"prompts of example row-3 must hold 'perception'"):
+        supervise([one], Objective())
 
 
 # --- Normalisation ---------------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ def weighted(groups: list[list[Rollout]], args: Any, value: Any) -> dict[str, fl
     step = sum(counts[1:], counts[0])
     total = dict.fromkeys(TERMS, 0.0)
     for group, count in zip(groups, counts, strict=True):
-        batch = route(group, args, divisors(args, step, count, len(groups)))
+        batch = supervise(group, args, divisors(args, step, count, len(groups)))
         for r, (owner, term, _, token, *_) in enumerate(table(batch)):
             weight = float(batch.supervision.weight[r])  # type: ignore[index]
             total[term] += weight * value(group[owner].problem_id, token)
@@ -256,8 +265,8 @@ def test_active_is_a_mean_over_each_micro_batch() -> None:
 
 
 def test_ranks_scale_weights() -> None:
-    one = route([rollout(VALID)], Objective()).supervision.weight
-    four = route([rollout(VALID)], Objective(), scale=4.0).supervision.weight
+    one = supervise([rollout(VALID)], Objective()).supervision.weight
+    four = supervise([rollout(VALID)], Objective(), scale=4.0).supervision.weight
     assert isinstance(one, Tensor)
     assert torch.equal(four, 4 * one)  # type: ignore[arg-type]
 
@@ -267,5 +276,5 @@ def test_counts_add_up() -> None:
     a, b = [rollout(VALID), rollout(STOLEN, 1)], [rollout(TAGLESS, 2), rollout(SWALLOWED, 3)]
     total = count_terms(a, args) + count_terms(b, args)
     assert total.tokens.tolist() == count_terms(a + b, args).tokens.tolist() == [8, 11, 2]
-    assert total.rows.tolist() == [2, 2, 1]
-    assert isinstance(total, routing.TermCounts)
+    assert total.rollouts.tolist() == [2, 2, 1]
+    assert isinstance(total, TermCounts)

@@ -1,0 +1,165 @@
+"""Adapters: put a fresh one on the model, and merge a trained one into a copy.
+
+Nothing is ever merged into, or subtracted from, the base weights in place: in bfloat16 that drifts, a little with every
+step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from vigos.models.compat import unsharded_init
+from vigos.models.parts import base_model, lm_head, unwrap
+from vigos.scoring.teacher import check_adapter
+
+if TYPE_CHECKING:
+    from vigos.train.config import ViGOSConfig
+
+
+def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
+    """The model with exactly the weights trainable that `config` asks for: adapted by LoRA, or in full.
+
+    A model that already carries a peft adapter is taken as it is, after a check that its adapter can be switched off.
+    """
+    if hasattr(model, "peft_config"):
+        check_adapter(model)
+        if config.save_merged:
+            _check_mergeable(model)
+        return model
+    if config.lora:
+        return build_lora(model, config)
+    base = base_model(model)
+    base.requires_grad_(True)
+    if not config.train_vision:
+        inside = {id(p) for p in _language_model(base)[1].parameters()} | {id(p) for p in lm_head(base).parameters()}
+        for parameter in base.parameters():
+            parameter.requires_grad_(id(parameter) in inside)
+    if not config.train_head:  # and the embedding with it, where they are one matrix
+        lm_head(base).requires_grad_(False)
+    return model
+
+
+def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
+    """A peft model whose adapter covers the target layers of the language model (and vision tower, if asked).
+
+    The bare names (`gate_proj`, …) also match the vision tower's layers in Qwen2.5-VL, so the adapter is given the
+    language model's path as well. The head is refused: student and teacher read it once for both.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base = base_model(model)
+    head_name = next((name for name, module in base.named_modules() if module is lm_head(base)), "lm_head")
+    for target in config.lora_target_modules:
+        if target in (head_name, head_name.split(".")[-1]):
+            raise ValueError(
+                f"lora_target_modules must not name the language-model head {target!r}: with the adapter off the "
+                "teacher would need a head of its own, and its logits cost more than the rest of the loss. Leave it "
+                "out, or train in full: lora=False, train_head=True"
+            )
+    prefix, _ = _language_model(base)
+    inside = "" if config.train_vision else prefix
+    layers = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(inside) and module is not lm_head(base)
+    ]
+    last = {name.split(".")[-1] for name in layers}
+    targets = sorted(last) if config.lora_target_modules == ["all-linear"] else config.lora_target_modules
+    for target in targets:
+        if target not in last:
+            part = "model" if config.train_vision else "language model"
+            raise ValueError(
+                f"lora_target_modules must name linear layers of the {part}, got {target!r}; "
+                f"it has {', '.join(sorted(last))}"
+            )
+    names = "|".join(re.escape(t) for t in targets)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=rf"{re.escape(inside)}(?:.*\.)?(?:{names})",  # peft matches the whole path
+        bias="none",
+    )
+    return get_peft_model(base, lora)  # type: ignore[arg-type]
+
+
+def _check_mergeable(model: Any) -> None:
+    """Now, and not after the last step: `merged_copy` knows W + s·BA."""
+    for name, adapter in model.peft_config.items():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind != "LORA" or getattr(adapter, "use_dora", False):
+            raise ValueError(
+                f"save_merged must be false for adapter {name!r}: a merged copy is made of plain LoRA, got "
+                f"{'DoRA' if kind == 'LORA' else kind}"
+            )
+
+
+def _language_model(base: Any) -> tuple[str, nn.Module]:
+    """Path (with a trailing dot, empty for the whole model) and module of the language model under the head."""
+    decoder = base.get_decoder()
+    if decoder is None or decoder is base:
+        return "", base
+    return next(f"{name}." for name, module in base.named_modules() if module is decoder), decoder
+
+
+@torch.no_grad()
+def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """A plain transformers model with W + s·BA in place of W, on the CPU; `model` is only read.
+
+    The sum is taken in float32 and rounded once to the base's dtype.
+
+    Args:
+        weights: the state dict of the adapted model where its own parameters are in pieces; None: its own.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    core: Any = unwrap(model)
+    base = base_model(model)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    held = core.state_dict() if weights is None else weights
+    above = next(f"{name}." if name else "" for name, module in core.named_modules() if module is base)
+    state: dict[str, Tensor] = {}
+    for key, tensor in held.items():
+        key = key.removeprefix(above)
+        owner, _, parameter = key.partition(".base_layer.")
+        if owner in layers:
+            layer: Any = layers[owner]
+            if parameter == "weight":
+                total = tensor.float()
+                for adapter in layer.active_adapters:
+                    if adapter in layer.lora_A:
+                        down, up = (
+                            held[f"{above}{owner}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
+                        )
+                        total = total + layer.scaling[adapter] * (up @ down)
+                tensor = total.to(tensor.dtype)
+            state[f"{owner}.{parameter}"] = tensor.cpu()
+        elif not any(key.startswith(f"{name}.") for name in layers):
+            state[key] = tensor.cpu()
+    return plain_copy(base, state)
+
+
+def plain_class(model: Any) -> Any:
+    """The transformers class of a model: FSDP2 puts one of its own in front."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
+def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """A transformers model of the same class and configuration, never wrapped, that holds the tensors of `state`."""
+    kind = plain_class(model)
+    config = deepcopy(model.config)
+    if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
+        del config.distributed_config
+    with unsharded_init(), torch.device("meta"):
+        copy = kind(config)
+    copy.load_state_dict(state, strict=True, assign=True)
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    return copy

@@ -1,0 +1,181 @@
+"""`Recorder`: collect the metrics of every step and the records of its rollouts for the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from vigos.divergence.api import DivergenceOutput
+from vigos.method.supervise import Rollout, SupervisedBatch
+from vigos.train.metrics import Metrics, peak_gib, peak_tflops
+from vigos.train.ranks import sum_over_ranks
+from vigos.train.records import TopTokens, completion_records, fault_record
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from vigos.data.examples import BadExample
+    from vigos.train.config import ViGOSConfig
+    from vigos.train.profiling import Phases
+    from vigos.train.run_folder import RunFolder
+
+
+class Recorder(TrainerCallback):
+    """Add up the metrics of a step and keep its records, which are written when the step ends.
+
+    Args:
+        folder: where records go.
+        phases: whose clocks the metrics of time read.
+        tokenizer: of the student, for the texts of tokens.
+        accelerator: of the run, for sums over ranks.
+        parameters: number of the model's parameters without embeddings, for floating-point operations.
+    """
+
+    def __init__(
+        self, args: ViGOSConfig, *, folder: RunFolder, phases: Phases, tokenizer: Any, accelerator: Any, parameters: int
+    ) -> None:
+        self.args, self.folder, self.phases, self.tokenizer = args, folder, phases, tokenizer
+        self.accelerator, self.parameters = accelerator, parameters
+        self.lambdas = args.objective.lambdas
+        self.metrics = Metrics()
+        self._peak_tflops = peak_tflops(accelerator.device)
+        self._records: list[dict[str, Any]] = []  # of the step under way
+        self._before: list[list[float]] = self.metrics.state()
+        self._started = 0.0
+
+    @property
+    def _share(self) -> float:
+        """Return one rank's share of what is averaged over ranks."""
+        return 1.0 / self.accelerator.num_processes
+
+    # --- A step, in order -----------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Start the step's clock; call it before its rollouts are sampled."""
+        self._started = time.perf_counter()
+        self.phases.take_lap()
+
+    def skipped(self, bad: BadExample, step: int) -> None:
+        """Record an example that was left out after `step` steps."""
+        self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
+        self.folder.write_skipped(step, bad)
+
+    def sampled(self, rollouts: Sequence[Rollout], sampling_s: float) -> None:
+        """Record the step's rollouts, once its micro-batches are ready to be computed.
+
+        Args:
+            sampling_s: seconds that sampling took, most of it during the step before with `async_rollout`.
+        """
+        self.metrics.add_step(self._share)
+        self.metrics.add_rollouts(rollouts)
+        seconds = time.perf_counter() - self._started
+        if self.args.async_rollout:
+            self.metrics.add("perf/rollout_wait_s", seconds * self._share, self._share)
+            seconds = sampling_s
+        self.metrics.add("perf/rollout_s", seconds * self._share, 0.0)
+        self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in rollouts), 0.0)
+
+    def palr(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        """Record the sums of a PALR measurement, by group."""
+        for name, (answer, image) in sums.items():
+            self.metrics.add(f"palr/{name}", answer, answer + image)
+
+    def begin_micro_batches(self) -> None:
+        """Remember what is recorded so far, to which `rewind` returns."""
+        self._before, self._records = self.metrics.state(), []
+
+    def rewind(self) -> None:
+        """Forget the step's micro-batches, which will be computed again."""
+        self.metrics.restore(self._before)
+        self._records = []
+        self.phases.take_lap()
+
+    def writes_completions(self, step: int) -> bool:
+        """Tell whether the rollouts of step number `step` are written."""
+        every = self.args.completion_steps
+        return bool(every) and (step % every == 0 or step == 1)
+
+    @torch.no_grad()
+    def micro_batch(
+        self, step: int, batch: SupervisedBatch, out: DivergenceOutput, top: TopTokens | None = None
+    ) -> None:
+        """Record a micro-batch of step number `step` once its divergence is known.
+
+        Args:
+            top: the likeliest tokens at each pair, if they are to be written.
+        """
+        self.metrics.add_terms(batch, out, self.lambdas, scale=float(self.accelerator.num_processes))
+        seconds = self.phases.take_lap()
+        self.metrics.add("perf/teacher_s", seconds["teachers"] * self._share, 0.0)
+        self.metrics.add("perf/student_s", (seconds["student forward"] + seconds["divergence"]) * self._share, 0.0)
+        if self.writes_completions(step):
+            images = [self.folder.write_images(r.images, self.args.completion_images) for r in batch.rollouts]
+            self._records += completion_records(step, batch, out, self.tokenizer, images, top)
+
+    def operations(self, batch: SupervisedBatch) -> int:
+        """Record and return a micro-batch's floating-point operations: about 6 a student token and parameter, 2 a
+        teacher token."""
+        student, teacher = (
+            sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
+            for sequences in (batch.student_sequences, batch.teacher_sequences)
+        )
+        operations = (6 * student + 2 * teacher) * self.parameters
+        self.metrics.add("perf/tflops", operations / 1e12, 0.0)
+        if self._peak_tflops:
+            self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)
+        return operations
+
+    def dropped(self, step: int, reason: str, rollouts: Sequence[Rollout]) -> Path:
+        """Record that step number `step` changed no weight; return the file with its rollouts."""
+        self.metrics.add("steps/dropped", self._share, 0.0)
+        return self.folder.write_fault(step, [fault_record(step, reason, rollout) for rollout in rollouts])
+
+    def logs(self) -> dict[str, float]:
+        """Return the metrics since the last call, over all ranks, which call it together."""
+        found = self.metrics.collect(lambda sums: sum_over_ranks(self.accelerator, sums))
+        return found | {"perf/peak_gib": peak_gib(self.accelerator.device)}
+
+    # --- The loop's events, checkpoints ---------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the records after the step that this run starts from."""
+        self.folder.cut_after(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the step's rollouts."""
+        self.folder.write_completions(state.global_step + 1, self._records)
+        self._records = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the step's clock."""
+        seconds = time.perf_counter() - self._started
+        self.metrics.add("perf/step_s", seconds * self._share, 0.0)
+        self.metrics.add("perf/tokens_per_s", 0.0, seconds * self._share)
+        for name in ("perf/tflops", "perf/mfu") if self._peak_tflops else ("perf/tflops",):
+            self.metrics.add(name, 0.0, seconds)  # of one device
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Append to `metrics.jsonl`."""
+        if logs:
+            self.folder.write_metrics(state.global_step, logs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last log."""
+        return {"metrics": self.metrics.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if state:
+            self.metrics.restore(state["metrics"])
