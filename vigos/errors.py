@@ -19,17 +19,17 @@ _LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "socket", "b
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether this is what a collective raises when another rank is gone or late."""
+    """Return whether a collective raises such an error when another rank is gone or late."""
     import torch.distributed as dist
 
     text = str(error).lower()
-    # Types of their own, a rollout server's for one, are about something else.
+    # Other types, such as a rollout server's, are about something else.
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(word in text for word in _LOST))
 
 
 @contextmanager
 def watching_ranks(rank: int, ranks: int, timeout_s: float) -> Iterator[None]:
-    """Turns what a collective raises when another rank is gone into one message."""
+    """Turn what a collective raises when another rank is gone into one message: TrainingStopped."""
     try:
         yield
     except TrainingStopped:
@@ -44,7 +44,7 @@ def watching_ranks(rank: int, ranks: int, timeout_s: float) -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process with `code`, also where a collective still waits for a rank that will not answer.
+    """End this process with `code`, also where a collective still waits for a rank that will not answer.
 
     The thread that waits there outlives the interpreter and aborts the process when it comes back to it: SIGABRT, now
     and then, in the place of `code`. So a rank of several runs what is registered for its exit and leaves at once.

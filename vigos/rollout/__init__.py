@@ -1,1 +1,1 @@
-"""From a prompt to completion ids: the model's own `generate`, a server, vLLM."""
+"""Rollouts, from a prompt to completion ids: the model's own `generate`, a server, vLLM."""

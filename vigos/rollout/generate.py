@@ -72,7 +72,7 @@ class TransformersEngine(RolloutEngine):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
-        """See `RolloutEngine.generate`. Under FSDP2 the weights are gathered once for the call, on all ranks."""
+        """Sample as `RolloutEngine.generate` says. Under FSDP2 the weights are gathered once, on all ranks."""
         seeds = prompt_seeds(seed, len(prompts))
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         streams = [stream_seed(s, k) for s in seeds for k in range(sampling.n)]

@@ -113,7 +113,7 @@ class ServerEngine(RolloutEngine):
         return f"ServerEngine({self.url!r}, {self.model!r})"
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
-        """See `RolloutEngine.generate`. Raises RolloutServerError."""
+        """Sample as `RolloutEngine.generate` says. Raises RolloutServerError."""
         asked = sampling.without_copies()
         seeds = prompt_seeds(seed, len(prompts))
         jobs = [(p, self._body(p, asked, s), asked) for p, s in zip(prompts, seeds, strict=True)]

@@ -66,7 +66,7 @@ class VLLMEngine(RolloutEngine):
         return f"VLLMEngine({self.model!r})"
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
-        """See `RolloutEngine.generate`. Raises RolloutError."""
+        """Sample as `RolloutEngine.generate` says. Raises RolloutError."""
         from vllm import SamplingParams
 
         asked = sampling.without_copies()

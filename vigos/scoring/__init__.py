@@ -1,1 +1,1 @@
-"""From sequences to hidden states: every shared prefix runs once."""
+"""Scoring, from sequences to hidden states: every shared prefix runs once."""
