@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.vigos-ready
 # What a set-up depends on: change one and the next command installs again.
-INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
+INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: help setup demo test test-fast lint format docs bench gpu-check clean
 help:

@@ -1,7 +1,7 @@
 // The Python face of the extension.
 #include <pybind11/pybind11.h>
 
-#include "register_divergence.h"
+#include "cpu/register.h"
 
 #ifdef VIGOS_CUDA
 #include "cuda/register.h"
@@ -11,7 +11,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of vigos: pointers, sizes and strides in, nothing of torch.";
-  vigos::register_divergence(m);
+  vigos::register_cpu(m);
 #ifdef VIGOS_CUDA
   vigos::register_cuda(m);
 #endif

@@ -1,21 +1,23 @@
-// The arithmetic of one supervised row, shared word for word by the CUDA kernels and their host tests.
+// Names, codes and signs of the divergence for every engine in C++, and the arithmetic of one supervised row for the
+// CUDA kernels and their host tests. kernels/numerics.py says the same for Triton, reference.py defines it.
 //
 // z_s, z_t are a row's logits after bias, scale, softcap and temperature; L = log sum exp z; p = exp(z - L);
-// delta = log p_t - log p_s = (z_t - z_s) - (L_t - L_s).
+// gap = z_s - z_t; lse_gap = L_s - L_t; delta = log p_s - log p_t = gap - lse_gap.
 //
-//   forward KL  sum p_t delta                     d/dz_s = p_s - p_t
-//   reverse KL  sum -p_s delta                    d/dz_s = p_s (-delta - KL)
+//   forward KL  sum -p_t delta                    d/dz_s = p_s - p_t
+//   reverse KL  sum p_s delta                     d/dz_s = p_s (delta - KL)
 //   JSD(beta)   sum beta p_t log(p_t/m) + (1 - beta) p_s log(p_s/m),  m = (1 - beta) p_s + beta p_t
 //                                                 d/dz_s = (1 - beta) p_s (log(p_s/m) - KL(p_s || m))
 //
 // Both KL need one visit: running maxima and sums (Milakov & Gimelshein 2018) and one weighted gap, whose weights are
 // the side the expectation is taken over. JSD and the clip of each entry's term need both L first. Errors: nothing of
-// size |L| is subtracted. z_t - z_s comes from the raw logits, L_t - L_s from a sum of differences, and p_s - p_t is
-// p_t expm1(-delta) where the models agree: a teacher close to its student costs no digits. Probability 0 (z = -inf):
+// size |L| is subtracted. gap comes from the raw logits, lse_gap from a sum of differences, and p_s - p_t is
+// p_t expm1(delta) where the models agree: a teacher close to its student costs no digits. Probability 0 (z = -inf):
 // the entry adds nothing on its side; forward KL is +inf where p_s = 0 < p_t, and reverse KL where p_t = 0 < p_s.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define VIGOS_HD __host__ __device__ __forceinline__
@@ -27,6 +29,11 @@ namespace vigos {
 
 // As in vigos/divergence/supervision.py.
 enum Kind : signed char { kForwardKL = 0, kReverseKL = 1, kJSD = 2 };
+
+// As in vigos/divergence/engines/problem.py.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // FAST: ex2.approx, relative error about 2^-22 + |x| 2^-24; enough wherever a 16-bit gradient is written.
 template <bool FAST>
@@ -58,26 +65,26 @@ VIGOS_HD float transform_slope(float x, float bias, const Transform& t) {
   return t.alpha * (1.0f - y * y);
 }
 
-// An entry on both sides. gap = z_t - z_s, taken from the raw logits: it is exact to its own rounding where the models
+// An entry on both sides. gap = z_s - z_t, taken from the raw logits: it is exact to its own rounding where the models
 // agree, while each z carries a rounding of its own size. NaN where both are -inf.
 struct Logits {
   float z_s, z_t, gap;
 };
 
 VIGOS_HD Logits scaled_pair(float x_s, float x_t, float alpha) {
-  return {x_s * alpha, x_t * alpha, (x_t - x_s) * alpha};
+  return {x_s * alpha, x_t * alpha, (x_s - x_t) * alpha};
 }
 
 // f_t: the teacher's transform; `alike`: it is the student's.
 VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_t, const Transform& f,
                                  const Transform& f_t, bool alike) {
   const float z_s = transformed(x_s, bias_s, f), z_t = transformed(x_t, bias_t, f_t);
-  if (!alike) return {z_s, z_t, z_t - z_s};
-  const float difference = (x_t - x_s) + (bias_t - bias_s);
+  if (!alike) return {z_s, z_t, z_s - z_t};
+  const float difference = (x_s - x_t) + (bias_s - bias_t);
   if (!(f.inner > 0.0f)) return {z_s, z_t, difference * f.alpha};
   // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); an infinite logit is at the cap, finite.
   const float gap = tanhf(difference * f.inner) * (1.0f - (z_s / f.height) * (z_t / f.height)) * f.height;
-  return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_t - z_s};
+  return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_s - z_t};
 }
 
 // expm1 for |x| < 1/4: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
@@ -101,7 +108,7 @@ struct RowStats {
   float sum_s = 0.0f, sum_t = 0.0f;        // sum e_s, sum e_t
   float excess = 0.0f;                     // sum (e_t - e_s), term by term
   float moment_s = 0.0f, moment_t = 0.0f;  // sum e_s log e_s, sum e_t log e_t
-  float gap = 0.0f;                        // sum w (z_t - z_s); w = e_t, with `reverse` e_s
+  float gap = 0.0f;                        // sum w (z_s - z_t); w = e_t, with `reverse` e_s
 
   VIGOS_HD float shift() const {
     const float m = fmaxf(max_s, max_t - offset);
@@ -116,7 +123,7 @@ struct RowStats {
   VIGOS_HD float entropy_t() const { return logf(sum_t) - moment_t / sum_t; }
   VIGOS_HD float lse_gap() const {
     const float ratio = excess / sum_s;
-    return offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) : logf(sum_t / sum_s));
+    return -(offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) : logf(sum_t / sum_s)));
   }
 };
 
@@ -158,7 +165,7 @@ VIGOS_HD void raise(RowStats& x, float max_s, float max_t, bool reverse) {
 template <bool FAST>
 VIGOS_HD void add(RowStats& row, const Logits& x, bool reverse) {
   const float shift = row.shift();
-  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, apart = x.gap - row.offset;
+  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, apart = -x.gap - row.offset;
   const float e_s = exp_of<FAST>(above_s), e_t = exp_of<FAST>(above_t);
   row.sum_s += e_s;
   row.sum_t += e_t;
@@ -186,9 +193,10 @@ VIGOS_HD void merge(RowStats& into, RowStats from, bool reverse) {
   into.gap += from.gap;
 }
 
-// Sums of the second visit; p_s * mean is what the gradient of JSD, or of a divergence with clipped entries, subtracts.
+// Sums of the second visit; p_s * mean_slope is what the gradient of JSD, or of a divergence with clipped entries,
+// subtracts.
 struct SecondSums {
-  float divergence = 0.0f, mean = 0.0f;
+  float divergence = 0.0f, mean_slope = 0.0f;
 };
 
 // A row once its statistics are merged: everything an entry's probability, term and gradient need.
@@ -197,7 +205,7 @@ struct Row {
   bool entries_clipped = false;  // entry_clip is finite
   float entry_clip = INFINITY, beta = 0.5f;
   float origin_s = 0.0f, origin_t = 0.0f, inv_sum_s = 0.0f, inv_sum_t = 0.0f;
-  float lse_gap = 0.0f;   // L_t - L_s
+  float lse_gap = 0.0f;   // L_s - L_t
   float mean_gap = 0.0f;  // gap / sum
   SecondSums sums;
 
@@ -206,7 +214,7 @@ struct Row {
 
   // Nats; of the first visit alone.
   VIGOS_HD float kl() const {
-    const float value = kind == kReverseKL ? lse_gap - mean_gap : mean_gap - lse_gap;
+    const float value = kind == kReverseKL ? mean_gap - lse_gap : lse_gap - mean_gap;
     return value < 0.0f ? 0.0f : value;  // rounding; NaN stays
   }
   VIGOS_HD float divergence() const { return second() ? sums.divergence : kl(); }
@@ -228,12 +236,20 @@ VIGOS_HD Row finish(const RowStats& stats, Kind kind, float beta, float entry_cl
 }
 
 // What a later gradient pass needs of a row: the normalisers, and the means that its gradient subtracts.
-constexpr int kRowState = 8;  // STATE in vigos/divergence/engines/problem.py
+// Columns as in kernels/numerics.py, whose mean gap is relative to a pivot; here it is 0.
+struct State {
+  enum : int { kOriginS, kOriginT, kInvSumS, kInvSumT, kLseGap, kPivot, kMeanGap, kMeanSlope, kColumns };
+};
 
 VIGOS_HD void save(const Row& row, float* state) {
-  const float fields[kRowState] = {row.origin_s, row.origin_t, row.inv_sum_s, row.inv_sum_t,
-                                   row.lse_gap,  row.mean_gap, row.sums.mean, 0.0f};
-  for (int i = 0; i < kRowState; ++i) state[i] = fields[i];
+  state[State::kOriginS] = row.origin_s;
+  state[State::kOriginT] = row.origin_t;
+  state[State::kInvSumS] = row.inv_sum_s;
+  state[State::kInvSumT] = row.inv_sum_t;
+  state[State::kLseGap] = row.lse_gap;
+  state[State::kPivot] = 0.0f;
+  state[State::kMeanGap] = row.mean_gap;
+  state[State::kMeanSlope] = row.sums.mean_slope;
 }
 
 VIGOS_HD Row restore(const float* state, Kind kind, float beta, float entry_clip) {
@@ -242,13 +258,13 @@ VIGOS_HD Row restore(const float* state, Kind kind, float beta, float entry_clip
   row.beta = beta;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
-  row.origin_s = state[0];
-  row.origin_t = state[1];
-  row.inv_sum_s = state[2];
-  row.inv_sum_t = state[3];
-  row.lse_gap = state[4];
-  row.mean_gap = state[5];
-  row.sums.mean = state[6];
+  row.origin_s = state[State::kOriginS];
+  row.origin_t = state[State::kOriginT];
+  row.inv_sum_s = state[State::kInvSumS];
+  row.inv_sum_t = state[State::kInvSumT];
+  row.lse_gap = state[State::kLseGap];
+  row.mean_gap = state[State::kMeanGap];
+  row.sums.mean_slope = state[State::kMeanSlope];
   return row;
 }
 
@@ -256,7 +272,7 @@ VIGOS_HD Row restore(const float* state, Kind kind, float beta, float entry_clip
 struct Entry {
   float p_s, p_t;
   float delta;  // +-inf or NaN where a probability is 0
-  float gap;    // z_t - z_s
+  float gap;    // z_s - z_t
 };
 
 template <bool FAST>
@@ -265,28 +281,29 @@ VIGOS_HD Entry entry_of(const Row& row, const Logits& x) {
           x.gap - row.lse_gap, x.gap};
 }
 
-// log(p_s / m); log(p_t / m) is this plus delta, except where delta = +inf.
+// log(p_s / m); log(p_t / m) is this less delta, except where delta = -inf.
 VIGOS_HD float log_student_over_mixture(float delta, float beta) {
-  return delta > 0.0f ? -delta - log1pf((1.0f - beta) * expm1f(-delta)) : -log1pf(beta * expm1f(delta));
+  return delta < 0.0f ? delta - log1pf((1.0f - beta) * expm1f(delta)) : -log1pf(beta * expm1f(-delta));
 }
 
 VIGOS_HD float log_teacher_over_mixture(float delta, float beta) {
-  return delta > 0.0f ? -log1pf((1.0f - beta) * expm1f(-delta)) : delta - log1pf(beta * expm1f(delta));
+  return delta < 0.0f ? -log1pf((1.0f - beta) * expm1f(delta)) : -delta - log1pf(beta * expm1f(-delta));
 }
 
 // The entry's term of the divergence, before the entry clip.
 VIGOS_HD float term(const Row& row, const Entry& e) {
-  if (row.kind == kForwardKL) return e.p_t == 0.0f ? 0.0f : e.p_t * e.delta;
-  if (row.kind == kReverseKL) return e.p_s == 0.0f ? 0.0f : -e.p_s * e.delta;
+  if (row.kind == kForwardKL) return e.p_t == 0.0f ? 0.0f : -e.p_t * e.delta;
+  if (row.kind == kReverseKL) return e.p_s == 0.0f ? 0.0f : e.p_s * e.delta;
   const float teacher = e.p_t == 0.0f ? 0.0f : row.beta * e.p_t * log_teacher_over_mixture(e.delta, row.beta);
   const float student = e.p_s == 0.0f ? 0.0f : (1.0f - row.beta) * e.p_s * log_student_over_mixture(e.delta, row.beta);
   return teacher + student;
 }
 
-// p_s * d term / d p_s of an entry whose term is not clipped; reverse KL and JSD.
-VIGOS_HD float term_slope(const Row& row, const Entry& e) {
-  if (e.p_s == 0.0f) return 0.0f;
-  if (row.kind == kReverseKL) return e.p_s * (1.0f - e.delta);
+// p_s times the derivative of an entry's term to p_s; for reverse KL less p_s, which sums to 1 and drops out.
+VIGOS_HD float term_slope(const Row& row, const Entry& e, bool clipped) {
+  if (row.kind == kReverseKL && clipped) return -e.p_s;
+  if (clipped || e.p_s == 0.0f) return 0.0f;
+  if (row.kind == kReverseKL) return e.p_s * e.delta;
   return (1.0f - row.beta) * e.p_s * log_student_over_mixture(e.delta, row.beta);
 }
 
@@ -295,30 +312,30 @@ VIGOS_HD void add_second(SecondSums& sums, const Row& row, const Entry& e) {
   const bool clipped = value > row.entry_clip;
   sums.divergence += clipped ? row.entry_clip : value;
   if (row.kind == kForwardKL) {
-    sums.mean += clipped ? e.p_t : 0.0f;  // 1 - the kept mass: p_s * kept - p_t would cancel
+    sums.mean_slope += clipped ? e.p_t : 0.0f;  // 1 - the kept mass: p_s * kept - p_t would cancel
   } else {
-    sums.mean += clipped ? 0.0f : term_slope(row, e);
+    sums.mean_slope += term_slope(row, e, clipped);
   }
 }
 
 // p_s - p_t, without cancellation where the two are close.
 VIGOS_HD float difference(const Entry& e) {
-  return fabsf(e.delta) < 0.25f ? e.p_t * expm1_small(-e.delta) : e.p_s - e.p_t;
+  return fabsf(e.delta) < 0.25f ? e.p_t * expm1_small(e.delta) : e.p_s - e.p_t;
 }
 
 // d divergence / d z_s of the entry, for rows of either KL without a second visit.
 VIGOS_HD float gradient_kl(const Row& row, const Entry& e) {
   if (row.kind == kForwardKL) return difference(e);
-  // The normalisers drop out: log p_s - log p_t - KL = mean_gap - (z_t - z_s).
-  return e.p_s == 0.0f ? 0.0f : e.p_s * (row.mean_gap - e.gap);
+  // The normalisers drop out: log p_s - log p_t - KL = gap - mean_gap.
+  return e.p_s == 0.0f ? 0.0f : e.p_s * (e.gap - row.mean_gap);
 }
 
 // The same after a second visit.
 VIGOS_HD float gradient_second(const Row& row, const Entry& e) {
   const bool clipped = term(row, e) > row.entry_clip;
-  const float subtracted = e.p_s * row.sums.mean;
+  const float subtracted = e.p_s * row.sums.mean_slope;
   if (row.kind == kForwardKL) return (clipped ? e.p_s : difference(e)) - subtracted;
-  return (clipped ? 0.0f : term_slope(row, e)) - subtracted;
+  return term_slope(row, e, clipped) - subtracted;
 }
 
 VIGOS_HD float gradient(const Row& row, const Entry& e) {

@@ -1,7 +1,7 @@
 """Divergence of each row of logits and its gradient, one sweep over the vocabulary for each.
 
     z = height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias); each side has its own
-    divergence[r] of z_s[student_row[r]] against z_t[teacher_row[r]], formulas and gradients in entries.py
+    divergence[r] of z_s[student_row[r]] against z_t[teacher_row[r]], formulas and gradients in numerics.py
     dlogits[n] = sum over r with student_row[r] = n of row_grad[r] * d divergence[r] / d raw_s[n]
 
 Kernels, in the order a caller launches them (R rows, S slices of the vocabulary):
@@ -14,7 +14,7 @@ Kernels, in the order a caller launches them (R rows, S slices of the vocabulary
 
 Shapes:  student (N, V), teacher (M, V) in fp32, bf16 or fp16, any strides; statistics and state fp32, nats.
 Traffic: forward and backward read 2 R V elements each and write R V; JSD, clipped entries and DIFFERENCE 2 R V more.
-Error:   L_t - L_s and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: bits repeat. A row's
+Error:   L_s - L_t and exp to a few eps32 (ex2.approx); no sum in fewer bits than fp32, no atomics: bits repeat. A row's
          numbers depend on V alone, never on R or on its neighbours: the slices are fixed by V.
 Source:  Milakov & Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
 """
@@ -28,18 +28,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vigos.kernels.entries import (
+from vigos.kernels.numerics import (
     GAP,
+    INV_SUM_S,
+    INV_SUM_T,
     JSD,
     LABEL_S,
     LABEL_T,
+    LSE_GAP,
     MAX_S,
     MAX_T,
+    MEAN_GAP,
+    MEAN_SLOPE,
     MOMENT_S,
     MOMENT_T,
     N_PARTIAL,
-    N_STATE,
+    ORIGIN_S,
+    ORIGIN_T,
     PIVOT,
+    PIVOT_OF_ROW,
     REVERSE,
     SUM_S,
     SUM_T,
@@ -74,7 +81,7 @@ class Options:
     labels: Tensor | None  # int64, global ids
     vocab: int  # entries here that are real: columns from here on have probability 0
     vocab_start: int  # global id of the first column
-    student_transform: tuple[float, float, float]  # (alpha, inner, height) of entries.transform; inner 0: no softcap
+    student_transform: tuple[float, float, float]  # (alpha, inner, height) of numerics.transform; inner 0: no softcap
     teacher_transform: tuple[float, float, float]
     beta: float
     entry_clip: float | None
@@ -204,9 +211,10 @@ def _finish_kernel(
     gap, pivot = merge_gap(gaps, pivots, tl.where(reverse, tops_s, tops_t), tl.where(reverse, totals_s, totals_t), 0)
     top_s, total_s, moment_s = merge_side(tops_s, totals_s, moments_s, 0)
     top_t, total_t, moment_t = merge_side(tops_t, totals_t, moments_t, 0)
-    lse_gap = (top_t - top_s) + tl.log(total_t / total_s)
+    lse_gap = (top_s - top_t) - tl.log(total_t / total_s)
     mean_gap = gap / tl.where(reverse, total_s, total_t)
-    kl = tl.where(reverse, pivot + lse_gap, pivot - lse_gap) + mean_gap
+    kl = (pivot - lse_gap) + mean_gap
+    kl = tl.where(reverse, kl, -kl)
     kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; NaN stays
     lse_s = top_s + tl.log(total_s)
     lse_t = top_t + tl.log(total_t)
@@ -222,14 +230,14 @@ def _finish_kernel(
         tl.store(stats + 5 * R, label_s - lse_s)
         tl.store(stats + 6 * R, label_t - lse_t)
     state = state_ptr + r * stride_state
-    tl.store(state, tl.where(top_s == -float("inf"), 0.0, top_s))  # -inf - -inf is NaN
-    tl.store(state + 1, tl.where(top_t == -float("inf"), 0.0, top_t))
-    tl.store(state + 2, 1.0 / total_s)
-    tl.store(state + 3, 1.0 / total_t)
-    tl.store(state + 4, lse_gap)
-    tl.store(state + 5, pivot)
-    tl.store(state + 6, mean_gap)
-    tl.store(state + 7, 0.0)
+    tl.store(state + ORIGIN_S, tl.where(top_s == -float("inf"), 0.0, top_s))  # -inf - -inf is NaN
+    tl.store(state + ORIGIN_T, tl.where(top_t == -float("inf"), 0.0, top_t))
+    tl.store(state + INV_SUM_S, 1.0 / total_s)
+    tl.store(state + INV_SUM_T, 1.0 / total_t)
+    tl.store(state + LSE_GAP, lse_gap)
+    tl.store(state + PIVOT_OF_ROW, pivot)
+    tl.store(state + MEAN_GAP, mean_gap)
+    tl.store(state + MEAN_SLOPE, 0.0)
 
 
 @triton.jit
@@ -247,8 +255,9 @@ def _second_stats_kernel(
         s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm
         t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
         state = state_ptr + r.to(tl.int64) * stride_state
-        origin_s, origin_t = tl.load(state), tl.load(state + 1)
-        scale_s, scale_t, lse_gap = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+        origin_s, origin_t = tl.load(state + ORIGIN_S), tl.load(state + ORIGIN_T)
+        inv_sum_s, inv_sum_t = tl.load(state + INV_SUM_S), tl.load(state + INV_SUM_T)
+        lse_gap = tl.load(state + LSE_GAP)
         value = tl.full((BLOCK_V,), 0.0, tl.float32)
         mean = tl.full((BLOCK_V,), 0.0, tl.float32)
         first = split * span
@@ -258,7 +267,7 @@ def _second_stats_kernel(
                 s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
                 alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
             )  # fmt: skip
-            p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, scale_s, scale_t, lse_gap)
+            p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap)
             more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES)
             value += more
             mean += slope
@@ -280,7 +289,9 @@ def _second_finish_kernel(
         if not CLIP_ENTRIES:
             value = tl.where(value < 0.0, 0.0, value)  # rounding; clipped sums may be negative in earnest
         tl.store(stats_ptr + r, value)
-        tl.store(state_ptr + r * stride_state + 7, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0))
+        tl.store(
+            state_ptr + r * stride_state + MEAN_SLOPE, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0)
+        )
 
 
 @triton.jit
@@ -312,12 +323,12 @@ def _grad_kernel(
                 alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
             )  # fmt: skip
             p_s, p_t, delta = probabilities(
-                z_s, z_t, gap, tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
-                tl.load(state + 4),
+                z_s, z_t, gap, tl.load(state + ORIGIN_S), tl.load(state + ORIGIN_T), tl.load(state + INV_SUM_S),
+                tl.load(state + INV_SUM_T), tl.load(state + LSE_GAP),
             )  # fmt: skip
             g = slope_of(
-                gap, p_s, p_t, delta, tl.load(state + 5), tl.load(state + 6), tl.load(state + 7), kind, beta,
-                entry_clip, CLIP_ENTRIES,
+                gap, p_s, p_t, delta, tl.load(state + PIVOT_OF_ROW), tl.load(state + MEAN_GAP),
+                tl.load(state + MEAN_SLOPE), kind, beta, entry_clip, CLIP_ENTRIES,
             )  # fmt: skip
             acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
     out = out_ptr + i.to(tl.int64) * stride_om + offs.to(tl.int64) * stride_ov
@@ -332,7 +343,7 @@ def slices(vocab: int) -> int:
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
-    """(10, R, S) partial statistics of each row's slices of the vocabulary (columns named in entries.py)."""
+    """(10, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
     n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
@@ -410,6 +421,3 @@ def row_grad(
             state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.softcaps,
             CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=GRAD_WARPS, **FUSION,
         )  # fmt: skip
-
-
-__all__ = ["N_STATE", "Options", "finish", "finish_second", "row_grad", "row_partials", "second_partials"]

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vigos.kernels.entries import INTERPRETED, tanh_and_slope
+from vigos.kernels.numerics import INTERPRETED, tanh_and_slope
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ triton = pytest.importorskip("triton")
 from triton import language as tl  # noqa: E402
 
 from vigos.kernels import divergence as kernels  # noqa: E402
-from vigos.kernels.entries import expm1, log1p, tanh_and_slope  # noqa: E402
+from vigos.kernels.numerics import expm1, log1p, tanh_and_slope  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
@@ -361,7 +361,7 @@ def test_float64_and_a_missing_interpreter_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="float64"):
         vigos.linear_divergence(*(None if x is None else x.double() for x in tensors), supervision=rows, impl="triton")
     if DEVICE == "cpu":
-        monkeypatch.setattr("vigos.kernels.entries.INTERPRETED", False)
+        monkeypatch.setattr("vigos.kernels.numerics.INTERPRETED", False)
         with pytest.raises(ValueError, match="need a CUDA device"):
             vigos.linear_divergence(*tensors, supervision=rows, impl="triton")
 

@@ -297,7 +297,7 @@ __device__ __forceinline__ void linear_hopper_body(const LinearHopperParams& p, 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t r = index[h] < p.rows ? index[h] : 0;
-        rows[h] = restore(p.state + r * kRowState, static_cast<Kind>(p.kind[r]), 0.5f, INFINITY);
+        rows[h] = restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), 0.5f, INFINITY);
         live[h] = p.live[r];
       }
       for (int64_t tile = first; tile < last; ++tile) {
@@ -326,7 +326,7 @@ __device__ __forceinline__ void linear_merge_body(const LinearHopperParams& p, i
     p.student_logprob[r] = (p.label_logits[r] - stats.shift()) - logf(stats.sum_s);
     p.teacher_logprob[r] = (p.label_logits[p.rows + r] - stats.shift_t()) - logf(stats.sum_t);
   }
-  save(row, p.state + r * kRowState);
+  save(row, p.state + r * State::kColumns);
 }
 
 #endif  // a compiler for kernels

@@ -35,7 +35,7 @@ struct LinearHopperParams {
   float* teacher_logprob = nullptr;  // (R,)
 
   // Statistics write it, the gradient reads it.
-  float* state = nullptr;  // (R, kRowState)
+  float* state = nullptr;  // (R, State::kColumns)
 
   // Gradient.
   const float* live = nullptr;  // (R,) 1, or 0 for a row whose dlogits are 0

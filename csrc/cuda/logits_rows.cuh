@@ -65,7 +65,7 @@ __device__ __forceinline__ RowStats warp_merge(RowStats x, int lanes, bool rever
 __device__ __forceinline__ SecondSums warp_sum(SecondSums x, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     x.divergence += device::shuffle_xor(x.divergence, mask);
-    x.mean += device::shuffle_xor(x.mean, mask);
+    x.mean_slope += device::shuffle_xor(x.mean_slope, mask);
   }
   return x;
 }
@@ -303,7 +303,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
     p.teacher_entropy[r] = stats.entropy_t();
     p.student_lse[r] = stats.lse_s();
     p.teacher_lse[r] = stats.lse_t();
-    if (p.state) save(row, p.state + r * kRowState);
+    if (p.state) save(row, p.state + r * State::kColumns);
     if (p.labels) {
       p.student_logprob[r] = (label_s - stats.shift()) - logf(stats.sum_s);
       p.teacher_logprob[r] = (label_t - stats.shift_t()) - logf(stats.sum_t);
@@ -366,7 +366,7 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
   const int64_t begin = p.offsets[n], end = p.offsets[n + 1];
 
   const auto row_of = [&](int64_t r) {
-    return restore(p.state + r * kRowState, static_cast<Kind>(p.kind[r]), p.beta, p.entry_clip);
+    return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.beta, p.entry_clip);
   };
   const auto teacher_of = [&](int64_t r) {
     return static_cast<const T*>(p.teacher) + p.teacher_row[r] * p.stride_teacher;

@@ -7,10 +7,6 @@
 
 namespace vigos {
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // Device pointers unless said otherwise; strides in elements; R = rows, V = vocab.
 struct LogitsRowsParams {
   const void* student = nullptr;  // logits; row i at student + i * stride_student
@@ -33,7 +29,7 @@ struct LogitsRowsParams {
   float* teacher_lse = nullptr;      // (R,)
   float* student_logprob = nullptr;  // (R,); with labels
   float* teacher_logprob = nullptr;  // (R,); with labels
-  float* state = nullptr;            // (R, kRowState) or null: for a later logits_gradient
+  float* state = nullptr;            // (R, State::kColumns) or null: for a later logits_gradient
 
   int64_t rows = 0, vocab = 0;
   int64_t logical_vocab = 0;  // entries at and beyond it have probability 0 and gradient 0
@@ -70,7 +66,7 @@ struct LogitsGradientParams {
   const int64_t* teacher_row = nullptr;  // (R,)
   const int8_t* kind = nullptr;          // (R,)
   const float* row_grad = nullptr;       // (R,); 0 leaves a row out
-  const float* state = nullptr;          // (R, kRowState)
+  const float* state = nullptr;          // (R, State::kColumns)
   const float* student_bias = nullptr;   // (V,) or null
   const float* teacher_bias = nullptr;   // (V,) or null
   int64_t rows = 0, vocab = 0, logical_vocab = 0;

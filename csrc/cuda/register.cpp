@@ -43,7 +43,7 @@ Transform transform_of(const Constants& f, const char* argument) {
 void register_cuda(py::module_& parent) {
   py::module_ m = parent.def_submodule("cuda", "CUDA launchers: pointers, sizes, strides in elements, and a stream.");
   m.attr("architectures") = VIGOS_CUDA_ARCHITECTURES;
-  m.attr("row_state") = kRowState;
+  m.attr("row_state") = static_cast<int>(State::kColumns);
 
   m.def(
       "logits_rows_plan",

@@ -1,14 +1,14 @@
 """Chunked PyTorch: any float dtype, any device, never N x V elements. The plain path, and what `auto` ends with.
 
-With x = log p_s - log p_t, taken as (z_s - z_t) - (lse_s - lse_t) so that near teachers lose nothing:
+With delta = log p_s - log p_t, taken as gap - lse_gap = (z_s - z_t) - (L_s - L_t) so that near teachers lose nothing:
 
-    forward KL   sum p_t (expm1(x) - x)                               a = p_s - p_t
-    reverse KL   sum p_s (expm1(-x) + x)                              a = p_s x
+    forward KL   sum p_t (expm1(delta) - delta)                      a = p_s - p_t
+    reverse KL   sum p_s (expm1(-delta) + delta)                     a = p_s delta
     JSD(beta)    sum beta p_t (log p_t - log m) + a,  m = (1 - beta) p_s + beta p_t
                                                                       a = (1 - beta) p_s (log p_s - log m)
 
 and d/dz_s = a - p_s S with S = sum a, for all three. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
-which makes every term of them >= 0 and of second order; they do not notice an error of lse_s - lse_t to first order,
+which makes every term of them >= 0 and of second order; they do not notice an error of lse_gap to first order,
 and neither does a - p_s S. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD; where a term is
 above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head, (student - teacher) @
 head.T is computed instead of the student's logits: its rounding is relative to what the gradient is made of.
@@ -24,6 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines.problem import (
+    KNOWN,
+    LSE_GAP,
+    MEAN_SLOPE,
     STATE,
     LinearProblem,
     LinearResult,
@@ -39,7 +42,6 @@ from vigos.divergence.engines.problem import (
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 
 INF = float("inf")
-KNOWN = 6  # of a row, from its statistics, for its gradient
 # Elements of one (chunk, V) tensor; about forty of them come and go. On a CPU they better stay in its cache.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 CHUNK_ELEMENTS_ELSEWHERE = 2**22
@@ -121,9 +123,9 @@ def _expm1_plus(a: Tensor) -> Tensor:
 
 @dataclass
 class _Terms:
-    """Per entry of a chunk, (C, V): x and both probabilities, from x so that their difference is exact."""
+    """Per entry of a chunk, (C, V): delta and both probabilities, from it so that their difference is exact."""
 
-    x: Tensor
+    delta: Tensor
     p_s: Tensor
     p_t: Tensor
     difference: Tensor  # p_s - p_t
@@ -132,16 +134,16 @@ class _Terms:
 
 
 def _terms(pair: _Pair, known: Tensor) -> _Terms:
-    """`known` (C, KNOWN): top_s, log total_s, top_t, log total_t, lse_s - lse_t, S."""
-    top_s, log_s, top_t, log_t, delta = known[:, :5, None].unbind(1)
+    """Return the terms of a chunk whose rows are known, (C, KNOWN)."""
+    top_s, log_s, top_t, log_t, lse_gap = known[:, : LSE_GAP + 1, None].unbind(1)
     neither = (pair.z_s == -INF) & (pair.z_t == -INF)
-    x = (pair.gap - delta).masked_fill(neither, 0.0)
-    student_larger = x > 0
+    delta = (pair.gap - lse_gap).masked_fill(neither, 0.0)
+    student_larger = delta > 0
     larger = torch.where(student_larger, (pair.z_s - top_s) - log_s, (pair.z_t - top_t) - log_t).exp()
-    fall = larger * torch.expm1(-x.abs())
-    smaller = larger * torch.exp(-x.abs())
+    fall = larger * torch.expm1(-delta.abs())
+    smaller = larger * torch.exp(-delta.abs())
     return _Terms(
-        x,
+        delta,
         torch.where(student_larger, larger, smaller),
         torch.where(student_larger, smaller, larger),
         torch.where(student_larger, -fall, fall),
@@ -152,7 +154,7 @@ def _terms(pair: _Pair, known: Tensor) -> _Terms:
 
 def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
     """p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
-    a = terms.x.abs()
+    a = terms.delta.abs()
     fall, second_order = torch.expm1(-a), _expm1_plus(a)
     # The weighting side's probability is the larger one, or the smaller one.
     weighting_larger = torch.where(a == INF, INF, terms.larger * second_order)
@@ -165,7 +167,7 @@ def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
 
 def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
     """(divergence's terms, the student's share of them)."""
-    a = terms.x.abs()
+    a = terms.delta.abs()
     other = (1 - beta) + (2 * beta - 1) * terms.student_larger.to(a.dtype)  # the mixture's weight of the smaller one
     to_mixture = torch.log1p(other * torch.expm1(-a))
     larger = -terms.larger * to_mixture  # p (log p - log m)
@@ -180,12 +182,12 @@ def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
     if kind == JSD:
         u, a = _jsd_terms(terms, rows.beta)
         return (u, a) if clip is None else (torch.where(u > clip, clip, u), torch.where(u > clip, 0.0, a))
-    nothing = torch.where(terms.x.isnan(), terms.x, 0.0)
+    nothing = torch.where(terms.delta.isnan(), terms.delta, 0.0)
     if kind == REVERSE_KL:
-        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.x, nothing)
+        u = a = torch.where(terms.p_s > 0, terms.p_s * terms.delta, nothing)
         above = -terms.p_s
     else:
-        u = torch.where(terms.p_t > 0, -terms.p_t * terms.x, nothing)
+        u = torch.where(terms.p_t > 0, -terms.p_t * terms.delta, nothing)
         a, above = terms.difference, terms.p_s
     if clip is None:
         return _kl_terms(terms, kind == REVERSE_KL), a
@@ -197,7 +199,7 @@ def _slopes(terms: _Terms, kind: int, rows: Rows) -> Tensor:
     if kind == FORWARD_KL and rows.entry_clip is None:
         return terms.difference
     if kind == REVERSE_KL and rows.entry_clip is None:
-        return torch.where(terms.p_s > 0, terms.p_s * terms.x, torch.where(terms.x.isnan(), terms.x, 0.0))
+        return torch.where(terms.p_s > 0, terms.p_s * terms.delta, torch.where(terms.delta.isnan(), terms.delta, 0.0))
     return _entries(terms, kind, rows)[1]
 
 
@@ -206,10 +208,10 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
     top_s, total_s, entropy_s = _normaliser(pair.z_s, rows.group)
     top_t, total_t, entropy_t = _normaliser(pair.z_t, rows.group)
     lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
-    delta = (top_s - top_t) + (total_s / total_t).log()
-    known = torch.stack([top_s, total_s.log(), top_t, total_t.log(), delta, torch.zeros_like(delta)], dim=1)
+    lse_gap = (top_s - top_t) + (total_s / total_t).log()
+    known = torch.stack([top_s, total_s.log(), top_t, total_t.log(), lse_gap, torch.zeros_like(lse_gap)], dim=1)
     terms = _terms(pair, known)
-    sums = torch.zeros(2, kind.shape[0], dtype=delta.dtype, device=delta.device)
+    sums = torch.zeros(2, kind.shape[0], dtype=lse_gap.dtype, device=lse_gap.device)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
         if of_kind.any():
@@ -224,19 +226,19 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
             picked = torch.where(mine, z.gather(1, at).squeeze(1), 0.0)
             logprobs[i] = all_reduce(picked, rows.group) - lse
     statistics = Statistics(sums[0], entropy_s, entropy_t, lse_s, lse_t, *logprobs)
-    known[:, 5] = sums[1]
+    known[:, MEAN_SLOPE] = sums[1]
     return statistics, known
 
 
 def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
     """d divergence / d raw student logits of a chunk, (C, V)."""
-    terms, total = _terms(pair, state), state[:, 5]
+    terms, mean_slope = _terms(pair, state), state[:, MEAN_SLOPE]
     out = torch.zeros_like(pair.z_s)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
         of_kind = kind == value
         if of_kind.any():
             a = _slopes(terms, value, rows)
-            out = torch.where(of_kind[:, None], a - terms.p_s * total[:, None], out)
+            out = torch.where(of_kind[:, None], a - terms.p_s * mean_slope[:, None], out)
     return out * pair.slope
 
 

@@ -2,11 +2,11 @@
 
 A chunk's logits lie as (V, columns): the student's columns, then the teacher's. With a shared head they come from one
 product of 2C columns, so the head is read once for both; the student's columns then are (student - teacher) @ head.T,
-whose rounding is relative to the difference that the gradient is made of. The row kernel (csrc/divergence_kernel.h)
+whose rounding is relative to the difference that the gradient is made of. The row kernel (csrc/cpu/divergence_kernel.h)
 takes tokens along its SIMD lanes and visits the chunk three times: statistics; divergence; and, for rows that are live,
 the gradient, written over the student's logits and closed up so that the last product sees live rows alone.
 
-The products are csrc/gemm_kernel.h: a row's result depends on nothing but that row, and 16-bit heads are widened a
+The products are csrc/cpu/gemm_kernel.h: a row's result depends on nothing but that row, and 16-bit heads are widened a
 block at a time on the way in, so logits are float32 whatever the head is.
 """
 
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.engines.problem import (
+    DTYPES,
+    KNOWN,
+    MEAN_SLOPE,
     STATE,
     LinearProblem,
     LinearResult,
@@ -33,7 +36,6 @@ from vigos.divergence.engines.problem import (
 
 CHUNK_BYTES = 120 * 2**20  # of a chunk's logits, both sides
 MOST_COLUMNS = 256  # rows of a chunk where the vocabulary is small
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _extension() -> ModuleType | None:
@@ -134,7 +136,7 @@ class _Head:
 
 
 def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
-    """From (6, width) sums to lse_s, lse_t, both entropies and top_s, log total_s, top_t, log total_t, delta."""
+    """From (6, width) sums to lse_s, lse_t, both entropies and the first KNOWN - 1 columns of what is known."""
     tops, rest = sums[:2], sums[2:].view(2, 2, -1)
     if rows.group is not None:
         most = all_reduce(tops.clone(), rows.group, "max")
@@ -146,8 +148,8 @@ def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
     total, first = rest
     log = total.log()
     lse, entropy = tops + log, log - first / total
-    delta = (tops[0] - tops[1]) + (total[0] / total[1]).log()
-    return lse[0], lse[1], entropy[0], entropy[1], torch.stack([tops[0], log[0], tops[1], log[1], delta])
+    lse_gap = (tops[0] - tops[1]) + (total[0] / total[1]).log()
+    return lse[0], lse[1], entropy[0], entropy[1], torch.stack([tops[0], log[0], tops[1], log[1], lse_gap])
 
 
 def forward(problem: LinearProblem) -> LinearResult:
@@ -184,7 +186,7 @@ def forward(problem: LinearProblem) -> LinearResult:
         hidden_s, hidden_t = both[:width], both[width:]
     sums = torch.empty(6, width, dtype=torch.float64)
     measured = torch.empty(2, width, dtype=torch.float64)
-    known = torch.zeros(6, width)  # S, top_s, log total_s, top_t, log total_t, delta
+    known = torch.zeros(KNOWN, width)
     kind = torch.zeros(width, dtype=torch.int32)
     chunk = c.Chunk(logits.data_ptr(), logits.data_ptr() + 4 * width, logits.stride(0), logits.stride(0), real, width)
     for at in chunks(r, width):
@@ -205,12 +207,12 @@ def forward(problem: LinearProblem) -> LinearResult:
             head_s.project(hidden_s, logits[:, :width])
             head_t.project(hidden_t, logits[:, width:])
         c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
-        lse_s, lse_t, entropy_s, entropy_t, known[1:] = _normalise(problem, sums)
+        lse_s, lse_t, entropy_s, entropy_t, known[:MEAN_SLOPE] = _normalise(problem, sums)
         c.chunk_measure(
             chunk, transform.native, options, known.data_ptr(), kind.data_ptr(), measured.data_ptr(), _threads()
         )
         all_reduce(measured, problem.group)
-        known[0] = measured[1]
+        known[MEAN_SLOPE] = measured[1]
         statistics.divergence[rows] = measured[0, :n].float()
         statistics.student_lse[rows], statistics.teacher_lse[rows] = lse_s[:n].float(), lse_t[:n].float()
         statistics.student_entropy[rows], statistics.teacher_entropy[rows] = (
@@ -304,7 +306,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     """Statistics of every row; a row is read twice, the second time from a cache."""
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
-    out = torch.empty(r, 11, dtype=torch.float64)
+    out = torch.empty(r, KNOWN + 5, dtype=torch.float64)  # what is known, divergence, entropies, lse
     transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
     kind = problem.kind.int()
     for rows in _row_blocks(problem, torch.arange(r)):
@@ -317,7 +319,8 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
             len(rows), v, transform.native, options, part.data_ptr(), _threads(),
         )  # fmt: skip
     state = torch.zeros(r, STATE)
-    state[:, :6] = out[:, 1:7]
+    state[:, :KNOWN] = out[:, :KNOWN]
+    statistics = out[:, KNOWN:].T
     logprobs: list[Tensor | None] = [None, None]
     if problem.labels is not None:
         sides = (
@@ -326,9 +329,8 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
         )
         for side, (logits, row, transform_) in enumerate(sides):
             z = transform_(logits[row, problem.labels].double())
-            logprobs[side] = (z - out[:, 9 + side]).float()
-    divergence, entropy_s, entropy_t, lse_s, lse_t = (out[:, i].float() for i in (0, 7, 8, 9, 10))
-    return LogitsResult(Statistics(divergence, entropy_s, entropy_t, lse_s, lse_t, *logprobs), state)
+            logprobs[side] = (z - statistics[3 + side]).float()
+    return LogitsResult(Statistics(*(column.float() for column in statistics), *logprobs), state)
 
 
 def _rounds(index: Tensor) -> list[Tensor]:

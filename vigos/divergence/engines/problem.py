@@ -12,6 +12,15 @@ from torch import Tensor
 
 STATE = 8  # columns of LogitsResult.state
 
+# Codes in C++ (csrc/numerics.h).
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# What the engines `reference` and `cpu` know of a row once its statistics are complete: both maxima, the logarithms of
+# the sums of exp(z - maximum), L_s - L_t, and the mean slope S that the gradient p_s times subtracts. csrc/cpu has the
+# same columns; those of the GPU's kernels are named in kernels/numerics.py.
+TOP_S, LOG_SUM_S, TOP_T, LOG_SUM_T, LSE_GAP, MEAN_SLOPE = range(6)
+KNOWN = 6
+
 
 @dataclass(frozen=True)
 class LogitTransform:

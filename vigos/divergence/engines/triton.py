@@ -52,7 +52,7 @@ SLAB_ELEMENTS = 16 << 20
 def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
     """What both Triton engines need of tensors and machine."""
     try:
-        from vigos.kernels.entries import INTERPRETED
+        from vigos.kernels.numerics import INTERPRETED
     except ModuleNotFoundError as error:
         return f"Triton is not installed ({error})"
     if rows.compute_dtype == torch.float64:
@@ -108,7 +108,7 @@ def of_all_ranks(partial: Tensor, rows: Rows, slices: int) -> Tensor:
     """
     if rows.group is None:
         return partial
-    from vigos.kernels.entries import LABEL_S, LABEL_T, MAX_S, MAX_T
+    from vigos.kernels.numerics import LABEL_S, LABEL_T, MAX_S, MAX_T
 
     # Ranks may hold shards of different sizes; a slice without entries is a sum over nothing.
     full = partial.new_zeros(*partial.shape[:2], slices)
@@ -167,7 +167,10 @@ def half_scale(options: Options, state: Tensor) -> Tensor:
     |d KL(student || teacher) / dz| = p |log p/q - KL| <= 2 KL + 2/e, because sum p |log p/q| <= KL + 2/e; the other
     divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
     """
-    kl = torch.where(options.kind == REVERSE_KL, (state[:, 5] + state[:, 4] + state[:, 6]).clamp(min=0.0), 0.5)
+    from vigos.kernels.numerics import LSE_GAP, MEAN_GAP, PIVOT_OF_ROW
+
+    pivot, lse_gap, mean_gap = (state[:, column.value] for column in (PIVOT_OF_ROW, LSE_GAP, MEAN_GAP))
+    kl = torch.where(options.kind == REVERSE_KL, (pivot - lse_gap + mean_gap).clamp(min=0.0), 0.5)
     scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.student_transform[0] * (2.0 * kl + 1.0)))))
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 

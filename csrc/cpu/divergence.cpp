@@ -138,7 +138,7 @@ void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float*
     const int64_t from = i * kSuperBlock, rows = std::min(kSuperBlock, head.rows - from);
     const float* a = static_cast<const float*>(head.at(from, 0));
     int64_t ld = head.ld;
-    if (head.dtype != kFloat32) {
+    if (head.dtype != Dtype::kFloat32) {
       float* wide = wide_scratch.at_least(rows * k);
       for (int64_t r = 0; r < rows; ++r) of.widen(head.at(from + r, 0), head.dtype, k, wide + r * k);
       a = wide;
@@ -171,7 +171,7 @@ void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, fl
       of.pack_tiles(g + from * ld_g, ld_g, rows, l, tiles);
       Prefetch next;
       if (from + rows < end) {
-        const int64_t size = head.dtype == kFloat32 ? 4 : 2;
+        const int64_t size = item_size(head.dtype);
         next = {static_cast<const char*>(head.at(from + rows, column)), std::min(kPiece, end - from - rows),
                 (columns * size + 63) / 64, head.ld * size};
       }
@@ -192,7 +192,7 @@ void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const f
   const Isa& of = isa();
   static thread_local Scratch packed_scratch;
   float* packed = packed_scratch.at_least(l * ((d + kLanes - 1) / kLanes * kLanes));
-  of.pack_columns(hidden, kFloat32, d, l, d, packed);
+  of.pack_columns(hidden, Dtype::kFloat32, d, l, d, packed);
   parallel_for((v + kSuperBlock - 1) / kSuperBlock, threads, [&](int64_t i) {
     const int64_t from = i * kSuperBlock, rows = std::min(kSuperBlock, v - from);
     of.multiply(g + from * ld_g, ld_g, packed, rows, d, l, out + from * d, d, true);
@@ -256,7 +256,7 @@ namespace {
 // `kRowBlock` entries of a row from `from` on as 64 steps of 16 lanes; -inf past v.
 const float* row_block(const Isa& of, const Matrix& m, int64_t row, int64_t from, int64_t v, float* scratch) {
   const int64_t n = std::min(kRowBlock, v - from);
-  if (m.dtype == kFloat32 && n == kRowBlock) return static_cast<const float*>(m.at(row, from));
+  if (m.dtype == Dtype::kFloat32 && n == kRowBlock) return static_cast<const float*>(m.at(row, from));
   of.widen(m.at(row, from), m.dtype, n, scratch);
   std::fill(scratch + n, scratch + (n + kLanes - 1) / kLanes * kLanes, -std::numeric_limits<float>::infinity());
   return scratch;
@@ -277,14 +277,14 @@ void for_row_blocks(const Isa& of, const Matrix& student, const Matrix& teacher,
 
 // One row's constants, repeated over the lanes.
 struct RowConstants {
-  float values[6][kLanes];
+  float values[Known::kColumns][kLanes];
   int32_t kind[kLanes];
 
-  RowConstants(const float (&state)[6], int32_t row_kind) {
-    for (int i = 0; i < 6; ++i) std::fill_n(values[i], kLanes, state[i]);
+  RowConstants(const float (&known)[Known::kColumns], int32_t row_kind) {
+    for (int i = 0; i < Known::kColumns; ++i) std::fill_n(values[i], kLanes, known[i]);
     std::fill_n(kind, kLanes, row_kind);
   }
-  Normalised view() const { return {values[1], values[3], values[2], values[4], values[5], values[0], kind}; }
+  Normalised view() const { return normalised(values[0], kLanes, kind); }
 };
 
 }  // namespace
@@ -301,29 +301,27 @@ void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* s
     ColumnStatistics all = lanes[0];
     for (int64_t l = 1; l < kLanes; ++l) merge(all, lanes[l]);
     const double log_s = std::log(all.total_s), log_t = std::log(all.total_t);
-    const double delta = (all.top_s - all.top_t) + std::log(all.total_s / all.total_t);
-    const float state[6] = {0.0f,
-                            static_cast<float>(all.top_s),
-                            static_cast<float>(log_s),
-                            static_cast<float>(all.top_t),
-                            static_cast<float>(log_t),
-                            static_cast<float>(delta)};
-    const RowConstants constants(state, kind[r]);
+    double* to = out + r * RowOutput::kColumns;
+    to[Known::kTopS] = all.top_s;
+    to[Known::kLogSumS] = log_s;
+    to[Known::kTopT] = all.top_t;
+    to[Known::kLogSumT] = log_t;
+    to[Known::kLseGap] = (all.top_s - all.top_t) + std::log(all.total_s / all.total_t);
+    to[Known::kMeanSlope] = to[RowOutput::kDivergence] = 0.0;
+    to[RowOutput::kEntropyS] = log_s - all.first_s / all.total_s;
+    to[RowOutput::kEntropyT] = log_t - all.first_t / all.total_t;
+    to[RowOutput::kLseS] = all.top_s + log_s;
+    to[RowOutput::kLseT] = all.top_t + log_t;
+    float known[Known::kColumns];
+    for (int i = 0; i < Known::kColumns; ++i) known[i] = static_cast<float>(to[i]);
+    const RowConstants constants(known, kind[r]);
     double value[kLanes] = {}, gradient[kLanes] = {};
     for_row_blocks(of, student, teacher, student_row[r], teacher_row[r], v,
                    [&](const View& view, int64_t) { of.measure(view, f, o, constants.view(), value, gradient); });
-    double* to = out + r * 11;
-    to[0] = to[1] = 0.0;
-    for (int64_t l = 0; l < kLanes; ++l) to[0] += value[l], to[1] += gradient[l];
-    to[2] = all.top_s;
-    to[3] = log_s;
-    to[4] = all.top_t;
-    to[5] = log_t;
-    to[6] = delta;
-    to[7] = log_s - all.first_s / all.total_s;
-    to[8] = log_t - all.first_t / all.total_t;
-    to[9] = all.top_s + log_s;
-    to[10] = all.top_t + log_t;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      to[RowOutput::kDivergence] += value[l];
+      to[Known::kMeanSlope] += gradient[l];
+    }
   });
 }
 
@@ -332,8 +330,8 @@ void rows_backward(const Matrix& student, const Matrix& teacher, const int64_t* 
                    const Transforms& f, const Options& o, const Matrix& out, bool add, int threads) {
   const Isa& of = isa();
   parallel_for(n, threads, [&](int64_t r) {
-    float known[6], factor[kLanes];
-    std::copy_n(state + r * ld_state, 6, known);
+    float known[Known::kColumns], factor[kLanes];
+    std::copy_n(state + r * ld_state, Known::kColumns, known);
     std::fill_n(factor, kLanes, scale[r]);
     const RowConstants constants(known, kind[r]);
     alignas(64) float block[kRowBlock], before[kRowBlock];
@@ -347,7 +345,7 @@ void rows_backward(const Matrix& student, const Matrix& teacher, const int64_t* 
       }
       of.narrow(block, count, to, out.dtype);
     });
-    std::memset(const_cast<void*>(out.at(student_row[r], v)), 0, (out.columns - v) * (out.dtype == kFloat32 ? 4 : 2));
+    std::memset(const_cast<void*>(out.at(student_row[r], v)), 0, (out.columns - v) * item_size(out.dtype));
   });
 }
 

@@ -132,10 +132,10 @@ void multiply_tiles(const float* tiles, const float* packed, int64_t m, int64_t 
   }
 }
 
-void widen(const void* from, DType dtype, int64_t n, float* to) {
-  if (dtype == kFloat32) {
+void widen(const void* from, Dtype dtype, int64_t n, float* to) {
+  if (dtype == Dtype::kFloat32) {
     __builtin_memcpy(to, from, n * sizeof(float));
-  } else if (dtype == kBFloat16) {
+  } else if (dtype == Dtype::kBFloat16) {
     const uint16_t* half = static_cast<const uint16_t*>(from);
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t word = static_cast<uint32_t>(half[i]) << 16;
@@ -162,10 +162,10 @@ void widen(const void* from, DType dtype, int64_t n, float* to) {
   }
 }
 
-void narrow(const float* from, int64_t n, void* to, DType dtype) {
-  if (dtype == kFloat32) {
+void narrow(const float* from, int64_t n, void* to, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) {
     __builtin_memcpy(to, from, n * sizeof(float));
-  } else if (dtype == kBFloat16) {  // to nearest, ties to even
+  } else if (dtype == Dtype::kBFloat16) {  // to nearest, ties to even
     uint16_t* half = static_cast<uint16_t*>(to);
     for (int64_t i = 0; i < n; ++i) {
       uint32_t word;
@@ -192,8 +192,8 @@ void pack_rows(const float* x, int64_t ld, int64_t k, int64_t n, float* to) {
   }
 }
 
-void pack_columns(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to) {
-  const int64_t size = dtype == kFloat32 ? 4 : 2;
+void pack_columns(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* to) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t p = 0; p < k; ++p) {
     const char* row = static_cast<const char*>(x) + p * ld * size;
     for (int64_t j = 0; j < n; j += kPanel) {

@@ -1,15 +1,15 @@
 // The row kernels for one instruction set. See divergence.h for the layout, simd.h for the vectors.
 //
-// With x = log p_s - log p_t, formed as (z_s - z_t) - (lse_s - lse_t) so that a teacher close to its student costs no
-// digits, and p_s, p_t formed from the larger of the two and exp(-|x|):
+// With delta = log p_s - log p_t, formed as gap - lse_gap = (z_s - z_t) - (L_s - L_t) so that a teacher close to its
+// student costs no digits, and p_s, p_t formed from the larger of the two and exp(-|delta|):
 //
-//   forward KL  sum p_t (expm1(x) - x)         a = p_s - p_t
-//   reverse KL  sum p_s (expm1(-x) + x)        a = p_s x
+//   forward KL  sum p_t (expm1(delta) - delta)         a = p_s - p_t
+//   reverse KL  sum p_s (expm1(-delta) + delta)        a = p_s delta
 //   JSD(beta)   sum beta p_t (log p_t - log m) + a,  a = (1 - beta) p_s (log p_s - log m),  m = (1 - beta) p_s + beta
 //   p_t
 //
 // and d/dz_s = a - p_s S with S = sum a, the same for all three. The KL sums are the textbook ones plus
-// sum (p_s - p_t) = 0: no term is negative, and an error of lse_s - lse_t shows in second order only; a - p_s S does
+// sum (p_s - p_t) = 0: no term is negative, and an error of lse_gap shows in second order only; a - p_s S does
 // not show one at all. With a clip the textbook terms u are clipped: where u is above it, a = p_s for forward and -p_s
 // for reverse KL, 0 for JSD. The first visit accumulates exp(z - max) in float32 over 64 entries and in float64 from
 // there on, so do the others.
@@ -133,12 +133,12 @@ void statistics_form(const View& view, const Transforms& f, ColumnStatistics* st
 }
 
 struct Column {
-  vf top_s, top_t, log_total_s, log_total_t, delta;
+  vf top_s, top_t, log_sum_s, log_sum_t, lse_gap;
 };
 
 inline Column column(const Normalised& n, int64_t lane) {
-  return {load(n.top_s + lane), load(n.top_t + lane), load(n.log_total_s + lane), load(n.log_total_t + lane),
-          load(n.delta + lane)};
+  return {load(n.top_s + lane), load(n.top_t + lane), load(n.log_sum_s + lane), load(n.log_sum_t + lane),
+          load(n.lse_gap + lane)};
 }
 
 // min(x, most), and NaN where x is.
@@ -153,14 +153,14 @@ struct Terms {
 // VALUE: of the unclipped KL, whose terms the third visit has no use for.
 template <int KIND, bool CLIP, bool VALUE>
 inline Terms terms(const Entry& e, const Column& c, const Options& o) {
-  const vf x = e.gap - c.delta;
-  const vi up = x > 0.0f;  // the student's probability is the larger
-  const vf a = abs_(x);
+  const vf delta = e.gap - c.lse_gap;
+  const vi up = delta > 0.0f;  // the student's probability is the larger
+  const vf a = abs_(delta);
   const Fall f = fall(a);
-  const vf larger = exp_(up ? (e.z_s - c.top_s) - c.log_total_s : (e.z_t - c.top_t) - c.log_total_t);
+  const vf larger = exp_(up ? (e.z_s - c.top_s) - c.log_sum_s : (e.z_t - c.top_t) - c.log_sum_t);
   const vf smaller = larger * f.ex;
   const vf p_s = up ? larger : smaller, p_t = up ? smaller : larger;
-  const vf nothing = x == x ? vf{} : x;
+  const vf nothing = delta == delta ? vf{} : delta;
   if constexpr (KIND == kJSD) {
     const vf b = up ? splat(o.beta) : splat(1.0f - o.beta);
     const vf to_m = log1p_(b * f.e);      // log m - log larger
@@ -180,7 +180,7 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
     }
     const vf difference = larger * (up ? -f.e : f.e);
     const vf weight = KIND == kReverseKL ? p_s : p_t;
-    const vf u = weight > 0.0f ? weight * (KIND == kReverseKL ? x : -x) : nothing;
+    const vf u = weight > 0.0f ? weight * (KIND == kReverseKL ? delta : -delta) : nothing;
     const vf a_inside = KIND == kReverseKL ? u : difference;
     if constexpr (CLIP) {
       const vi outside = u > o.entry_clip;
@@ -216,7 +216,7 @@ template <int FORM, int KIND, bool CLIP>
 void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const Transforms& f, const Options& o,
                     const Normalised& normalised, const float* scale, float* out, int64_t ld_out) {
   const Column c = column(normalised, lane);
-  const vf S = load(normalised.gradient + lane), factor = load(scale + lane);
+  const vf S = load(normalised.mean_slope + lane), factor = load(scale + lane);
   const vi mine = load(normalised.kind + lane) == KIND;
   const float* s = view.s + from * view.ld_s + lane;
   const float* t = view.t + from * view.ld_t + lane;

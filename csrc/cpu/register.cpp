@@ -1,6 +1,8 @@
 // The CPU engine's functions as Python sees them: pointers and strides as integers, checked by
 // vigos/divergence/engines/cpu.py.
-#include "register_divergence.h"
+#include "register.h"
+
+#include <pybind11/stl.h>
 
 #include <array>
 #include <stdexcept>
@@ -22,18 +24,12 @@ T* at(std::uintptr_t address) {
 }
 
 Matrix matrix(std::uintptr_t data, int dtype, int64_t ld, int64_t rows, int64_t columns) {
-  return {at<const void>(data), static_cast<DType>(dtype), ld, rows, columns};
-}
-
-// Rows of `floats` (6, width): S, top_s, log total_s, top_t, log total_t, delta.
-Normalised normalised(std::uintptr_t floats, int64_t width, std::uintptr_t kind) {
-  const float* of = at<const float>(floats);
-  return {of + width, of + 3 * width, of + 2 * width, of + 4 * width, of + 5 * width, of, at<const int32_t>(kind)};
+  return {at<const void>(data), static_cast<Dtype>(dtype), ld, rows, columns};
 }
 
 }  // namespace
 
-void register_divergence(py::module_& m) {
+void register_cpu(py::module_& m) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   using Address = std::uintptr_t;
 
@@ -68,6 +64,12 @@ void register_divergence(py::module_& m) {
            }),
            py::arg("s"), py::arg("t"), py::arg("ld_s"), py::arg("ld_t"), py::arg("v"), py::arg("width"));
 
+  m.attr("dtypes") = py::dict(py::arg("float32") = static_cast<int>(Dtype::kFloat32),
+                              py::arg("bfloat16") = static_cast<int>(Dtype::kBFloat16),
+                              py::arg("float16") = static_cast<int>(Dtype::kFloat16));
+  m.attr("kinds") =
+      py::dict(py::arg("forward") = static_cast<int>(kForwardKL), py::arg("reverse") = static_cast<int>(kReverseKL),
+               py::arg("jsd") = static_cast<int>(kJSD));
   m.def("isa", [] { return std::string(isa().name); }, "The instruction set in use: avx512, avx2 or portable.");
   m.def(
       "select_isa",
@@ -106,15 +108,18 @@ void register_divergence(py::module_& m) {
   m.def(
       "chunk_measure",
       [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address out,
-         int threads) { chunk_measure(chunk, f, o, normalised(floats, chunk.width, kind), at<double>(out), threads); },
+         int threads) {
+        chunk_measure(chunk, f, o, normalised(at<const float>(floats), chunk.width, at<const int32_t>(kind)),
+                      at<double>(out), threads);
+      },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
       py::arg("out"), py::arg("threads"), released);
   m.def(
       "chunk_gradient",
       [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address live,
          int64_t n_live, int64_t padded, int threads) {
-        chunk_gradient(chunk, f, o, normalised(floats, chunk.width, kind), at<const int32_t>(live), n_live, padded,
-                       threads);
+        chunk_gradient(chunk, f, o, normalised(at<const float>(floats), chunk.width, at<const int32_t>(kind)),
+                       at<const int32_t>(live), n_live, padded, threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
       py::arg("live"), py::arg("n_live"), py::arg("padded"), py::arg("threads"), released);

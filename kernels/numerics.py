@@ -1,10 +1,11 @@
 """What happens to one vocabulary entry, and how sums over entries are kept: shared by every divergence kernel here.
 
     z_s, z_t    a row's logits after bias, scale, softcap and temperature, fp32; -inf: an impossible entry
-    L           log sum exp z, p = exp(z - L), delta = log p_t - log p_s = (z_t - z_s) - (L_t - L_s)
+    L           log sum exp z, p = exp(z - L)
+    gap         z_s - z_t; lse_gap = L_s - L_t; delta = log p_s - log p_t = gap - lse_gap
 
-    forward KL  sum p_t delta                                   d/dz_s = p_s - p_t
-    reverse KL  sum -p_s delta                                  d/dz_s = p_s (-delta - KL)
+    forward KL  sum -p_t delta                                  d/dz_s = p_s - p_t
+    reverse KL  sum p_s delta                                   d/dz_s = p_s (delta - KL)
     JSD(beta)   sum beta p_t log(p_t / m) + (1 - beta) p_s log(p_s / m), m = (1 - beta) p_s + beta p_t
                                                                 d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
 
@@ -12,10 +13,10 @@ Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum 
 the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to the likeliest
 entry's so far, the pivot: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane
 keeps a running maximum of its own (Milakov & Gimelshein 2018): lanes meet once a row instead of once a block. JSD and
-the clip of each entry's term need both L first: a second sweep. So does DIFFERENCE, where z_s - z_t is known better
-than either: the rounding of L would show, so the divergence is summed in a form that has it in second order only, and
-the gradient's sum over the row, which is 0 but for that rounding, is taken off again. `p_s - p_t` is p_t expm1(-delta)
-where the models agree, so that a teacher close to its student costs no digits, and L_t - L_s is formed from
+the clip of each entry's term need both L first: a second sweep. So does DIFFERENCE, where the gap is known better than
+either: the rounding of L would show, so the divergence is summed in a form that has it in second order only, and
+the gradient's sum over the row, which is 0 but for that rounding, is taken off again. `p_s - p_t` is p_t expm1(delta)
+where the models agree, so that a teacher close to its student costs no digits, and lse_gap is formed from
 differences: nothing of size |L| is subtracted.
 
 Triton has no expm1, log1p and tanh outside libdevice, which its interpreter lacks; those here are good to 2 eps.
@@ -28,8 +29,9 @@ from triton.runtime.jit import JITFunction
 # Columns of a row's partial statistics, one set per slice of the vocabulary, and of its finished state.
 MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, PIVOT, LABEL_S, LABEL_T = map(tl.constexpr, range(10))
 N_PARTIAL = 10
-# origin_s, origin_t, 1 / sum_s, 1 / sum_t, L_t - L_s, pivot, mean gap less the pivot, mean slope of the second sweep
-N_STATE = 8
+# A row's finished state: the maxima, 1 / sum exp(z - maximum), L_s - L_t, the pivot, the mean gap less the pivot, and
+# the mean slope of the second sweep. csrc/numerics.h has the same columns.
+ORIGIN_S, ORIGIN_T, INV_SUM_S, INV_SUM_T, LSE_GAP, PIVOT_OF_ROW, MEAN_GAP, MEAN_SLOPE = map(tl.constexpr, range(8))
 
 INF = tl.constexpr(float("inf"))
 REVERSE = tl.constexpr(1)  # as in vigos/divergence/supervision.py
@@ -127,11 +129,10 @@ def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot,
     top_t, total_t, moment_t, held_t, new_t = observe(top_t, total_t, moment_t, z_t)
     held = tl.where(reverse, held_s, held_t)
     new = tl.where(reverse, new_s, new_t)
-    x = tl.where(reverse, apart, -apart)
-    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(x) < INF), x, pivot)
+    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(apart) < INF), apart, pivot)
     # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
     gap = tl.where(held == 0.0, 0.0, held * (gap + total * (pivot - moved)))
-    gap += tl.where(new == 0.0, 0.0, new * (x - moved))
+    gap += tl.where(new == 0.0, 0.0, new * (apart - moved))
     return top_s, total_s, moment_s, top_t, total_t, moment_t, gap, moved
 
 
@@ -163,22 +164,22 @@ def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
 
 
 @triton.jit
-def probabilities(z_s, z_t, gap, origin_s, origin_t, scale_s, scale_t, lse_gap):
-    """(p_s, p_t, delta) from z and gap = z_s - z_t; delta is infinite or NaN where a probability is 0."""
-    return tl.exp(z_s - origin_s) * scale_s, tl.exp(z_t - origin_t) * scale_t, -gap - lse_gap
+def probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap):
+    """(p_s, p_t, delta) from z and the gap; delta is infinite or NaN where a probability is 0."""
+    return tl.exp(z_s - origin_s) * inv_sum_s, tl.exp(z_t - origin_t) * inv_sum_t, gap - lse_gap
 
 
 @triton.jit
 def difference(p_s, p_t, delta):
     """p_s - p_t without cancellation where the two are close."""
-    return tl.where(tl.abs(delta) < 0.7, p_t * expm1(-delta), p_s - p_t)
+    return tl.where(tl.abs(delta) < 0.7, p_t * expm1(delta), p_s - p_t)
 
 
 @triton.jit
 def bregman(p, other, log_ratio):
     """p (r + exp(-r) - 1), r = log(p / other): an entry's term of KL(p || other), plus other - p, whose sum is 0.
 
-    An error of L_t - L_s, which is one of rounding in L, is of second order in the sum.
+    An error of lse_gap, which is one of rounding in L, is of second order in the sum.
     """
     near = tl.where(tl.abs(log_ratio) < 0.7, p * (log_ratio + expm1(-log_ratio)), p * log_ratio + (other - p))
     return tl.where(p == 0.0, other, near)
@@ -188,9 +189,9 @@ def bregman(p, other, log_ratio):
 def mixture_logs(delta, beta):
     """(log(p_s / m), log(p_t / m)); not for delta = +-inf on the side whose probability is 0."""
     e = expm1(-tl.abs(delta))
-    up = delta > 0.0
-    shared = log1p(tl.where(up, 1.0 - beta, beta) * e)
-    return tl.where(up, -delta, 0.0) - shared, tl.where(up, 0.0, delta) - shared
+    down = delta < 0.0
+    shared = log1p(tl.where(down, 1.0 - beta, beta) * e)
+    return tl.where(down, delta, 0.0) - shared, tl.where(down, 0.0, -delta) - shared
 
 
 @triton.jit
@@ -205,9 +206,9 @@ def term(p_s, p_t, delta, kind, beta):
         value = slope + tl.where(p_t == 0.0, 0.0, beta * p_t * log_t)
     else:
         if kind == REVERSE:
-            value = tl.where(p_s == 0.0, 0.0, -p_s * delta)
+            value = tl.where(p_s == 0.0, 0.0, p_s * delta)
         else:
-            value = tl.where(p_t == 0.0, 0.0, p_t * delta)
+            value = tl.where(p_t == 0.0, 0.0, -p_t * delta)
         slope = value
     return value, slope
 
@@ -232,9 +233,9 @@ def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.const
     divergence = tl.where(clipped, entry_clip, value)
     if not CLIP_ENTRIES:
         if kind == 0:
-            divergence = bregman(p_t, p_s, delta)
+            divergence = bregman(p_t, p_s, -delta)
         elif kind == REVERSE:
-            divergence = bregman(p_s, p_t, -delta)
+            divergence = bregman(p_s, p_t, delta)
     return divergence, clipped_slope(slope, p_s, p_t, delta, clipped, kind)
 
 

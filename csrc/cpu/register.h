@@ -1,10 +1,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 namespace vigos {
 
-void register_divergence(pybind11::module_& m);
+// Adds the functions of the CPU engine.
+void register_cpu(pybind11::module_& m);
 
 }  // namespace vigos

@@ -6,11 +6,9 @@
 
 #include <cstdint>
 
-#include "numerics.h"
+#include "../numerics.h"
 
 namespace vigos::cpu {
-
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // From both sides' raw logits to z.
 struct Transforms {
@@ -34,16 +32,38 @@ struct ColumnStatistics {
   double first_s, first_t;  // sum exp(z - top) (z - top)
 };
 
+// Columns of what the second and third visits know of a row, as in vigos/divergence/engines/problem.py.
+struct Known {
+  enum : int { kTopS, kLogSumS, kTopT, kLogSumT, kLseGap, kMeanSlope, kColumns };
+};
+
+// Columns of what rows_forward writes: those, then the row's statistics.
+struct RowOutput {
+  enum : int { kDivergence = Known::kColumns, kEntropyS, kEntropyT, kLseS, kLseT, kColumns };
+};
+
 // What the second and third visits know of each column; arrays of `width` entries.
 struct Normalised {
   const float* top_s;
   const float* top_t;
-  const float* log_total_s;
-  const float* log_total_t;
-  const float* delta;     // lse_s - lse_t
-  const float* gradient;  // S, the sum of a; third visit only
+  const float* log_sum_s;
+  const float* log_sum_t;
+  const float* lse_gap;     // L_s - L_t
+  const float* mean_slope;  // S, the sum of a; third visit only
   const int32_t* kind;
 };
+
+// Rows of `floats` (Known::kColumns, width).
+inline Normalised normalised(const float* floats, int64_t width, const int32_t* kind) {
+  const auto row = [&](int column) { return floats + column * width; };
+  return {row(Known::kTopS),
+          row(Known::kTopT),
+          row(Known::kLogSumS),
+          row(Known::kLogSumT),
+          row(Known::kLseGap),
+          row(Known::kMeanSlope),
+          kind};
+}
 
 // One visit's view of a block of logits: steps x lanes, `lanes` a multiple of 16.
 struct View {
@@ -75,12 +95,12 @@ struct Isa {
   void (*gradient)(const View&, const Transforms&, const Options&, const Normalised&, const float* scale, float* out,
                    int64_t ld_out);
   // Rows of any dtype to and from float32.
-  void (*widen)(const void* from, DType dtype, int64_t n, float* to);
-  void (*narrow)(const float* from, int64_t n, void* to, DType dtype);
+  void (*widen)(const void* from, Dtype dtype, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, void* to, Dtype dtype);
   // Columns of the right operand, B(k, j) = x[j * ld + k], into panels.
   void (*pack_rows)(const float* x, int64_t ld, int64_t k, int64_t n, float* to);
   // Rows of it, B(k, j) = x[k * ld + j] of any dtype, into panels.
-  void (*pack_columns)(const void* x, DType dtype, int64_t ld, int64_t k, int64_t n, float* to);
+  void (*pack_columns)(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* to);
   // Columns of the left operand, A(i, k) = x[k * ld + i], into tiles; room for m + rows - 1 rows.
   void (*pack_tiles)(const float* x, int64_t ld, int64_t k, int64_t m, float* to);
   // c (m, n) = or += A (m, k) @ packed panels, A(i, k) = a[i * ld + k].
@@ -106,12 +126,12 @@ bool select_isa(const char* name);
 // A matrix (rows, columns) of any dtype, columns contiguous.
 struct Matrix {
   const void* data;
-  DType dtype;
+  Dtype dtype;
   int64_t ld;  // elements from one row to the next
   int64_t rows, columns;
 
   const void* at(int64_t row, int64_t column) const {
-    return static_cast<const char*>(data) + (row * ld + column) * (dtype == kFloat32 ? 4 : 2);
+    return static_cast<const char*>(data) + (row * ld + column) * item_size(dtype);
   }
 };
 
@@ -143,13 +163,12 @@ void chunk_gradient(const Chunk& chunk, const Transforms& f, const Options& o, c
                     const int32_t* live, int64_t n_live, int64_t padded, int threads);
 
 // Rows of logits that exist: row r of `n` is student row student_row[r] against teacher row teacher_row[r], over the
-// first v columns. out (n, 11): divergence, S, top_s, log total_s, top_t, log total_t, lse_s - lse_t, the entropies,
-// the lse.
+// first v columns. out (n, RowOutput::kColumns).
 void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
                   const int32_t* kind, int64_t n, int64_t v, const Transforms& f, const Options& o, double* out,
                   int threads);
 // Gradient of each row times scale[r] to row student_row[r] of `out`, columns past v set to 0; added to what is there
-// if `add`. state (n, ld_state): S, top_s, log total_s, top_t, log total_t, delta.
+// if `add`. state (n, ld_state): the columns of Known.
 void rows_backward(const Matrix& student, const Matrix& teacher, const int64_t* student_row, const int64_t* teacher_row,
                    const int32_t* kind, const float* state, int64_t ld_state, const float* scale, int64_t n, int64_t v,
                    const Transforms& f, const Options& o, const Matrix& out, bool add, int threads);
