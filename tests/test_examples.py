@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,37 @@ def test_text_opsd(tmp_path: Path) -> None:
     assert re.search(r"after: \d+% of 100 answers right", out)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(step.get("kl/reference", 0.0) for step in steps) > 0  # the teacher read what the student did not
+
+
+def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
+    """The loop in plain PyTorch and `ViGOSTrainer`: same rollouts, same losses to 1e-6 over four steps."""
+    from torch.utils.data import SequentialSampler
+
+    from vigos import ViGOSConfig, ViGOSTrainer, load_rows
+    from vigos.world import load_base, world_prompts, write_world
+
+    sys.path.insert(0, str(EXAMPLES))
+    from vigos_loop import adapted, train
+
+    class InOrder(ViGOSTrainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    data = write_world(tmp_path / "world", n=32)
+    args = ViGOSConfig(
+        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        learning_rate=3e-4, lr_scheduler_type="constant", max_grad_norm=1.0, seed=7, temperature=1.0, top_p=1.0,
+        top_k=0, max_completion_length=96, lora_r=32, lora_alpha=64, lora_dropout=0.0, token_clip=0.2,
+        report_to=[], use_cpu=True, save_strategy="no", save_merged=False, disable_tqdm=True,
+    )  # fmt: skip
+    model, processor = load_base()
+    trainer = InOrder(model, args, processor, load_rows(data), prompts=world_prompts())
+    trainer.train()
+    wanted = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    model, processor = load_base()
+    losses = train(
+        adapted(model, seed=7), processor, load_rows(data), world_prompts(), objective=args.objective,
+        sampling=args.sampling, steps=4, batch_size=8, learning_rate=3e-4, seed=7,
+    )  # fmt: skip
+    assert losses == pytest.approx(wanted, rel=1e-6)
+    assert len({round(loss, 6) for loss in losses}) == 4, "no two steps alike"
