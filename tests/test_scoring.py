@@ -29,11 +29,12 @@ from helpers.tiny_models import (
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import vigos.scoring.forwards as passes_module
+import vigos.scoring.forwards as forwards_module
 import vigos.scoring.tree_attention as tree_attention
 from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ImageInputs, ScoredSequence
 from vigos.models.vision_cache import VisionCache
+from vigos.scoring.check import TreeCheck
 from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.prefix_tree import PrefixTree, model_input_ids
 from vigos.scoring.teacher import TeacherScorer
@@ -200,12 +201,12 @@ def test_bf16_is_as_close_as_padding():
 def test_wrong_positions_are_wrong(family, monkeypatch):
     """Positions of the pack instead of the path: the comparison above would notice."""
     model, rows = tiny_model(family), MIXED[family]
-    right = passes_module.pack_positions
+    right = forwards_module.pack_positions
     for wrong in (
         lambda base, pack, members: torch.arange(pack.tokens).expand(right(base, pack, members).shape),
         lambda base, pack, members: right(base, pack, members) + (pack.depth > 20),
     ):
-        monkeypatch.setattr(passes_module, "pack_positions", wrong)
+        monkeypatch.setattr(forwards_module, "pack_positions", wrong)
         with torch.no_grad():
             deviation = hidden_states(model, rows, scoring="tree") - hidden_states(model, rows, scoring="separate")
         assert deviation.abs().max() > 1e-2
@@ -215,7 +216,7 @@ def test_one_axis_positions_are_wrong_with_three():
     model, rows = tiny_model("qwen2_5_vl"), MIXED["qwen2_5_vl"]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         exact = hidden_states(model, rows, scoring="tree")
-        patch.setattr(passes_module, "pack_positions", lambda base, pack, members: pack.depth.expand(3, 1, -1))
+        patch.setattr(forwards_module, "pack_positions", lambda base, pack, members: pack.depth.expand(3, 1, -1))
         assert (hidden_states(model, rows, scoring="tree") - exact).abs().max() > 1e-2
 
 
@@ -254,7 +255,7 @@ def test_same_ids_with_different_images(family):
 def test_images_blocks_without_their_limit_are_wrong(monkeypatch):
     """Gemma 3 with a causal mask over its images: the comparison would notice."""
     model, rows = tiny_model("gemma3"), MIXED["gemma3"]
-    monkeypatch.setattr(passes_module, "_block_limits", lambda pack, members, image: pack.depth)
+    monkeypatch.setattr(forwards_module, "_block_limits", lambda pack, members, image: pack.depth)
     with torch.no_grad():
         assert (hidden_states(model, rows) - hidden_states(model, rows, scoring="separate")).abs().max() > 1e-2
 
@@ -325,7 +326,7 @@ def test_nothing_to_score():
 def test_images_of_different_shape_are_refused():
     one, two = (ImageInputs.from_tensors({"pixel_values": torch.zeros(1, 2, 3, n, n)}) for n in (8, 16))
     with pytest.raises(ValueError, match="pixel_values of one batch must agree beyond the second axis"):
-        passes_module.concat_images([one, two])
+        forwards_module.concat_images([one, two])
 
 
 # ---- the teacher ---------------------------------------------------------------------------------------------------
@@ -379,36 +380,77 @@ def test_adapters_that_hide_the_teacher_are_refused():
 def test_verify_first_notices_a_mismatch_and_stops_sharing(monkeypatch):
     model, rows = tiny_model("qwen2_5_vl"), MIXED["qwen2_5_vl"]
     compared = []
-    compare = TeacherScorer._compare
-    monkeypatch.setattr(TeacherScorer, "_compare", lambda self, *a: compared.append(1) or compare(self, *a))
+    compare = TreeCheck._compare
+    monkeypatch.setattr(TreeCheck, "_compare", lambda self, *a: compared.append(1) or compare(self, *a))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         good = TeacherScorer(model)
         for _ in range(2):
             exact = good.score(batch(rows))[0]
-    assert (len(compared), good.scoring, good.verified) == (1, "tree", True)
-    assert good.deviation < 1e-5
+            own = good.check.hidden_states(model, rows, "student").detach()
+    assert (len(compared), good.scoring) == (2, "tree"), "once a side"
+    assert good.check.deviation < 1e-5
 
     always = TeacherScorer(model, verify="always")
     for _ in range(2):
         always.score(batch(rows))
-    assert len(compared) == 3
+    assert len(compared) == 4
 
-    right = passes_module.pack_positions
-    monkeypatch.setattr(passes_module, "pack_positions", lambda *a: right(*a) + (a[1].depth > 8))
+    right = forwards_module.pack_positions
+    monkeypatch.setattr(forwards_module, "pack_positions", lambda *a: right(*a) + (a[1].depth > 8))
     bad = TeacherScorer(model)
-    with pytest.warns(UserWarning, match="does not reproduce Qwen2_5_VL.* going on with scoring='separate'"):
+    with pytest.warns(UserWarning, match=r"Qwen2_5_VL.* \(full attention\): .* of the teacher .*'separate'"):
         hidden, _ = bad.score(batch(rows))
     assert bad.scoring == "separate"
     assert (hidden - exact).abs().max() < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the student follows, without a second warning
+        assert (bad.check.hidden_states(model, rows, "student") - own).abs().max() < 1e-5
     trusting = TeacherScorer(model, verify="never")
     assert (trusting.score(batch(rows))[0] - exact).abs().max() > 1e-2
+
+
+def test_the_teacher_follows_a_student_that_cannot_share(monkeypatch):
+    """The student alone is wrong: its gradients are those of separate forwards, and the teacher leaves the tree."""
+    model, rows = lora(tiny_model("qwen3")), MIXED["qwen3"]
+    model.train()
+    exact = gradients(model, rows, scoring="separate")
+    scorer = TeacherScorer(model)
+    scorer.score(batch(rows))
+    right = forwards_module.pack_positions
+    monkeypatch.setattr(forwards_module, "pack_positions", lambda *a: right(*a) + (a[1].depth > 8))
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="of the student deviate by"):
+        hidden = scorer.check.hidden_states(model, rows, "student")
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4)) / len(hidden)
+    (hidden * upstream).sum().backward()
+    assert model.training
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max((ours[name] - exact[name]).abs().max() for name in exact) < 1e-6
+    assert scorer.scoring == "separate"
+
+
+def test_an_example_with_an_image_is_compared_as_soon_as_there_is_one(monkeypatch):
+    """Gemma 3 with a causal mask over its images: text alone shows nothing, the first image does."""
+    model, rows = tiny_model("gemma3"), MIXED["gemma3"]
+    monkeypatch.setattr(forwards_module, "_block_limits", lambda pack, members, image: pack.depth)
+    text = [s for s in rows if s.prompt.images is None]
+    assert text
+    assert rows[0].prompt.images is not None
+    check = TreeCheck()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check.hidden_states(model, text, "student")
+    assert check.verified("student")
+    with pytest.warns(UserWarning, match="image tokens attend to each other"):
+        check.hidden_states(model, [*text, *rows], "student")
+    assert check.failed
 
 
 def test_verify_waits_for_something_to_compare():
     scorer = TeacherScorer(tiny_model("qwen3"))
     assert scorer.score(batch([]))[0].shape == (0, HIDDEN)
-    assert not scorer.verified
+    assert not scorer.check.verified("teacher")
 
 
 # ---- the vision tower ----------------------------------------------------------------------------------------------

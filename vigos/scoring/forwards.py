@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vigos.method.encode import ImageInputs, ScoredSequence
 from vigos.models.compat import is_stateful
+from vigos.models.families import BLOCKWISE_IMAGES, SHARED_LAYERS, family_of, tree_refusal
 from vigos.models.inputs import concat_images, padded_batch, token_types
 from vigos.models.parts import base_model, image_token_id_of, inner_model, lm_head, token_types_name
 from vigos.scoring.prefix_tree import PrefixPack, PrefixTree, check_sequence, model_input_ids, placeholders
@@ -119,45 +120,28 @@ def _separate_forwards(
 
 # ---- tree: one packed row --------------------------------------------------------------------------------------------
 
-# Families whose image tokens see their whole block, in the layers' masks. Prefixes cover whole images, so they share.
-_BLOCKWISE_IMAGES = ("gemma3",)
-# Families in which a later token changes what an earlier one sees, or images enter by cross-attention.
-_NOT_SHARED = {
-    "paligemma": "its prompt attends to itself in both directions",
-    "mllama": "its images enter by cross-attention",
-    "gemma4": "its image tokens attend to each other",
-    "molmo2": "its image tokens attend to each other",
-    "git": "its image tokens attend to each other",
-}
-_SHARED_LAYERS = ("full_attention", "sliding_attention", "attention")
-
 
 def check_tree(base: Any) -> None:
-    """Refuse models in which the state at a token is more than keys and values of the tokens before it."""
-    config, text = base.config, base.config.get_text_config()
-    name = type(base).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"scoring='tree' needs a decoder-only model, got {name}; use scoring='separate'")
-    reason = _NOT_SHARED.get(config.model_type)
-    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SHARED_LAYERS))
-    if reason is None and other:
-        reason = f"its layers of type {', '.join(other)} carry state that branches cannot share"
-    if reason is None and is_stateful(base):
+    """Refuse models in which the state at a token is more than a shared prefix can give."""
+    reason = tree_refusal(base.config)
+    if reason is None and family_of(base.config) is None and is_stateful(base):
         reason = "it carries recurrent state along the sequence"
     if reason is not None:
-        raise ValueError(f"scoring='tree' cannot share prefixes of {name}: {reason}; use scoring='separate'")
+        raise ValueError(
+            f"scoring='tree' cannot share prefixes of {type(base).__name__}: {reason}; use scoring='separate'"
+        )
 
 
 def _tree_forward(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPack, backend: str) -> Forward:
     def build() -> dict[str, Any]:
         members = [sequences[i] for i in pack.members]
         limit = None
-        if base.config.model_type in _BLOCKWISE_IMAGES and pack.images:
+        if base.config.model_type in BLOCKWISE_IMAGES and pack.images:
             limit = _block_limits(pack, members, image_token_id_of(base))
         plan = TreePlan(pack, backend=backend, device=base.device, limit=limit)
         mask: Any = dummy_mask(base.device)
         if limit is not None:  # these families take their masks by layer type
-            mask = {kind: mask for kind in _SHARED_LAYERS}
+            mask = {kind: mask for kind in SHARED_LAYERS}
         inputs = {"input_ids": pack.ids[None], "position_ids": pack_positions(base, pack, members)}
         if pack.images:
             inputs |= concat_images(pack.images)

@@ -87,7 +87,8 @@ class ViGOSConfig(TrainingArguments):
         "tree", "tree: every distinct prefix runs once; separate: padded batches of whole sequences."
     )
     teacher_verify: Literal["first", "never", "always"] = _option(
-        "first", "When tree scores are compared with separate ones; a mismatch warns and switches to separate."
+        "first",
+        "When tree scores of teacher and student are compared with separate ones; a mismatch warns and switches both.",
     )
     student_scoring: Literal["tree", "separate"] = _option(
         "tree", "As teacher_scoring, for the student's forward and backward."

@@ -35,7 +35,6 @@ from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.supervise import SEGMENTS, TERMS, Rollout, SupervisedBatch, Term, supervise, teacher_prefill
 from vigos.models.parts import lm_head
 from vigos.models.sharding import gathered_head, reshard
-from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import teacher_mode
 
 if TYPE_CHECKING:
@@ -352,9 +351,9 @@ def _logprobs(
     with teacher.weights() if teacher else nullcontext():
         hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
-        own = hidden_states(
-            student, batch.student_sequences, scoring=config.student_scoring, token_budget=scorer.token_budget,
-            dummy=dummy,
+        own = scorer.check.hidden_states(
+            student, batch.student_sequences, "student", scoring=config.student_scoring,
+            token_budget=scorer.token_budget, dummy=dummy,
         )  # fmt: skip
     settings = {"temperature": config.divergence_temperature, "impl": config.impl}
     shared = lm_head(student) is lm_head(scorer.model)

@@ -42,7 +42,6 @@ from vigos.models.parts import base_model, lm_head
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
-from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.adapters import prepare_model
 from vigos.train.checkpoint import (
@@ -229,8 +228,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
         with self.phases("student forward"):
             # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
-            student_hidden = hidden_states(
-                model, batch.student_sequences or [_ONE_TOKEN], scoring=args.student_scoring,
+            student_hidden = self.scorer.check.hidden_states(
+                model, batch.student_sequences or [_ONE_TOKEN], "student", scoring=args.student_scoring,
                 token_budget=self.scorer.token_budget, vision=vision, dummy=dummy,
             )[: None if batch.student_sequences else 0]  # fmt: skip
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
