@@ -73,7 +73,7 @@ FUSION = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Options:
-    """What the row kernels need to know beside the logits. Tensors are (R,)."""
+    """Arguments of the row kernels besides the logits. Tensors are (R,)."""
 
     student_row: Tensor  # int64
     teacher_row: Tensor  # int64
@@ -94,17 +94,17 @@ class Options:
 
     @property
     def clip_of_entries(self) -> float:
-        """inf: none."""
+        """Return the clip of each entry's term, inf without one."""
         return float("inf") if self.entry_clip is None else self.entry_clip
 
     @property
     def transforms(self) -> tuple[float, ...]:
-        """Both transforms as the kernels take them, the student's first."""
+        """Return both transforms as the kernels take them, the student's first."""
         return (*self.student_transform, *self.teacher_transform)
 
     @property
     def softcaps(self) -> dict[str, bool]:
-        """Which sides have a softcap, as the kernels' constants."""
+        """Return which sides have a softcap, as the kernels' constants."""
         return {"SOFTCAP_S": self.student_transform[1] > 0, "SOFTCAP_T": self.teacher_transform[1] > 0}
 
 
@@ -113,7 +113,7 @@ def _load_pair(
     s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
     alpha_t, inner_t, height_t, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """(z_s, z_t, z_s - z_t, dz_s/draw) of a block of columns."""
+    """Load (z_s, z_t, z_s - z_t, dz_s/draw) of a block of columns."""
     mask = offs < V
     wide = offs.to(tl.int64)
     s = tl.load(s_row + wide * stride_sv, mask=mask, other=0.0).to(tl.float32)
@@ -154,12 +154,12 @@ def _stats_kernel(
     last = tl.minimum(first + span, V)
     for start in range(first, last, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
-        z_s, z_t, apart, _ = _load_pair(
+        z_s, z_t, gap_of_entry, _ = _load_pair(
             s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
             alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
         )  # fmt: skip
         top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot = observe_pair(
-            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, apart, reverse
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, gap_of_entry, reverse
         )
     row_gap, row_pivot = merge_gap(
         gap, pivot, tl.where(reverse, top_s, top_t), tl.where(reverse, total_s, total_t), 0
@@ -176,16 +176,16 @@ def _stats_kernel(
     tl.store(out + GAP * stride_pc, row_gap)
     tl.store(out + PIVOT * stride_pc, row_pivot)
     if label_ptr is not None:
-        at = tl.load(label_ptr + r) - vocab_start
-        mine = (at >= first) & (at < last) & (at < vocab)
-        at = tl.where(mine, at, 0).to(tl.int32) + tl.arange(0, 1)
+        label_at = tl.load(label_ptr + r) - vocab_start
+        mine = (label_at >= first) & (label_at < last) & (label_at < vocab)
+        label_at = tl.where(mine, label_at, 0).to(tl.int32) + tl.arange(0, 1)
         z_s, z_t, _, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, at, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+            s_row, t_row, s_bias_ptr, t_bias_ptr, label_at, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
             alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
         )  # fmt: skip
-        here = out + tl.arange(0, 1)
-        tl.store(here + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
-        tl.store(here + LABEL_T * stride_pc, tl.where(mine, z_t, -float("inf")))
+        label_out = out + tl.arange(0, 1)
+        tl.store(label_out + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
+        tl.store(label_out + LABEL_T * stride_pc, tl.where(mine, z_t, -float("inf")))
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _finish_kernel(
     R, S, stride_pc, stride_state,
     LABELS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A row's slices become its statistics, (7, R), and its state."""
+    """Merge a row's slices into its statistics, (7, R), and its state."""
     r = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_S)
     mask = offs < S
@@ -303,7 +303,7 @@ def _grad_kernel(
     BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
     DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Output row i is the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
+    """Write output row i, the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
 
     In place (out = s) is safe: each element is read and written by one program only, the write last.
     """
@@ -336,14 +336,14 @@ def _grad_kernel(
 
 
 def slices(vocab: int) -> int:
-    """S: how many programs share a row of so many real entries."""
+    """Return S, how many programs share a row of so many real entries."""
     return max(1, triton.cdiv(vocab, SPAN))
 
 
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
-    """(10, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
+    """Compute (10, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
     n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
@@ -360,7 +360,7 @@ def row_partials(
 
 
 def finish(partial: Tensor, options: Options, state: Tensor) -> Tensor:
-    """(7, R) statistics in the order of `vigos.divergence.engines.problem.Statistics`; writes `state` (R, 8)."""
+    """Return (7, R) statistics in the order of `vigos.divergence.engines.problem.Statistics`; writes `state` (R, 8)."""
     _, n, splits = partial.shape
     labels = options.labels is not None
     stats = torch.empty(7 if labels else 5, n, dtype=torch.float32, device=partial.device)
@@ -376,7 +376,7 @@ def second_partials(
     student: Tensor, teacher: Tensor, options: Options, state: Tensor, student_bias: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """(2, R, S) sums of the second sweep: the divergence and the mean slope. Rows that need none are left unwritten."""
+    """Compute (2, R, S) sums of the second sweep, divergence and mean slope; rows that need none are not written."""
     n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
     partial = torch.empty(2, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
@@ -391,7 +391,7 @@ def second_partials(
 
 
 def finish_second(partial: Tensor, options: Options, state: Tensor, stats: Tensor) -> None:
-    """Writes the divergence of the rows that needed a second sweep into `stats`, their mean slope into `state`."""
+    """Write the divergence of the rows that needed a second sweep into `stats`, their mean slope into `state`."""
     _, n, splits = partial.shape
     if n > 0:
         _second_finish_kernel[(n,)](
@@ -405,7 +405,7 @@ def row_grad(
     student: Tensor, teacher: Tensor, options: Options, state: Tensor, row_grad: Tensor, order: Tensor, offsets: Tensor,
     out: Tensor, student_bias: Tensor | None, teacher_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes out[i] (V,) = sum of row_grad[r] * d divergence[r] / d raw student logits.
+    """Write out[i] (V,) = sum of row_grad[r] * d divergence[r] / d raw student logits.
 
     The sum is over r in order[offsets[i]:offsets[i + 1]].
 

@@ -1,4 +1,4 @@
-"""What happens to one vocabulary entry, and how sums over entries are kept: shared by every divergence kernel here.
+"""Mathematics of one vocabulary entry, and running sums over entries, for the divergence kernels.
 
     z_s, z_t    a row's logits after bias, scale, softcap and temperature, fp32; -inf: an impossible entry
     L           log sum exp z, p = exp(z - L)
@@ -40,7 +40,7 @@ JSD = tl.constexpr(2)
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1; below 0.7 its Taylor polynomial, whose remainder there is under 2**-26 of the value."""
+    """Return exp(x) - 1; below 0.7 its Taylor polynomial, whose remainder there is under 2**-26 of the value."""
     y = x * (1.0 / 362880.0) + (1.0 / 40320.0)
     y = y * x + (1.0 / 5040.0)
     y = y * x + (1.0 / 720.0)
@@ -54,14 +54,14 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), x > -1: the rounding of 1 + x is undone by the factor (Goldberg 1991, theorem 4)."""
+    """Return log(1 + x), x > -1: the rounding of 1 + x is undone by the factor (Goldberg 1991, theorem 4)."""
     w = 1.0 + x
     return tl.where((w == 1.0) | (w == INF), x, tl.log(w) * (x / (w - 1.0)))
 
 
 @triton.jit
 def tanh_and_slope(x):
-    """(tanh(x), its derivative), both good near 0 and near +-1."""
+    """Return (tanh(x), its derivative), both good near 0 and near +-1."""
     a = -2.0 * tl.abs(x)
     e = expm1(a)
     y = -e / (2.0 + e)
@@ -71,7 +71,7 @@ def tanh_and_slope(x):
 
 @triton.jit
 def transform(raw, bias, alpha, inner, height, SOFTCAP: tl.constexpr):
-    """(z, dz/draw): height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
+    """Return (z, dz/draw): height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
     x = raw + bias
     if SOFTCAP:
         y, slope = tanh_and_slope(x * inner)
@@ -85,66 +85,66 @@ def transform_pair(
     raw_s, raw_t, bias_s, bias_t, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """(z_s, z_t, z_s - z_t, dz_s/draw).
+    """Return (z_s, z_t, z_s - z_t, dz_s/draw).
 
     DIFFERENCE: raw_s is given as raw_s - raw_t and both transforms are the same, and the gap keeps its digits.
     """
     if DIFFERENCE:
-        apart = raw_s + (bias_s - bias_t)
+        raw_gap = raw_s + (bias_s - bias_t)
         raw_s = raw_t + raw_s
     z_s, slope = transform(raw_s, bias_s, alpha_s, inner_s, height_s, SOFTCAP_S)
     z_t, _ = transform(raw_t, bias_t, alpha_t, inner_t, height_t, SOFTCAP_T)
     gap = z_s - z_t
     if DIFFERENCE:
         if SOFTCAP_S:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
-            near, _ = tanh_and_slope(apart * inner_s)
-            gap = tl.where(tl.abs(apart) < INF, near * (1.0 - (z_s / height_s) * (z_t / height_s)) * height_s, gap)
+            near, _ = tanh_and_slope(raw_gap * inner_s)
+            gap = tl.where(tl.abs(raw_gap) < INF, near * (1.0 - (z_s / height_s) * (z_t / height_s)) * height_s, gap)
         else:
-            gap = apart * alpha_s
+            gap = raw_gap * alpha_s
     return z_s, z_t, gap, slope
 
 
 @triton.jit
 def observe(top, total, moment, z):
-    """A side after one more entry in each lane, and the factors (of what a lane held, of the new entry) it used."""
+    """Add an entry to each lane of a side; return the side and the factors of the old sums and of the new entry."""
     a = z - top
-    up = a > 0.0  # also the first entry above -inf, where the factor of what was held is exp(-inf) = 0
+    up = a > 0.0  # also the first entry above -inf, where the factor of the old sums is exp(-inf) = 0
     t = tl.exp(-tl.abs(a))
-    held = tl.where(up, t, 1.0)
+    keep = tl.where(up, t, 1.0)
     new = tl.where(up, 1.0, tl.where(z == -INF, 0.0, t))
     moved = tl.where(t == 0.0, 0.0, t * (moment - total * a))
     moment = tl.where(up, moved, moment + tl.where(new == 0.0, 0.0, new * a))
-    return tl.where(up, z, top), total * held + new, moment, held, new
+    return tl.where(up, z, top), total * keep + new, moment, keep, new
 
 
 @triton.jit
-def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, apart, reverse):
-    """Both sides, the gap and its pivot after one more entry in each lane, whose z_s - z_t is `apart`.
+def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, z_gap, reverse):
+    """Add an entry to each lane of both sides, the gap and its pivot; `z_gap` is the entry's z_s - z_t.
 
     `reverse`: the student weights the gap.
     """
     total = tl.where(reverse, total_s, total_t)
     top = tl.where(reverse, top_s, top_t)
-    top_s, total_s, moment_s, held_s, new_s = observe(top_s, total_s, moment_s, z_s)
-    top_t, total_t, moment_t, held_t, new_t = observe(top_t, total_t, moment_t, z_t)
-    held = tl.where(reverse, held_s, held_t)
+    top_s, total_s, moment_s, keep_s, new_s = observe(top_s, total_s, moment_s, z_s)
+    top_t, total_t, moment_t, keep_t, new_t = observe(top_t, total_t, moment_t, z_t)
+    keep = tl.where(reverse, keep_s, keep_t)
     new = tl.where(reverse, new_s, new_t)
-    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(apart) < INF), apart, pivot)
+    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(z_gap) < INF), z_gap, pivot)
     # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
-    gap = tl.where(held == 0.0, 0.0, held * (gap + total * (pivot - moved)))
-    gap += tl.where(new == 0.0, 0.0, new * (apart - moved))
+    gap = tl.where(keep == 0.0, 0.0, keep * (gap + total * (pivot - moved)))
+    gap += tl.where(new == 0.0, 0.0, new * (z_gap - moved))
     return top_s, total_s, moment_s, top_t, total_t, moment_t, gap, moved
 
 
 @triton.jit
 def lift(top, highest):
-    """Factor that takes a lane's sums from its own maximum to the highest one; 0 for a lane that saw nothing."""
+    """Return the factor that rescales a lane's sums to the highest maximum; 0 for a lane that saw nothing."""
     return tl.where(top == -INF, 0.0, tl.exp(top - highest))
 
 
 @triton.jit
 def merge_side(top, total, moment, axis: tl.constexpr):
-    """Lanes of one side along `axis` become one: (top, total, moment)."""
+    """Merge the lanes of one side along `axis` into (top, total, moment)."""
     highest = tl.max(top, axis, keep_dims=True)
     f = lift(top, highest)
     shift = tl.where(f == 0.0, 0.0, top - highest)
@@ -155,7 +155,7 @@ def merge_side(top, total, moment, axis: tl.constexpr):
 
 @triton.jit
 def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
-    """(gap, pivot) of all lanes; `top` and `total` are those of the side that weights the gap."""
+    """Merge all lanes into (gap, pivot); `top` and `total` are those of the side that weights the gap."""
     highest = tl.max(top, axis, keep_dims=True)
     f = lift(top, highest)
     common = tl.max(tl.where(top == highest, pivot, -INF), axis, keep_dims=True)
@@ -165,19 +165,19 @@ def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
 
 @triton.jit
 def probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap):
-    """(p_s, p_t, delta) from z and the gap; delta is infinite or NaN where a probability is 0."""
+    """Return (p_s, p_t, delta) from z and the gap; delta is infinite or NaN where a probability is 0."""
     return tl.exp(z_s - origin_s) * inv_sum_s, tl.exp(z_t - origin_t) * inv_sum_t, gap - lse_gap
 
 
 @triton.jit
 def difference(p_s, p_t, delta):
-    """p_s - p_t without cancellation where the two are close."""
+    """Return p_s - p_t without cancellation where the two are close."""
     return tl.where(tl.abs(delta) < 0.7, p_t * expm1(delta), p_s - p_t)
 
 
 @triton.jit
 def bregman(p, other, log_ratio):
-    """p (r + exp(-r) - 1), r = log(p / other): an entry's term of KL(p || other), plus other - p, whose sum is 0.
+    """Return p (r + exp(-r) - 1), r = log(p / other): an entry's term of KL(p || other) plus other - p, of sum 0.
 
     An error of lse_gap, which is one of rounding in L, is of second order in the sum.
     """
@@ -187,7 +187,7 @@ def bregman(p, other, log_ratio):
 
 @triton.jit
 def mixture_logs(delta, beta):
-    """(log(p_s / m), log(p_t / m)); not for delta = +-inf on the side whose probability is 0."""
+    """Return (log(p_s / m), log(p_t / m)); not for delta = +-inf on the side whose probability is 0."""
     e = expm1(-tl.abs(delta))
     down = delta < 0.0
     shared = log1p(tl.where(down, 1.0 - beta, beta) * e)
@@ -196,9 +196,9 @@ def mixture_logs(delta, beta):
 
 @triton.jit
 def term(p_s, p_t, delta, kind, beta):
-    """(the entry's term of the divergence, p_s times its derivative to p_s, for reverse KL less p_s).
+    """Return (the entry's term of the divergence, p_s times its derivative to p_s, for reverse KL less p_s).
 
-    What is taken off sums to 1 and drops out of the gradient. Forward KL has no use for the second.
+    The p_s that is subtracted sums to 1 and drops out of the gradient. Forward KL has no use for the second.
     """
     if kind == JSD:
         log_s, log_t = mixture_logs(delta, beta)
@@ -215,7 +215,7 @@ def term(p_s, p_t, delta, kind, beta):
 
 @triton.jit
 def clipped_slope(slope, p_s, p_t, delta, clipped, kind):
-    """What an entry gives to its logit's gradient before p_s times the row's sum of it is taken off."""
+    """Return an entry's part of its logit's gradient, before p_s times the row's sum is subtracted."""
     if kind == 0:
         g = tl.where(clipped, p_s, difference(p_s, p_t, delta))
     elif kind == REVERSE:
@@ -227,7 +227,7 @@ def clipped_slope(slope, p_s, p_t, delta, clipped, kind):
 
 @triton.jit
 def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr):
-    """What an entry adds to (divergence, mean slope) in the second sweep."""
+    """Return what an entry adds to (divergence, mean slope) in the second sweep."""
     value, slope = term(p_s, p_t, delta, kind, beta)
     clipped = value > entry_clip
     divergence = tl.where(clipped, entry_clip, value)
@@ -243,7 +243,7 @@ def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.const
 def slope_of(
     gap, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr
 ):  # fmt: skip
-    """d divergence / d z_s."""
+    """Return d divergence / d z_s."""
     if CLIP_ENTRIES:
         value, slope = term(p_s, p_t, delta, kind, beta)
         g = clipped_slope(slope, p_s, p_t, delta, value > entry_clip, kind) - p_s * mean_slope

@@ -52,12 +52,12 @@ def _chunk_elements(device: torch.device) -> int:
 
 
 def why_not(problem: LinearProblem) -> str | None:
-    """It runs everything."""
+    """Return None: this engine runs everything."""
     return None
 
 
 def logits_why_not(problem: LogitsProblem) -> str | None:
-    """It runs everything."""
+    """Return None: this engine runs everything."""
     return None
 
 
@@ -103,7 +103,7 @@ def _pair(
 
 
 def _normaliser(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: the maximum, sum of exp(z - maximum) and the entropy of softmax(z)."""
+    """Return for each row the maximum, sum of exp(z - maximum) and the entropy of softmax(z)."""
     top = all_reduce(z.amax(-1), group, "max")
     shifted = z - torch.where(top == -INF, 0.0, top)[:, None]
     e = shifted.exp()
@@ -112,7 +112,7 @@ def _normaliser(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Ten
 
 
 def _expm1_plus(a: Tensor) -> Tensor:
-    """exp(-a) - 1 + a for a >= 0, to rounding also where a is small."""
+    """Return exp(-a) - 1 + a for a >= 0, to rounding also where a is small."""
     last = 16 if a.dtype == torch.float64 else 9  # the first term left out is under a rounding at 0.5
     series = torch.full_like(a, 1 / math.factorial(last))
     negative = -a
@@ -153,7 +153,7 @@ def _terms(pair: _Pair, known: Tensor) -> _Terms:
 
 
 def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
-    """p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
+    """Return p (expm1(-gap) + gap) of each entry for the side that weights, without the cancellation for small gaps."""
     a = terms.delta.abs()
     fall, second_order = torch.expm1(-a), _expm1_plus(a)
     # The weighting side's probability is the larger one, or the smaller one.
@@ -166,7 +166,7 @@ def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
 
 
 def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
-    """(divergence's terms, the student's share of them)."""
+    """Return (the divergence's terms, the student's share of them)."""
     a = terms.delta.abs()
     other = (1 - beta) + (2 * beta - 1) * terms.student_larger.to(a.dtype)  # the mixture's weight of the smaller one
     to_mixture = torch.log1p(other * torch.expm1(-a))
@@ -177,7 +177,7 @@ def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
-    """(terms of the divergence, a), (C, V) each."""
+    """Return (terms of the divergence, a), (C, V) each."""
     clip = rows.entry_clip
     if kind == JSD:
         u, a = _jsd_terms(terms, rows.beta)
@@ -195,7 +195,7 @@ def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _slopes(terms: _Terms, kind: int, rows: Rows) -> Tensor:
-    """`a` by itself."""
+    """Return `a` alone."""
     if kind == FORWARD_KL and rows.entry_clip is None:
         return terms.difference
     if kind == REVERSE_KL and rows.entry_clip is None:
@@ -204,7 +204,7 @@ def _slopes(terms: _Terms, kind: int, rows: Rows) -> Tensor:
 
 
 def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tuple[Statistics, Tensor]:
-    """Statistics of a chunk and what its gradient needs, (C, KNOWN)."""
+    """Return the statistics of a chunk and what its gradient needs, (C, KNOWN)."""
     top_s, total_s, entropy_s = _normaliser(pair.z_s, rows.group)
     top_t, total_t, entropy_t = _normaliser(pair.z_t, rows.group)
     lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
@@ -221,9 +221,9 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
     if labels is not None:
         local = labels - rows.vocab_start
         mine = (local >= 0) & (local < pair.z_s.shape[-1])
-        at = local.clamp(0, pair.z_s.shape[-1] - 1)[:, None]
+        column = local.clamp(0, pair.z_s.shape[-1] - 1)[:, None]
         for i, (z, lse) in enumerate(((pair.z_s, lse_s), (pair.z_t, lse_t))):
-            picked = torch.where(mine, z.gather(1, at).squeeze(1), 0.0)
+            picked = torch.where(mine, z.gather(1, column).squeeze(1), 0.0)
             logprobs[i] = all_reduce(picked, rows.group) - lse
     statistics = Statistics(sums[0], entropy_s, entropy_t, lse_s, lse_t, *logprobs)
     known[:, MEAN_SLOPE] = sums[1]
@@ -231,7 +231,7 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
 
 
 def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
-    """d divergence / d raw student logits of a chunk, (C, V)."""
+    """Return d divergence / d raw student logits of a chunk, (C, V)."""
     terms, mean_slope = _terms(pair, state), state[:, MEAN_SLOPE]
     out = torch.zeros_like(pair.z_s)
     for value in (FORWARD_KL, REVERSE_KL, JSD):
@@ -243,19 +243,19 @@ def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
 
 
 def _padded(index: Tensor, width: int) -> Tensor:
-    """`index` with its last entry repeated up to `width`."""
+    """Return `index` with its last entry repeated up to `width`."""
     return torch.cat([index, index[-1:].expand(width - index.shape[0])])
 
 
-def _store(into: Statistics, at: slice, chunk: Statistics) -> None:
-    n = at.stop - at.start
+def _store(into: Statistics, chunk_slice: slice, chunk: Statistics) -> None:
+    n = chunk_slice.stop - chunk_slice.start
     for name, value in vars(chunk).items():
         if value is not None:
-            getattr(into, name)[at] = value[:n]
+            getattr(into, name)[chunk_slice] = value[:n]
 
 
 def forward(problem: LinearProblem) -> LinearResult:
-    """Statistics of every row; gradients of the rows through which the loss has one."""
+    """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     dtype, device, r = problem.compute_dtype, problem.device, problem.n_rows
     v, d = problem.student_weight.shape
     statistics = Statistics.empty(problem)
@@ -283,10 +283,10 @@ def forward(problem: LinearProblem) -> LinearResult:
             out[:, part] = hidden @ head[part].to(dtype).T
         return out
 
-    for at in chunks(r, width):
-        rows_s, rows_t = (_padded(index[at], width) for index in (problem.student_row, problem.teacher_row))
-        kind = _padded(problem.kind[at], width)
-        labels = None if problem.labels is None else _padded(problem.labels[at], width)
+    for chunk_slice in chunks(r, width):
+        rows_s, rows_t = (_padded(index[chunk_slice], width) for index in (problem.student_row, problem.teacher_row))
+        kind = _padded(problem.kind[chunk_slice], width)
+        labels = None if problem.labels is None else _padded(problem.labels[chunk_slice], width)
         hidden, teacher = problem.student_hidden[rows_s].to(dtype), problem.teacher_hidden[rows_t].to(dtype)
         raw_t = project(teacher, head_t)
         if problem.teacher_weight is None:  # rounding relative to the difference, which the gradient is made of
@@ -298,11 +298,11 @@ def forward(problem: LinearProblem) -> LinearResult:
         pair = _pair(problem, difference, raw_s, raw_t, bias_s, bias_t)
         del difference, raw_s, raw_t
         measured, state = _measure(problem, pair, kind, labels)
-        _store(statistics, at, measured)
+        _store(statistics, chunk_slice, measured)
         if not need:
             continue
-        n = at.stop - at.start
-        chunk_rows = replace(problem, weight=problem.weight[at], clip=problem.clip[at])
+        n = chunk_slice.stop - chunk_slice.start
+        chunk_rows = replace(problem, weight=problem.weight[chunk_slice], clip=problem.clip[chunk_slice])
         live = live_rows(chunk_rows, measured.divergence[:n])
         if not live.any():
             continue
@@ -314,8 +314,8 @@ def forward(problem: LinearProblem) -> LinearResult:
             drow = torch.zeros(width, d, dtype=dtype, device=device)
             for part in chunks(v, v if head_s.dtype == dtype else block):
                 drow.addmm_(dlogits[:, part], head_s[part].to(dtype))
-            result.drow[at], result.computed[at] = drow[:n], live
-        weighted = dlogits[:n] * torch.where(live, problem.weight[at], 0.0)[:, None].to(dtype)
+            result.drow[chunk_slice], result.computed[chunk_slice] = drow[:n], live
+        weighted = dlogits[:n] * torch.where(live, problem.weight[chunk_slice], 0.0)[:, None].to(dtype)
         if result.dweight is not None:
             result.dweight.addmm_(weighted.T, hidden[:n].masked_fill(~live[:, None], 0.0))
         if result.dbias is not None:
@@ -332,20 +332,20 @@ def _logits_pair(problem: LogitsProblem, rows_s: Tensor, rows_t: Tensor) -> _Pai
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
-    """Statistics of every row, chunk by chunk."""
+    """Compute the statistics of every row, chunk by chunk."""
     r, v = problem.n_rows, problem.student_logits.shape[1]
     statistics = Statistics.empty(problem)
     state = torch.zeros(r, STATE, dtype=problem.compute_dtype, device=problem.device)
-    for at in chunks(r, max(1, _chunk_elements(problem.device) // v)):
-        pair = _logits_pair(problem, problem.student_row[at], problem.teacher_row[at])
-        labels = None if problem.labels is None else problem.labels[at]
-        measured, state[at, :KNOWN] = _measure(problem, pair, problem.kind[at], labels)
-        _store(statistics, at, measured)
+    for chunk_slice in chunks(r, max(1, _chunk_elements(problem.device) // v)):
+        pair = _logits_pair(problem, problem.student_row[chunk_slice], problem.teacher_row[chunk_slice])
+        labels = None if problem.labels is None else problem.labels[chunk_slice]
+        measured, state[chunk_slice, :KNOWN] = _measure(problem, pair, problem.kind[chunk_slice], labels)
+        _store(statistics, chunk_slice, measured)
     return LogitsResult(statistics, state)
 
 
 def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+    """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits, if no row of them is supervised twice. Rows with row_grad 0 are not read.
     """
@@ -356,8 +356,8 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     if not in_place:
         out.zero_()
     active = (row_grad != 0).nonzero().squeeze(1)
-    for at in chunks(active.shape[0], max(1, _chunk_elements(problem.device) // v)):
-        r = active[at]
+    for chunk_slice in chunks(active.shape[0], max(1, _chunk_elements(problem.device) // v)):
+        r = active[chunk_slice]
         pair = _logits_pair(problem, problem.student_row[r], problem.teacher_row[r])
         dlogits = (_dlogits(problem, pair, problem.kind[r], state[r]) * row_grad[r][:, None]).to(out.dtype)
         if in_place:

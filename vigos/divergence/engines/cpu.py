@@ -57,13 +57,13 @@ def _why_not(device: torch.device, tensors: list[Tensor]) -> str | None:
 
 
 def why_not(problem: LinearProblem) -> str | None:
-    """It needs the extension and CPU tensors of at most 32 bits."""
+    """Return why it cannot run, or None: it needs the extension and CPU tensors of at most 32 bits."""
     tensors = [problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_weight]
     return _why_not(problem.device, [x for x in tensors if x is not None])
 
 
 def logits_why_not(problem: LogitsProblem) -> str | None:
-    """The same, and the whole vocabulary in one place."""
+    """Return why it cannot run, or None: as `why_not`, and the vocabulary must not be sharded."""
     if problem.group is not None:
         return "its kernel for logits visits a row in one go and cannot wait for other ranks; the reference engine can"
     return _why_not(problem.device, [problem.student_logits, problem.teacher_logits])
@@ -97,7 +97,7 @@ class _Transforms:
 
 
 def _matrix(x: Tensor) -> object:
-    """`_C.Matrix` of a tensor whose columns are contiguous."""
+    """Return the `_C.Matrix` of a tensor whose columns are contiguous."""
     return _c().Matrix(x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape)
 
 
@@ -113,16 +113,18 @@ class _Head:
         self.real, self.d = real, weight.shape[1]
 
     def project(self, x: Tensor, out: Tensor) -> None:
-        """out (real, n) = head @ x.T for float32 x (n, D) and out, columns contiguous."""
+        """Write out (real, n) = head @ x.T for float32 x (n, D) and out, columns contiguous."""
         start = 0
         for part in self.parts:
             part = part.contiguous() if part.stride(1) != 1 else part
-            to = out[start : start + part.shape[0]]
-            _c().project(_matrix(part), x.data_ptr(), x.stride(0), x.shape[0], to.data_ptr(), out.stride(0), _threads())
+            dest = out[start : start + part.shape[0]]
+            _c().project(
+                _matrix(part), x.data_ptr(), x.stride(0), x.shape[0], dest.data_ptr(), out.stride(0), _threads()
+            )
             start += part.shape[0]
 
     def backproject(self, g: Tensor, out: Tensor) -> None:
-        """out (l, D) = g.T @ head for float32 g (real, l)."""
+        """Write out (l, D) = g.T @ head for float32 g (real, l)."""
         start, rest = 0, out
         for i, part in enumerate(self.parts):
             part = part.contiguous() if part.stride(1) != 1 else part
@@ -136,7 +138,7 @@ class _Head:
 
 
 def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
-    """From (6, width) sums to lse_s, lse_t, both entropies and the first KNOWN - 1 columns of what is known."""
+    """Turn (6, width) sums into lse_s, lse_t, both entropies and the first KNOWN - 1 columns of what is known."""
     tops, rest = sums[:2], sums[2:].view(2, 2, -1)
     if rows.group is not None:
         most = all_reduce(tops.clone(), rows.group, "max")
@@ -153,7 +155,7 @@ def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
 
 
 def forward(problem: LinearProblem) -> LinearResult:
-    """Statistics of every row; gradients of the rows through which the loss has one."""
+    """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     c = _c()
     r, d = problem.n_rows, problem.student_weight.shape[1]
     v = problem.student_weight.shape[0]
@@ -189,8 +191,8 @@ def forward(problem: LinearProblem) -> LinearResult:
     known = torch.zeros(KNOWN, width)
     kind = torch.zeros(width, dtype=torch.int32)
     chunk = c.Chunk(logits.data_ptr(), logits.data_ptr() + 4 * width, logits.stride(0), logits.stride(0), real, width)
-    for at in chunks(r, width):
-        rows, n = order[at], at.stop - at.start
+    for block in chunks(r, width):
+        rows, n = order[block], block.stop - block.start
         hidden_s[:n] = problem.student_hidden[problem.student_row[rows]]
         hidden_t[:n] = problem.teacher_hidden[problem.teacher_row[rows]]
         kind[:n] = problem.kind[rows]
@@ -268,18 +270,18 @@ def forward(problem: LinearProblem) -> LinearResult:
 
 
 def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, difference: bool) -> Tensor:
-    """(2, n) float64: both sides' z of each row's label, 0 where another rank holds it (and summed over the ranks)."""
+    """Return (2, n) float64: both sides' z of each row's label, summed over the ranks that share the vocabulary."""
     n, width = labels.shape[0], logits.shape[1] // 2
-    at = labels - problem.vocab_start
-    mine = (at >= 0) & (at < logits.shape[0])
+    local = labels - problem.vocab_start
+    mine = (local >= 0) & (local < logits.shape[0])
     out = torch.zeros(2, n, dtype=torch.float64)
     columns = torch.arange(n)[mine]
-    raws = [logits[at[mine], columns + side * width].double() for side in (0, 1)]
+    raws = [logits[local[mine], columns + side * width].double() for side in (0, 1)]
     if difference:
         raws[0] += raws[1]
     sides = ((problem.student_bias, problem.student_transform), (problem.teacher_bias, problem.teacher_transform))
     for side, (bias, transform) in enumerate(sides):
-        raw = raws[side] if bias is None else raws[side] + bias[at[mine]].double()
+        raw = raws[side] if bias is None else raws[side] + bias[local[mine]].double()
         out[side, mine] = transform(raw)
     return all_reduce(out, problem.group)
 
@@ -288,14 +290,14 @@ def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, differ
 
 
 def _rows_of(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(matrix with contiguous columns, row index into it): `x` itself if its columns are contiguous, else a copy."""
+    """Return (a matrix with contiguous columns, row index into it): `x` itself if it has them, else a copy."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x, index
     return x[index].contiguous(), torch.arange(index.shape[0])
 
 
 def _row_blocks(problem: LogitsProblem, rows: Tensor) -> list[Tensor]:
-    """`rows` in one piece, or in pieces that may be copied."""
+    """Return `rows` as one block, or in blocks small enough to be copied."""
     tensors = (problem.student_logits, problem.teacher_logits)
     if all(x.stride(1) == 1 or x.shape[1] == 1 for x in tensors):
         return [rows]
@@ -303,7 +305,7 @@ def _row_blocks(problem: LogitsProblem, rows: Tensor) -> list[Tensor]:
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
-    """Statistics of every row; a row is read twice, the second time from a cache."""
+    """Compute the statistics of every row; a row is read twice, the second time from a cache."""
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
     out = torch.empty(r, KNOWN + 5, dtype=torch.float64)  # what is known, divergence, entropies, lse
@@ -334,7 +336,7 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
 
 
 def _rounds(index: Tensor) -> list[Tensor]:
-    """Positions of `index` in groups within which no value repeats: one group if none does."""
+    """Return the positions of `index` in groups within which no value repeats: one group if none does."""
     if index.unique().shape[0] == index.shape[0]:
         return [torch.arange(index.shape[0])]
     order = torch.argsort(index, stable=True)
@@ -347,7 +349,7 @@ def _rounds(index: Tensor) -> list[Tensor]:
 
 
 def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dlogits (N, V) in the logits' dtype. `out` may be the student's logits; rows with row_grad 0 are not read."""
+    """Return dlogits (N, V) in the logits' dtype. `out` may be the student's logits; row_grad 0: not read."""
     c = _c()
     logits = problem.student_logits
     target = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
@@ -359,24 +361,25 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     v = problem.local_vocab(logits.shape[1])
     for i, round_ in enumerate(_rounds(problem.student_row[active])):
         for rows in _row_blocks(problem, active[round_]):
-            student, at = _rows_of(logits, problem.student_row[rows])
+            student, source_row = _rows_of(logits, problem.student_row[rows])
             teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
             copied = student is not logits
-            to = torch.empty_like(student, memory_format=torch.contiguous_format) if copied else target
+            written = torch.empty_like(student, memory_format=torch.contiguous_format) if copied else target
             kinds, states, scale = (
                 problem.kind[rows].int(),
                 state[rows].contiguous(),
                 row_grad[rows].float().contiguous(),
             )
             c.rows_backward(
-                _matrix(student), _matrix(teacher), at.contiguous().data_ptr(), teacher_row.contiguous().data_ptr(),
-                kinds.data_ptr(), states.data_ptr(), STATE, scale.data_ptr(), len(rows), v, transform.native, options,
-                _matrix(to), i > 0 and not copied, _threads(),
+                _matrix(student), _matrix(teacher), source_row.contiguous().data_ptr(),
+                teacher_row.contiguous().data_ptr(), kinds.data_ptr(), states.data_ptr(), STATE,
+                scale.data_ptr(), len(rows), v, transform.native, options, _matrix(written),
+                i > 0 and not copied, _threads(),
             )  # fmt: skip
             if copied and i > 0:
-                target[problem.student_row[rows]] += to
+                target[problem.student_row[rows]] += written
             elif copied:
-                target[problem.student_row[rows]] = to
+                target[problem.student_row[rows]] = written
     quiet = torch.ones(logits.shape[0], dtype=torch.bool)
     quiet[problem.student_row[active]] = False
     target[quiet] = 0

@@ -1,4 +1,4 @@
-"""What an engine is given and what it gives back. Everything here was checked in `vigos.divergence.api`."""
+"""Problems that engines are given and results that they return; everything was checked in `vigos.divergence.api`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Rows:
 
     @property
     def n_rows(self) -> int:
-        """R."""
+        """R, the number of pairs."""
         return self.student_row.shape[0]
 
     @property
@@ -103,7 +103,7 @@ class Rows:
         return self.student_transform == self.teacher_transform
 
     def local_vocab(self, v: int) -> int:
-        """How many of the `v` entries held here are real ones."""
+        """Return how many of this rank's `v` entries are real ones."""
         return max(0, min(v, self.vocab_size - self.vocab_start))
 
 
@@ -136,7 +136,7 @@ class LinearProblem(Rows):
 
     @property
     def device(self) -> torch.device:
-        """Where everything lies."""
+        """The device of all tensors."""
         return self.student_hidden.device
 
 
@@ -154,7 +154,7 @@ class LogitsProblem(Rows):
 
     @property
     def device(self) -> torch.device:
-        """Where everything lies."""
+        """The device of all tensors."""
         return self.student_logits.device
 
 
@@ -172,14 +172,14 @@ class Statistics:
 
     @classmethod
     def empty(cls, rows: LinearProblem | LogitsProblem) -> Statistics:
-        """Room for `rows`; every element is to be written."""
+        """Allocate statistics of `rows`; every element is to be written."""
         fields = [torch.empty(rows.n_rows, dtype=rows.compute_dtype, device=rows.device) for _ in range(7)]
         return cls(*fields[:5], *(fields[5:] if rows.labels is not None else (None, None)))
 
 
 @dataclass
 class LinearResult:
-    """What `forward` of an engine returns for a `LinearProblem`.
+    """Result of an engine's `forward` for a `LinearProblem`.
 
     Attributes:
         statistics: of all R rows.
@@ -200,7 +200,7 @@ class LinearResult:
 
 @dataclass
 class LogitsResult:
-    """What `logits_forward` returns: the statistics, and whatever `logits_backward` needs of them.
+    """Result of `logits_forward`: the statistics, and whatever `logits_backward` needs of them.
 
     Attributes:
         state: (R, STATE) in the compute dtype, opaque to everyone but the engine, which may leave columns unused.
@@ -211,12 +211,12 @@ class LogitsResult:
 
 
 def live_rows(rows: Rows, divergence: Tensor) -> Tensor:
-    """bool (R,): rows through which the loss has a gradient. A NaN divergence counts, so that it is seen."""
+    """Return the rows with a gradient of the loss, bool (R,). A NaN divergence counts, so that it is seen."""
     return (rows.weight != 0) & ~(divergence > rows.clip)
 
 
 def chunk_width(n: int, most: int, multiple: int = 16) -> int:
-    """One width for all chunks of `n` rows: at most about `most`, a multiple of `multiple`, as even as it gets.
+    """Return one width for all chunks of `n` rows: at most about `most`, a multiple of `multiple`, as even as it gets.
 
     Every chunk is padded to it: a matrix product of another shape may round differently, and a row's result must not
     depend on which rows share its chunk.
@@ -226,13 +226,13 @@ def chunk_width(n: int, most: int, multiple: int = 16) -> int:
 
 
 def chunks(n: int, width: int) -> Iterator[slice]:
-    """Slices that cover range(n)."""
+    """Yield slices that cover range(n)."""
     for start in range(0, n, width):
         yield slice(start, min(start + width, n))
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None, op: str = "sum") -> Tensor:
-    """Reduced over the ranks that share the vocabulary, in place; nothing without a group."""
+    """Reduce over the ranks that share the vocabulary, in place; nothing without a group."""
     if group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
     return x

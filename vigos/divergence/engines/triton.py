@@ -50,7 +50,7 @@ SLAB_ELEMENTS = 16 << 20
 
 
 def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
-    """What both Triton engines need of tensors and machine."""
+    """Return what tensors or machine lack for Triton's kernels, or None."""
     try:
         from vigos.kernels.numerics import INTERPRETED
     except ModuleNotFoundError as error:
@@ -63,17 +63,17 @@ def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
 
 
 def why_not(problem: LinearProblem) -> str | None:
-    """None if this engine runs `problem`."""
+    """Return why this engine cannot run `problem`, or None."""
     return device_why_not(problem)
 
 
 def logits_why_not(problem: LogitsProblem) -> str | None:
-    """None if this engine runs `problem`."""
+    """Return why this engine cannot run `problem`, or None."""
     return device_why_not(problem)
 
 
 def takes_difference(problem: LinearProblem) -> bool:
-    """Whether the student's logits are (student - teacher) @ head: fp32 products of one head with one transform.
+    """Return whether the student's logits are (student - teacher) @ head: fp32 products of one head with one transform.
 
     Rounding then is relative to the difference, which the gradient is made of. In 16 bits that of the operands is the
     larger error, and the difference would have to be rounded to 16 bits again.
@@ -83,7 +83,7 @@ def takes_difference(problem: LinearProblem) -> bool:
 
 
 def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
-    """The row kernels' view of `rows` whose `v` columns are held here."""
+    """Return the row kernels' view of `rows`, of which this rank has `v` columns."""
     from vigos.kernels.divergence import Options
 
     return Options(
@@ -95,14 +95,14 @@ def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
     )  # fmt: skip
 
 
-def of_rows(options: Options, at: slice, student_row: Tensor, teacher_row: Tensor) -> Options:
-    """The part `at` of the rows, whose logits lie at other places."""
-    labels = None if options.labels is None else options.labels[at]
-    return replace(options, student_row=student_row, teacher_row=teacher_row, kind=options.kind[at], labels=labels)
+def of_rows(options: Options, block: slice, student_row: Tensor, teacher_row: Tensor) -> Options:
+    """Select the rows of `block`, whose logits are rows `student_row` and `teacher_row` of the chunk."""
+    labels = None if options.labels is None else options.labels[block]
+    return replace(options, student_row=student_row, teacher_row=teacher_row, kind=options.kind[block], labels=labels)
 
 
 def of_all_ranks(partial: Tensor, rows: Rows, slices: int) -> Tensor:
-    """Every rank's slices side by side, in rank order: all ranks then merge the same numbers in the same order.
+    """Gather every rank's slices in rank order, so that all ranks merge the same numbers in the same order.
 
     `slices`: how many the largest possible shard has.
     """
@@ -123,7 +123,7 @@ def measure(
     rows: Rows, options: Options, student: Tensor, teacher: Tensor, student_bias: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Statistics (5 or 7, R) and state (R, STATE) of rows whose logits exist."""
+    """Compute statistics (5 or 7, R) and state (R, STATE) of rows whose logits exist."""
     from vigos.kernels import divergence as kernels
 
     state = torch.zeros(options.n_rows, STATE, dtype=torch.float32, device=student.device)
@@ -137,32 +137,32 @@ def measure(
 
 
 def statistics_of(stats: Tensor, labels: bool) -> Statistics:
-    """(5 or 7, R) rows of a tensor as what they are."""
+    """Return the rows of a tensor (5 or 7, R) as named statistics."""
     fields = [row.clone() for row in stats]  # outputs of an operator must not share memory
     return Statistics(*fields[:5], *(fields[5:7] if labels else (None, None)))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in fp32, whatever the operands are: 16-bit ones of one dtype are not converted on a GPU."""
+    """Write out = a @ b in fp32, whatever the operands are: 16-bit ones of one dtype are not converted on a GPU."""
     if a.dtype == b.dtype == torch.float32:
         torch.mm(a, b, out=out)
     elif a.dtype == b.dtype and a.is_cuda:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         a = a.float()
-        for at in chunks(b.shape[1], max(1, SLAB_ELEMENTS // max(1, b.shape[0]))):
-            out[:, at] = a @ b[:, at].float()
+        for block in chunks(b.shape[1], max(1, SLAB_ELEMENTS // max(1, b.shape[0]))):
+            out[:, block] = a @ b[:, block].float()
 
 
 def all_take_part(rows: Rows) -> bool:
-    """Whether every row's gradient is computed without asking which are live."""
+    """Return whether every row's gradient is computed, without asking which rows are live."""
     if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # type: ignore[attr-defined]
         return True
     return not bool(((rows.clip < math.inf) | (rows.weight == 0)).any())
 
 
 def half_scale(options: Options, state: Tensor) -> Tensor:
-    """(R,) powers of two that keep a row's gradient inside fp16 and most of it above fp16's 6e-8.
+    """Return (R,) powers of two that keep a row's gradient inside fp16 and most of it above fp16's 6e-8.
 
     |d KL(student || teacher) / dz| = p |log p/q - KL| <= 2 KL + 2/e, because sum p |log p/q| <= KL + 2/e; the other
     divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
@@ -176,7 +176,7 @@ def half_scale(options: Options, state: Tensor) -> Tensor:
 
 
 class Gradients:
-    """What a chunked engine accumulates: the rows' hidden gradients, the head's and the bias's.
+    """Accumulator of a chunked engine: the rows' hidden gradients, the head's and the bias's.
 
     Attributes:
         drow: (R, D) fp32 or None. computed: (R,) bool. dweight: (V, D) fp32 or None. dbias: (V,) fp32 or None.
@@ -201,12 +201,12 @@ class Gradients:
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
         self.filled = 0
 
-    def add(self, z: Tensor, options: Options, state: Tensor, divergence: Tensor, at: slice) -> None:
-        """Takes the gradients of a chunk's live rows; multiplies whenever `width` of them have come together."""
+    def add(self, z: Tensor, options: Options, state: Tensor, divergence: Tensor, block: slice) -> None:
+        """Add the gradients of a chunk's live rows; multiplies whenever `width` of them have come together."""
         from vigos.kernels import divergence as kernels
 
         problem = self.problem
-        live, factor = self.live(options, state, divergence, at)
+        live, factor = self.live(options, state, divergence, block)
         rows = self.offsets[: options.n_rows] if self.everyone else live.nonzero().squeeze(1)
         while rows.shape[0] > 0:
             n = min(self.width - self.filled, rows.shape[0])
@@ -215,16 +215,16 @@ class Gradients:
                 z, z, options, state, factor, now, self.offsets[: n + 1],
                 self.dlogits[self.filled : self.filled + n], problem.student_bias, problem.teacher_bias,
             )  # fmt: skip
-            self.waiting.append((now + at.start, factor[now]))
+            self.waiting.append((now + block.start, factor[now]))
             self.filled += n
             if self.filled == self.width:
                 self.flush()
 
-    def live(self, options: Options, state: Tensor, divergence: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        """(which rows of the chunk have a gradient, what their dlogits is multiplied by; 0 for the others)."""
-        weight, clip = self.problem.weight[at], self.problem.clip[at]
+    def live(self, options: Options, state: Tensor, divergence: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Return (which rows of the chunk have a gradient, the factor of their dlogits; 0 for the others)."""
+        weight, clip = self.problem.weight[block], self.problem.clip[block]
         live = (weight != 0) & ~(divergence > clip)  # a NaN divergence counts, so that it is seen
-        self.computed[at] = live
+        self.computed[block] = live
         if self.head:
             factor = weight
         else:
@@ -232,7 +232,7 @@ class Gradients:
         return live, torch.where(live, factor, 0.0)
 
     def flush(self) -> None:
-        """The products of what waits in `dlogits`."""
+        """Multiply what waits in `dlogits`."""
         if self.filled == 0:
             return
         problem, n = self.problem, self.filled
@@ -254,7 +254,7 @@ class Gradients:
             self.dbias += dlogits[:n].sum(0, dtype=torch.float32)
 
     def into(self, result: LinearResult) -> None:
-        """The last products, and everything where the caller looks for it."""
+        """Finish the products and put all gradients into `result`."""
         self.flush()
         result.drow, result.dweight, result.dbias = self.drow, self.dweight, self.dbias
         if result.drow is not None:
@@ -263,7 +263,7 @@ class Gradients:
 
 
 def gradient_dtype(problem: LinearProblem) -> torch.dtype:
-    """Of dlogits: the head's own, except fp16 with a head to train.
+    """Return the dtype of dlogits: the head's, except fp16 with a head to train.
 
     fp16 needs a power of two a row to hold small gradients, which the sum over rows of a head's gradient cannot undo.
     """
@@ -273,17 +273,17 @@ def gradient_dtype(problem: LinearProblem) -> torch.dtype:
 
 
 def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """dweight (V, D) fp32 += dlogits.T @ hidden, a slab of the vocabulary at a time: the sum over chunks stays fp32."""
+    """Add dlogits.T @ hidden to dweight (V, D) fp32, a slab of the vocabulary at a time; the sum stays fp32."""
     slab = max(1, SLAB_ELEMENTS // hidden.shape[1])
     scratch = torch.empty(min(slab, dweight.shape[0]), hidden.shape[1], dtype=torch.float32, device=dweight.device)
-    for at in chunks(dweight.shape[0], slab):
-        part = scratch[: at.stop - at.start]
-        product(dlogits[:, at].T, hidden, part)
-        dweight[at] += part
+    for block in chunks(dweight.shape[0], slab):
+        part = scratch[: block.stop - block.start]
+        product(dlogits[:, block].T, hidden, part)
+        dweight[block] += part
 
 
 def _width(problem: LinearProblem) -> int:
-    """Rows a chunk; the same on every rank that holds a shard."""
+    """Return the rows of a chunk; the same on every rank that holds a shard."""
     v = problem.student_weight.shape[0]
     if problem.group is not None:
         v = math.ceil(problem.vocab_size / problem.group.size())
@@ -292,14 +292,14 @@ def _width(problem: LinearProblem) -> int:
 
 
 def padded(index: Tensor, width: int) -> Tensor:
-    """`index` with its last entry repeated up to `width`: every product has the same shape."""
+    """Return `index` with its last entry repeated up to `width`: every product has the same shape."""
     return torch.cat([index, index[-1:].expand(width - index.shape[0])])
 
 
-def _project(problem: LinearProblem, at: slice, width: int, z: Tensor) -> None:
-    """Student logits, or theirs less the teacher's, into z[:width], teacher logits into z[width:]."""
-    student = problem.student_hidden[padded(problem.student_row[at], width)]
-    teacher = problem.teacher_hidden[padded(problem.teacher_row[at], width)]
+def _project(problem: LinearProblem, block: slice, width: int, z: Tensor) -> None:
+    """Write student logits, or theirs less the teacher's, to z[:width] and teacher logits to z[width:]."""
+    student = problem.student_hidden[padded(problem.student_row[block], width)]
+    teacher = problem.teacher_hidden[padded(problem.teacher_row[block], width)]
     if takes_difference(problem):
         product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z)
     elif problem.teacher_weight is None:
@@ -310,7 +310,7 @@ def _project(problem: LinearProblem, at: slice, width: int, z: Tensor) -> None:
 
 
 def forward(problem: LinearProblem) -> LinearResult:
-    """Statistics of every row; gradients of the rows through which the loss has one."""
+    """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     r, v, device = problem.n_rows, problem.student_weight.shape[0], problem.device
     labels = problem.labels is not None
     stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
@@ -318,16 +318,16 @@ def forward(problem: LinearProblem) -> LinearResult:
     width = _width(problem)
     gradients = Gradients(problem, width) if need else None
     if r > 0:
-        whole = options_of(problem, v, difference=takes_difference(problem))
+        all_rows = options_of(problem, v, difference=takes_difference(problem))
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
         index = torch.arange(2 * width, device=device)
-        for at in chunks(r, width):
-            n = at.stop - at.start
-            options = of_rows(whole, at, index[:n], index[width : width + n])
-            _project(problem, at, width, z)
-            stats[:, at], state = measure(problem, options, z, z, problem.student_bias, problem.teacher_bias)
+        for block in chunks(r, width):
+            n = block.stop - block.start
+            options = of_rows(all_rows, block, index[:n], index[width : width + n])
+            _project(problem, block, width, z)
+            stats[:, block], state = measure(problem, options, z, z, problem.student_bias, problem.teacher_bias)
             if gradients is not None:
-                gradients.add(z, options, state, stats[0, at], at)
+                gradients.add(z, options, state, stats[0, block], block)
     result = LinearResult(statistics_of(stats, labels))
     if gradients is not None:
         gradients.into(result)
@@ -335,14 +335,14 @@ def forward(problem: LinearProblem) -> LinearResult:
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
-    """Statistics of every row, from logits where they lie."""
+    """Compute the statistics of every row from logits, in place."""
     options = options_of(problem, problem.student_logits.shape[1])
     stats, state = measure(problem, options, problem.student_logits, problem.teacher_logits, None, None)
     return LogitsResult(statistics_of(stats, problem.labels is not None), state)
 
 
 def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over repeated rows.
+    """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits, repeated rows or not. Rows with row_grad 0 are not read.
     """
