@@ -1,4 +1,4 @@
-"""A step with its rollouts sampled one step ahead (`async_rollout=1`) and without, as the rollout server gets slower.
+"""A step with its rollouts sampled one step ahead (`async_rollout`) and without, as the rollout server gets slower.
 
     python bench/async_rollout.py
 
@@ -87,8 +87,9 @@ def train(folder: Path, port: int, steps: int, rows: int, ahead: int) -> list[di
     config = ViGOSConfig(
         output_dir=str(folder / f"{port}-{ahead}"), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
         max_steps=steps + 2, per_device_train_batch_size=rows, gradient_accumulation_steps=1, lora_dropout=0.0,
-        max_completion_length=64, save_merged=False, completion_steps=0, teacher_verify="never", async_rollout=ahead,
-        rollout_engine="server", rollout_url=f"http://127.0.0.1:{port}/v1", rollout_model="base",
+        max_completion_length=64, save_merged=False, completion_steps=0, teacher_verify="never",
+        async_rollout=bool(ahead),
+        rollout_engine="server", vllm_server_base_url=f"http://127.0.0.1:{port}/v1", rollout_model="base",
     )  # fmt: skip
     data = list(load_rows(write_world(folder / "world", "train", n=rows, seed=0))) * (steps + 2)
     trainer = ViGOSTrainer(model, config, processor, data, prompts=world_prompts())

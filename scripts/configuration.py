@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,22 @@ This page is written by `scripts/configuration.py` from the help texts of the da
 def page() -> str:
     """The whole page."""
     parts = [HEAD, "\n## Model and data\n", _table(dataclasses.fields(Source), Source)]
-    for title, names in sections():
+    for title, text, names in sections():
         own = [f for f in dataclasses.fields(ViGOSConfig) if f.name in names]
-        parts += [f"\n## {title}\n", _table(own, ViGOSConfig)]
+        parts += [f"\n## {title}\n\n{text}\n", _table(own, ViGOSConfig)]
     parts += ["\n## Presets\n", "\nA preset fills the options that were left unset.\n\n", _presets()]
     return "".join(parts)
 
 
-def sections() -> list[tuple[str, list[str]]]:
-    """The headings in the source of `ViGOSConfig`, and the fields under each."""
-    found: list[tuple[str, list[str]]] = []
-    for line in inspect.getsource(ViGOSConfig).splitlines():
+def sections() -> list[tuple[str, str, list[str]]]:
+    """List the groups in the source of `ViGOSConfig`: heading, the comment below it, and the fields."""
+    found: list[tuple[str, str, list[str]]] = []
+    lines = inspect.getsource(ViGOSConfig).splitlines()
+    for line, below in itertools.pairwise(lines):
         if heading := re.fullmatch(r"    # --- (.+) ---", line):
-            found.append((heading[1], []))
+            found.append((heading[1], below.strip().removeprefix("# "), []))
         elif (name := re.match(r"    (\w+): ", line)) and found:
-            found[-1][1].append(name[1])
+            found[-1][2].append(name[1])
     return found
 
 

@@ -137,14 +137,14 @@ def ran(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Watch
 def test_rollouts_come_from_the_weights_of_one_step_before(ran: tuple[Watched, Ends, Path], server: Server) -> None:
     """Token by token what the model at hand writes from those weights; an epoch's first step has its own."""
     engine, ends, _ = ran
-    assert sorted(engine.rollouts) == list(range(STEPS))
+    assert sorted(engine.written) == list(range(STEPS))
     asked = server.asked("ran")
     differ = 0
     for step in range(STEPS):
         first = step % EPOCH == 0
         old = step if first else step - 1
-        assert engine.rollouts[step] == sampled_here(engine, step, engine.weights[old]), step
-        differ += not first and engine.rollouts[step] != sampled_here(engine, step, engine.weights[step])
+        assert engine.written[step] == sampled_here(engine, step, engine.weights[old]), step
+        differ += not first and engine.written[step] != sampled_here(engine, step, engine.weights[step])
         mine = [entry for entry in asked if entry["seed"] in engine.requests[step].seeds]
         assert len(mine) == len(engine.requests[step].rows)
         names = {entry["model"] for entry in mine}
@@ -165,7 +165,7 @@ def test_the_same_run_twice_is_the_same_run(ran: tuple[Watched, Ends, Path], ser
     shutil.rmtree(folder / "again", ignore_errors=True)
     again = build(folder / "again", server.url("delay-0.05,again"))
     again.train()
-    assert again.rollouts == engine.rollouts
+    assert again.rollouts == engine.written
     assert logs_of(again) == logs_of(engine)
     assert any(log.get("rows/skipped") == 1 for log in logs_of(engine))
     skipped = [[json.loads(line) for line in (folder / run / "skipped.jsonl").open()] for run in ("run", "again")]
@@ -225,7 +225,11 @@ def test_a_step_takes_the_longer_of_the_two_not_their_sum(server: Server, tmp_pa
     took, found = {}, {}
     for ahead in (0, 1):
         engine = build(
-            tmp_path / str(ahead), server.url(f"delay-0.6,worth-{ahead}"), Slow(0.6), max_steps=4, async_rollout=ahead
+            tmp_path / str(ahead),
+            server.url(f"delay-0.6,worth-{ahead}"),
+            Slow(0.6),
+            max_steps=4,
+            async_rollout=bool(ahead),
         )
         engine.train()
         found[ahead] = [log for log in engine.state.log_history if "loss" in log]
@@ -346,7 +350,7 @@ def test_a_server_that_fails_ends_the_run_as_it_does_without(server: Server, tmp
         behaviour = f"refuses-at-7,fails-{ahead}"  # in the fourth step, whether a bad row came before or not
         run = tmp_path / str(ahead)
         engine = build(
-            run, server.url(behaviour), async_rollout=ahead, save_strategy="steps", save_steps=1, max_steps=5
+            run, server.url(behaviour), async_rollout=bool(ahead), save_strategy="steps", save_steps=1, max_steps=5
         )
         with pytest.raises(RolloutServerError, match=r"chat/completions refused: status 400: .*enough of it") as error:
             engine.train()
@@ -387,35 +391,35 @@ def test_an_epoch_that_is_broken_off_leaves_nothing_behind(server: Server, tmp_p
 
     engine = build(tmp_path, server.url("broken-off"), After(2, end))
     engine.train()
-    assert sorted(engine.rollouts) == list(range(2 + EPOCH))
-    assert engine.rollouts[2] == sampled_here(engine, 2, engine.weights[2])
-    assert engine.rollouts[3] == sampled_here(engine, 3, engine.weights[2])
+    assert sorted(engine.written) == list(range(2 + EPOCH))
+    assert engine.written[2] == sampled_here(engine, 2, engine.weights[2])
+    assert engine.written[3] == sampled_here(engine, 3, engine.weights[2])
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [2, -1, "1", 0.5])
-def test_nothing_but_0_and_1(wrong: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"async_rollout must be 0 or 1 \(steps ahead\), got {wrong!r}"):
+@pytest.mark.parametrize("wrong", [1, 0, "1", None])
+def test_nothing_but_true_and_false(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"async_rollout must be True or False, got {wrong!r}"):
         ViGOSConfig(output_dir=str(tmp_path), use_cpu=True, async_rollout=wrong)
 
 
 @pytest.mark.parametrize("texts", [None, [VALID_A]], ids=["generate", "another of its kind"])
 def test_an_engine_without_weights_of_its_own_is_refused(texts: list[str] | None, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"async_rollout must be 0 with an engine that samples from the model .* got 1"
+        ValueError, match=r"async_rollout must be false with an engine that samples from the model .* got true"
     ):
-        trainer(tiny_student(), config(tmp_path, async_rollout=1), rows(2), texts=texts)
+        trainer(tiny_student(), config(tmp_path, async_rollout=True), rows(2), texts=texts)
 
 
 def test_nor_put_in_its_place_later(tmp_path: Path) -> None:
-    options = {"rollout_engine": "server", "rollout_url": "http://127.0.0.1:9/v1", "rollout_model": "base"}
-    engine = trainer(tiny_student(), config(tmp_path, async_rollout=1, max_steps=3, **options), rows(8))
+    options = {"rollout_engine": "server", "vllm_server_base_url": "http://127.0.0.1:9/v1", "rollout_model": "base"}
+    engine = trainer(tiny_student(), config(tmp_path, async_rollout=True, max_steps=3, **options), rows(8))
     from helpers.training import ScriptedEngine
 
     engine.rollouts.engine = ScriptedEngine([VALID_A])
-    with pytest.raises(ValueError, match=r"async_rollout must be 0 with .* got 1 with ScriptedEngine"):
+    with pytest.raises(ValueError, match=r"async_rollout must be false with .* got true with ScriptedEngine"):
         engine.train()
 
 

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 import vigos
 from vigos.method.objective import PRESETS, choices_of
-from vigos.train.config import ViGOSConfig
+from vigos.train.config import RENAMED, ViGOSConfig
 
 OWN = [f for f in fields(ViGOSConfig) if f.name in ViGOSConfig.__annotations__]
 
@@ -81,6 +81,8 @@ def test_misspelt_word_is_an_error_with_a_suggestion(tmp_path: Path, name: str, 
         {"rollout_batch_size": -2},
         {"rollout_batch_size": 0},
         {"max_prompt_length": -1},
+        {"max_prompt_length": None},
+        {"vllm_gpu_memory_utilization": 0.0},
         {"lora_target_modules": []},
         {"completion_steps": -1},
         {"token_budget": 0},
@@ -93,6 +95,13 @@ def test_number_out_of_range_is_named(tmp_path: Path, options: dict[str, object]
         ValueError, match=rf"(?:{name}|n) must .*got {'none' if value == [] else re.escape(str(value))}"
     ):
         make(tmp_path, **options)
+
+
+def test_an_option_that_was_renamed_says_its_name(tmp_path: Path) -> None:
+    for old, name in RENAMED.items():
+        assert name in {f.name for f in OWN}
+        with pytest.raises(ValueError, match=f"unknown option '{old}': it is called '{name}'"):
+            make(tmp_path, **{old: None})
 
 
 def test_combinations_that_cannot_run(tmp_path: Path) -> None:

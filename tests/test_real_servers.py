@@ -364,8 +364,8 @@ def test_training_on_vllm_is_training(make: Any, ahead: int, servable: str, tmp_
     if isinstance(engine, VLLMEngine):
         options = {"rollout_engine": "vllm"}
     else:
-        options = {"rollout_engine": "server", "rollout_url": engine.url}
-    found, trainer = train(tmp_path / "vllm", rows, rollout_model=servable, async_rollout=ahead, **options)
+        options = {"rollout_engine": "server", "vllm_server_base_url": engine.url}
+    found, trainer = train(tmp_path / "vllm", rows, rollout_model=servable, async_rollout=bool(ahead), **options)
     try:
         assert type(trainer.rollouts.engine) is type(engine)
         assert trainer.rollouts.engine.model == ("vigos-1" if ahead else "vigos-2")

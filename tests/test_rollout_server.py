@@ -156,15 +156,15 @@ def test_the_key_is_sent_and_never_shown(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollout_engine": "server", "rollout_model": "m"}, r"rollout_url must be given"),
-        ({"rollout_engine": "server", "rollout_url": "http://x/v1"}, r"rollout_model must be given"),
+        ({"rollout_engine": "server", "rollout_model": "m"}, r"vllm_server_base_url must be given"),
+        ({"rollout_engine": "server", "vllm_server_base_url": "http://x/v1"}, r"rollout_model must be given"),
         (
-            {"rollout_engine": "server", "rollout_url": "http://x/v1", "rollout_model": "m", "lora": False},
+            {"rollout_engine": "server", "vllm_server_base_url": "http://x/v1", "rollout_model": "m", "lora": False},
             r"lora must be true with rollout_engine='server'",
         ),
         ({"rollout_engine": "vllm"}, r"rollout_model must be given with rollout_engine='vllm'"),
         ({"rollout_engine": "vllm", "rollout_model": "m", "lora": False}, r"lora must be true with .*'vllm'"),
-        ({"rollout_memory": 1.5}, r"rollout_memory must be in \(0, 1\], got 1.5"),
+        ({"vllm_gpu_memory_utilization": 1.5}, r"vllm_gpu_memory_utilization must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_mistakes(options: dict[str, Any], message: str, tmp_path: Path) -> None
 def test_prompts_without_a_chat_are_refused(base: tuple[Any, Any], port: int) -> None:
     with pytest.raises(ValueError, match=r"prompts must come from encode_prompt"):
         engine(base, port, "good").generate([EncodedPrompt(torch.tensor([1, 2]), None, None)], SAMPLING, 0)
-    with pytest.raises(ValueError, match=r"rollout_url must start with http"):
+    with pytest.raises(ValueError, match=r"vllm_server_base_url must start with http"):
         ServerEngine("localhost:8000", "m", None, eos_token_ids=(1,))
 
 
@@ -228,7 +228,7 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
 
     wanted, _ = train(tmp_path / "local")
     url = f"http://127.0.0.1:{port}/train/v1"
-    found, trainer = train(tmp_path / "served", rollout_engine="server", rollout_url=url, rollout_model="base")
+    found, trainer = train(tmp_path / "served", rollout_engine="server", vllm_server_base_url=url, rollout_model="base")
     assert found == wanted
     assert trainer.rollouts.engine.model == "vigos-2"
     ours = [name for name, path in seen(port)["adapters"].items() if path.startswith(str(tmp_path))]

@@ -55,15 +55,18 @@ class Watched(ViGOSTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.requests: dict[int, Request] = {}
-        self.rollouts: dict[int, list[list[int]]] = {}
+        self.written: dict[int, list[list[int]]] = {}
         self.weights: dict[int, dict[str, Tensor]] = {}
         super().__init__(*args, **kwargs)
+        parse = self.rollouts._rollouts
 
-    def _rollouts(self, request: Request, completions: Sequence[Tensor]) -> Any:
-        self.requests[request.step] = request
-        self.rollouts[request.step] = [ids.tolist() for ids in completions]
-        self.weights[request.step] = trained(self)
-        return super()._rollouts(request, completions)
+        def watched(request: Request, completions: Sequence[Tensor]) -> Any:
+            self.requests[request.step] = request
+            self.written[request.step] = [ids.tolist() for ids in completions]
+            self.weights[request.step] = trained(self)
+            return parse(request, completions)
+
+        self.rollouts._rollouts = watched  # type: ignore[method-assign]
 
 
 def trained(engine: ViGOSTrainer) -> dict[str, Tensor]:
@@ -80,8 +83,8 @@ def build(folder: Path, url: str, *callbacks: TrainerCallback, **options: Any) -
         "clip_mode": "none", "max_grad_norm": 0.0, "max_completion_length": 16, "temperature": 1.0, "top_k": 0,
         "top_p": 1.0, "lora_r": 2, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"],
         "save_merged": False, "impl": "reference", "completion_steps": 0, "grade_rollouts": False, "teacher": "ema",
-        "ema_decay": 0.5, "rollout_engine": "server", "rollout_url": url, "rollout_model": "base",
-        "rollout_retries": 0, "async_rollout": 1,
+        "ema_decay": 0.5, "rollout_engine": "server", "vllm_server_base_url": url, "rollout_model": "base",
+        "rollout_retries": 0, "async_rollout": True,
     }  # fmt: skip
     model, processor = load_base()
     args = ViGOSConfig(**(defaults | options))
@@ -123,7 +126,7 @@ def kill_at_random(folder: Path, url: str) -> dict[str, Any]:
         after = last_checkpoint(run)
         assert after is not None
         restarts_from.append(step_of(after))
-        ahead += json.loads((after / "vigos_state-0.json").read_text())["rollouts"] is not None
+        ahead += json.loads((after / "vigos_state-0.json").read_text())["rollouts"]["completions"] is not None
     ended = wait(child(lambda: resume(build(run, url, **SAVED)), log))
     return {"kills": kills, "restarts_from": restarts_from, "with_rollouts": ahead, "exit_code": ended}
 
@@ -134,7 +137,10 @@ def stopped(folder: Path, url: str) -> dict[str, Any]:
     late = {**SAVED, "save_steps": 100}
     here = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     first = wait(child(lambda: resume(build(run, url, here, **late)), log))
-    found = {path.name: json.loads((path / "vigos_state-0.json").read_text())["rollouts"] for path in checkpoints(run)}
+    found = {
+        path.name: json.loads((path / "vigos_state-0.json").read_text())["rollouts"]["completions"]
+        for path in checkpoints(run)
+    }
     second = wait(child(lambda: resume(build(run, url, **late)), log))
     return {"exit_codes": [first, second], "checkpoints": found}
 

@@ -1,8 +1,8 @@
-"""Rollouts one step ahead of training (`async_rollout=1`): while a step trains, a server samples those of the next.
+"""Rollouts one step ahead of training (`async_rollout=True`): while a step trains, a server samples those of the next.
 
     y_k: the rollouts that step k trains on; w_k: the weights after k steps
-    async_rollout=0    y_1 from w_0, train 1, y_2 from w_1, train 2, y_3 from w_2, train 3, …
-    async_rollout=1    y_1 from w_0, then train 1 beside y_2 from w_0, train 2 beside y_3 from w_1, …
+    async_rollout=False   y_1 from w_0, train 1, y_2 from w_1, train 2, y_3 from w_2, train 3, …
+    async_rollout=True    y_1 from w_0, then train 1 beside y_2 from w_0, train 2 beside y_3 from w_1, …
 
 What this is, exactly. The loss of step k on its rollouts y is, either way,
 
@@ -80,8 +80,8 @@ def check_engine(engine: RolloutEngine) -> None:
     """Refuse an engine that does not own its weights."""
     if not engine.owns_weights:
         raise ValueError(
-            "async_rollout must be 0 with an engine that samples from the model in training, whose weights the "
-            f"optimizer would change under it, got 1 with {type(engine).__name__}; take rollout_engine='server' (or "
+            "async_rollout must be false with an engine that samples from the model in training, whose weights the "
+            f"optimizer would change under it, got true with {type(engine).__name__}; take rollout_engine='server' (or "
             "'vllm'), which is sent the adapter"
         )
 

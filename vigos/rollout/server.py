@@ -83,7 +83,7 @@ class ServerEngine(RolloutEngine):
         timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
     ) -> None:  # fmt: skip
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"rollout_url must start with http:// or https://, got {url!r}")
+            raise ValueError(f"vllm_server_base_url must start with http:// or https://, got {url!r}")
         if not model:
             raise ValueError("rollout_model must be the model's name on the server, got an empty one")
         if concurrency < 1 or timeout <= 0 or retries < 0:

@@ -17,19 +17,30 @@ from transformers import TrainingArguments
 from vigos.method.objective import PRESETS, Objective, check_choices
 from vigos.rollout.engine import Sampling
 
+# Options that had another name before 0.1.0.
+RENAMED = {
+    "rollout_url": "vllm_server_base_url",
+    "rollout_memory": "vllm_gpu_memory_utilization",
+    "invalid_rows": "invalid_rollouts",
+}
+
 
 def _option(default: Any, help: str) -> Any:
-    """A dataclass field with its one line of help; argparse reads the text, so it must not hold a per cent sign."""
+    """Return a dataclass field with its line of help, which must not hold a per cent sign: argparse reads it."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(repr=False)  # the inherited one masks tokens
 class ViGOSConfig(TrainingArguments):
-    """Options of `vigos.ViGOSTrainer`. Fields not named here are those of `transformers.TrainingArguments`."""
+    """Hold the options of `vigos.ViGOSTrainer`; those not named here are `transformers.TrainingArguments`'s.
 
-    # --- The method ---
+    In all of them 0 turns a thing off (a limit, a record), and None leaves it to what the help text says.
+    """
+
+    # --- The loss ---
+    # Which teacher supervises which tokens, in which direction, clipped and weighted how: `vigos.method.objective`.
     method: Literal["vigos", "opsd"] = _option(
-        "vigos", "vigos: three teachers, routed; opsd: one privileged teacher over every token, forward KL."
+        "vigos", "vigos: three teachers; opsd: one privileged teacher over every token, forward KL."
     )
     preset: Literal["paper", "released"] = _option(
         "paper", "Fills options left unset: as the paper states them, or as the published code runs."
@@ -51,7 +62,7 @@ class ViGOSConfig(TrainingArguments):
         "Who supervises invalid rollouts: the reference teacher, or (ablation) the perception and reasoning teachers.",
     )
     reference_kind: Literal["answer", "solution"] | None = _option(
-        None, "What the privileged teachers read: the answer, or the row's worked solution (solution_column)."
+        None, "What the privileged teachers read: the answer, or the example's worked solution (solution_column)."
     )
     reference_kl: Literal["reverse", "forward"] = _option(
         "reverse", "Direction of the reference term; reverse: KL(student || teacher), the method's."
@@ -74,11 +85,12 @@ class ViGOSConfig(TrainingArguments):
     )
     normalize: Literal["tokens", "sequence", "active"] | None = _option(
         None,
-        "Divisor of each term: its tokens in the global batch; mean of per-row means; active: all supervised tokens "
-        "of the micro-batch over all ranks.",
+        "Divisor of each term: its tokens in the global batch; mean of per-rollout means; active: all supervised "
+        "tokens of the micro-batch over all ranks.",
     )
 
-    # --- Teachers ---
+    # --- Teachers and scoring ---
+    # Whose weights teach, and how hidden states are computed. None of it but `teacher` changes the loss.
     teacher: Literal["frozen", "ema", "live"] = _option(
         "frozen", "Whose weights teach: the initial ones, a moving average of the student's, or the student's own."
     )
@@ -96,39 +108,47 @@ class ViGOSConfig(TrainingArguments):
     token_budget: int = _option(16_384, "Tokens of one scoring forward; a longer sequence gets one of its own.")
     impl: str = _option("auto", "Engine of the divergence: auto, reference, cpu, triton or cuda.")
 
-    # --- Rollouts ---
+    # --- Sampling ---
+    # How the student's completions are drawn.
     temperature: float = _option(1.1, "Sampling temperature of rollouts; 0: greedy.")
     top_p: float = _option(0.95, "Nucleus of rollouts, in (0, 1].")
     top_k: int = _option(20, "Candidates of rollouts; 0: no limit.")
     max_completion_length: int = _option(4096, "Tokens a rollout may have; longer ones are cut and invalid.")
-    num_generations: int = _option(1, "Rollouts of each row.")
+    num_generations: int = _option(1, "Rollouts of each example.")
+
+    # --- Rollout engine ---
+    # Who draws them. Names that begin with vllm_ are TRL's.
     rollout_batch_size: int | None = _option(None, "Sequences generated at once; unset: those of the optimizer step.")
     rollout_engine: Literal["transformers", "server", "vllm"] = _option(
         "transformers",
         "Who samples: the model's own generate, a server with vLLM's OpenAI-compatible API, or vLLM in this process.",
     )
-    rollout_url: str | None = _option(None, "Address of the rollout server, up to and including /v1.")
+    vllm_server_base_url: str | None = _option(None, "Address of the rollout server, up to and including /v1.")
     rollout_model: str | None = _option(
         None, "The base model: its name on the rollout server, or folder or hub name for vLLM in this process."
     )
-    rollout_memory: float = _option(0.3, "Share of the GPU's memory that vLLM in this process takes, in (0, 1].")
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "Share of the GPU's memory that vLLM in this process takes, in (0, 1]."
+    )
     rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
     rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
     rollout_retries: int = _option(4, "Further tries of a request that failed in passing.")
-    async_rollout: int = _option(
-        0, "1: while a step trains, a server samples the next step's rollouts, from weights one step old; 0: never."
+    async_rollout: bool = _option(
+        False, "While a step trains, a server samples the next step's rollouts, from weights one step old."
     )
 
     # --- Data and prompts ---
-    max_prompt_length: int | None = _option(8192, "Rows with a longer student prompt are skipped; 0: no limit.")
+    # Where an example's fields are, and what the roles are asked.
+    max_prompt_length: int = _option(8192, "Examples with a longer student prompt are skipped; 0: no limit.")
     prompts_file: str | None = _option(None, "YAML with prompt templates; unset: the built-in wording.")
     problem_column: str = _option("problem", "Column with the question.")
     images_column: str | None = _option("images", "Column with the image or list of images.")
     answer_column: str = _option("answer", "Column with the reference answer.")
-    id_column: str = _option("problem_id", "Column with the row's id.")
+    id_column: str = _option("problem_id", "Column with the example's id.")
     solution_column: str = _option("solution", "Column with the worked solution (reference_kind solution).")
 
     # --- What is trained ---
+    # An adapter, or the model in full.
     lora: bool = _option(True, "Train a LoRA adapter; false: full fine-tuning.")
     lora_r: int = _option(64, "Rank of the adapter.")
     lora_alpha: int = _option(128, "Scale of the adapter: alpha / r.")
@@ -143,9 +163,10 @@ class ViGOSConfig(TrainingArguments):
     train_head: bool = _option(False, "Train the language-model head in full; the teacher keeps the initial one.")
 
     # --- Records ---
+    # What the run folder keeps beyond the metrics of every step.
     completion_steps: int = _option(1, "Write rollouts with spans and per-token divergence every N steps; 0: never.")
     completion_images: int = _option(
-        256, "Longest side, in pixels, of the images kept beside written rollouts; 0: keep none."
+        256, "Longest side, in pixels, of the images kept with written rollouts; 0: keep none."
     )
     completion_top_k: int = _option(
         0, "Also write the most likely tokens of student and teacher at each supervised token; 0: none."
@@ -154,25 +175,33 @@ class ViGOSConfig(TrainingArguments):
         0,
         "Measure PALR, the share of the supervision that the answer buys, every N steps; 0: never. See docs/method.md.",
     )
-    palr_wrong_answers: int = _option(4, "Wrong answers a row that PALR compares with, taken from other rows.")
+    palr_wrong_answers: int = _option(4, "Wrong answers an example that PALR compares with, taken from other examples.")
     grade_rollouts: bool = _option(True, "Compare the rollouts' answers with the reference and log the accuracy.")
     save_merged: bool = _option(True, "Also write the final adapter merged into a copy of the model.")
 
     # --- Faults and speed ---
+    # When a run gives up, and where its time goes.
     max_dropped_steps: int = _option(
         3, "Stop after so many steps in a row whose loss or gradient was not finite; such a step changes no weight."
     )
     profile: bool = _option(False, "Write a trace and a table of where a step's time goes; takes four steps.")
 
-    # --- TrainingArguments with the paper's values ---
+    # --- TrainingArguments with other defaults ---
+    # The paper's values, and what examples in place of tensors need.
     learning_rate: float = _option(5e-6, "Peak learning rate.")
     max_grad_norm: float = _option(0.1, "Gradients are clipped to this norm.")
     num_train_epochs: float = _option(1.0, "Passes over the data.")
-    per_device_train_batch_size: int = _option(1, "Rows of a micro-batch on each device.")
+    per_device_train_batch_size: int = _option(1, "Examples of a micro-batch on each device.")
     gradient_accumulation_steps: int = _option(32, "Micro-batches of an optimizer step.")
     logging_steps: float = _option(1, "Log every N optimizer steps.")
-    remove_unused_columns: bool = _option(False, "Must stay false: rows are not model inputs.")
-    dataloader_pin_memory: bool = _option(False, "Rows hold images, not tensors: nothing to pin.")
+    remove_unused_columns: bool = _option(False, "Must stay false: examples are not model inputs.")
+    dataloader_pin_memory: bool = _option(False, "Examples hold images, not tensors: nothing to pin.")
+
+    def __new__(cls, *args: Any, **options: Any) -> ViGOSConfig:
+        for name in options:
+            if name in RENAMED:
+                raise ValueError(f"unknown option {name!r}: it is called {RENAMED[name]!r}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_choices(self, unset=PRESETS["paper"])
@@ -184,18 +213,18 @@ class ViGOSConfig(TrainingArguments):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight takes part in every forward
-        # Rows are Python objects, which the dispatching loader of iterable datasets cannot slice.
+        # Examples are Python objects, which the dispatching loader of iterable datasets cannot slice.
         if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
             self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
 
     @property
     def sampling(self) -> Sampling:
-        """How rollouts are drawn."""
+        """Return the options of sampling, checked."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length, self.num_generations)
 
     @property
     def objective(self) -> Objective:
-        """The options of the loss alone, checked."""
+        """Return the options of the loss alone, checked."""
         return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
 
     def _check_numbers(self) -> None:
@@ -205,24 +234,23 @@ class ViGOSConfig(TrainingArguments):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("palr_steps", "completion_steps", "completion_images", "completion_top_k"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("max_prompt_length", "palr_steps", "completion_steps", "completion_images", "completion_top_k"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {getattr(self, name)!r}")
+        for name, kind in ViGOSConfig.__annotations__.items():
+            if kind == "bool" and not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("ema_decay", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 0:
-            raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
-        if not 0 < self.rollout_memory <= 1:
-            raise ValueError(f"rollout_memory must be in (0, 1], got {self.rollout_memory}")
-        if self.async_rollout not in (0, 1):
-            raise ValueError(f"async_rollout must be 0 or 1 (steps ahead), got {self.async_rollout!r}")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], got {self.vllm_gpu_memory_utilization}")
 
     def _check_combinations(self) -> None:
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: rows are rendered into prompts by the trainer")
+            raise ValueError("remove_unused_columns must be false: examples are rendered into prompts by the trainer")
         if (engine := self.rollout_engine) != "transformers":
-            for name in ("rollout_url", "rollout_model") if engine == "server" else ("rollout_model",):
+            for name in ("vllm_server_base_url", "rollout_model") if engine == "server" else ("rollout_model",):
                 if not getattr(self, name):
                     raise ValueError(
                         f"{name} must be given with rollout_engine={engine!r}, got {getattr(self, name)!r}"

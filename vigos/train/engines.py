@@ -25,7 +25,7 @@ def build_engine(args: ViGOSConfig, model: nn.Module, processor: Any) -> Rollout
 
     base = base_model(model)
     return ServerEngine(
-        str(args.rollout_url), str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer),
+        str(args.vllm_server_base_url), str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer),
         banned_token_ids=placeholder_ids(base.config), vocab_size=base.config.get_text_config().vocab_size,
         concurrency=args.rollout_concurrency, timeout=args.rollout_timeout, retries=args.rollout_retries,
         adapters=Path(str(args.output_dir)) / "rollout_adapters",
@@ -50,7 +50,7 @@ def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: 
         length = min(length, args.max_prompt_length + args.max_completion_length)
     defaults = {
         "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
-        "gpu_memory_utilization": args.rollout_memory, "limit_mm_per_prompt": {"video": 0},
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization, "limit_mm_per_prompt": {"video": 0},
     }  # fmt: skip
     return VLLMEngine(
         str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
