@@ -11,7 +11,10 @@ from vigos.method.boxed import boxes, fits_in_box, last_box
     ("text", "wanted"),
     [
         ("so \\boxed{42}", "42"),
-        ("\\boxed{1} or \\boxed{2}", "2"),
+        ("\\boxed{1} or \\boxed{2}", "1, 2"),
+        ("\\boxed{1}, then \\boxed{2}", "2"),
+        ("\\boxed{A} \\text{ and } $\\boxed{C}$.", "A, C"),
+        ("\\boxed{7}\n\n\\boxed{7}", "7"),
         ("\\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("\\boxed{\\boxed{7}}", "7"),
         ("\\boxed{ red }", "red"),

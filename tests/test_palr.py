@@ -253,6 +253,9 @@ def test_wrong_answers_are_other_answers_of_the_same_kind() -> None:
     assert drawn[5][0] in ("12", "12.0")
     assert draw_wrong_answers(answers, 2, seed=1) == drawn
     assert draw_wrong_answers(["red", "red"], 3) == [[], []]
+    right = {"4", "four", "4.0", r"\frac{8}{2}"}  # different texts, none of them wrong for another
+    for answer, wrong in zip([*right, "5"], draw_wrong_answers([*right, "5"], 4), strict=True):
+        assert wrong == ["5"] if answer in right else set(wrong) < right
     with pytest.raises(ValueError, match="k must be at least 1 wrong answer, got 0"):
         draw_wrong_answers(answers, 0)
 

@@ -31,10 +31,9 @@ from torch import Tensor, nn
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, load_rows
 from vigos.eval.config import EvalConfig
-from vigos.eval.grading import grade
+from vigos.eval.grading import grade, hints
 from vigos.eval.judge import Judge, JudgeError
 from vigos.eval.results import FORMAT, EvaluationResult, append_lines, resume_records
-from vigos.method.boxed import last_box
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts
 from vigos.method.spans import parse_rollout, token_bytes
@@ -50,7 +49,7 @@ def evaluate(
     engine: Any = None,
     eos_token_ids: Sequence[int] | None = None,
     records: str | Path | None = None,
-    grader: Callable[[str | None, str], bool] = grade,
+    grader: Callable[[str | None, str], bool] | None = None,
     judge: Judge | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
@@ -67,7 +66,8 @@ def evaluate(
         eos_token_ids: ids that end a completion; None takes them from the engine or the model.
         records: a file that gets one JSON line an example as it is finished. If it exists, an evaluation that was
             stopped goes on where it stopped; one with other settings, another model or other examples is refused.
-        grader: (content of the box or None, reference answer) → right or not.
+        grader: (content of the last box or None, reference answer) → right or not; None: `vigos.eval.grading.grade`
+            with the example's options, accepted answers and precision.
         judge: asked about boxes that `grader` calls wrong. An example of which it could not judge a sample is skipped,
             as "judge_failed".
         progress: called with (examples done, examples in all or None) after every batch.
@@ -113,14 +113,17 @@ def evaluate(
                 "here; resume=False starts anew"
             )
 
-    def sample_record(ids: Tensor, problem: str, answer: str) -> dict[str, Any]:
+    def sample_record(ids: Tensor, problem: str, answer: str, extra: Mapping[str, Any]) -> dict[str, Any]:
         spans = parse_rollout(
             ids, tokenizer, validity=config.validity, eos_token_ids=eos_token_ids, image_token_ids=image_token_ids
         )
         content = ids[: spans.length - spans.finished].tolist()
         text = b"".join(token_bytes(content, tokenizer)).decode("utf-8", "replace")
-        prediction = last_box(text)
-        correct = grader(prediction, answer)
+        prediction = spans.answer_text
+        if grader is None:
+            correct = grade(prediction, answer, **hints(problem, extra))
+        else:
+            correct = grader(prediction, answer)
         if judge is not None and prediction is not None and not correct:
             correct = judge(problem, answer, prediction)
         return {
@@ -144,8 +147,9 @@ def evaluate(
                 record |= {name: example[name] for name in ("problem_id", "answer")}  # type: ignore[literal-required]
                 record["extra"] = _short_fields(example["extra"])
                 sampled = [next(completions) for _ in range(sampling.n)]
+                asked = example["problem"], example["answer"], example["extra"]
                 try:
-                    record["samples"] = [sample_record(ids, example["problem"], example["answer"]) for ids in sampled]
+                    record["samples"] = [sample_record(ids, *asked) for ids in sampled]
                 except JudgeError as error:
                     record["skipped"] = {"reason": "judge_failed", "detail": str(error)}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")

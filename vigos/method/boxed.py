@@ -14,6 +14,8 @@ from vigos.method.prompts import BOX_CLOSE, BOX_OPEN
 _TOKEN_TEXT = re.compile(r"\\+boxed\{|\\.|[{}]", re.DOTALL)
 _TOKEN_BYTES = re.compile(rb"\\+boxed\{|\\.|[{}]", re.DOTALL)
 
+_JOINT = re.compile(r"(?:[\s,;$&]|\\(?:quad|qquad|[,;: ()\[\]])|\\text\s*\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
+
 
 def boxes(text: AnyStr, start: int = 0) -> list[tuple[int, int]]:
     r"""List the content ranges of the closed boxes from `start` on, in the order in which they open.
@@ -39,9 +41,21 @@ def boxes(text: AnyStr, start: int = 0) -> list[tuple[int, int]]:
 
 
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last closed `\boxed{…}`, stripped; None without one."""
+    r"""Return the content of the last closed `\boxed{…}`, stripped; None without one.
+
+    Boxes with nothing but commas, "and" or "or" between them are one answer: `\boxed{1}, \boxed{2}` gives "1, 2".
+    """
     found = boxes(text)
-    return text[slice(*found[-1])].strip() if found else None
+    if not found:
+        return None
+    first, end = found[-1]
+    contents = [text[first:end].strip()]
+    for left, right in reversed(found[:-1]):
+        if right >= first or not _JOINT.fullmatch(text, right + 1, first - len(BOX_OPEN)):
+            break
+        contents.insert(0, text[left:right].strip())
+        first = left
+    return ", ".join(dict.fromkeys(contents))
 
 
 def fits_in_box(text: str) -> bool:

@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from vigos.method.boxed import boxes
+from vigos.method.boxed import boxes, last_box
 from vigos.method.prompts import BOX_OPEN, DESCRIPTION_CLOSE, THINK_CLOSE, THINK_OPEN
 
 SpanStyle = Literal["paper", "released"]
@@ -66,7 +66,8 @@ class Spans:
         length: completion tokens up to and including the first end-of-sequence token; padding is not counted.
         finished: the completion ends with an end-of-sequence token. A rollout cut at the token limit does not.
         think_start: index of the first token that starts after `<think>`; None without `<think>`.
-        answer_text: the text in the box; None without a balanced box.
+        answer_text: the text of the last box, of valid and invalid rollouts alike: what is graded. It is the text of
+            `answer` unless there are several boxes. None without a balanced box.
     """
 
     valid: bool
@@ -112,14 +113,16 @@ def parse_rollout(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     content, length, finished = _content_ids(_as_list(ids), tokenizer, eos_token_ids)
 
+    pieces = token_bytes(content, tokenizer)
+    text = b"".join(pieces)
+    answer_text = last_box(text.decode("utf-8", "replace"))
+
     def result(reason: str, **parts: Any) -> Spans:
-        return Spans(valid=not reason, reason=reason, length=length, finished=finished, **parts)
+        return Spans(not reason, reason, length=length, finished=finished, answer_text=answer_text, **parts)
 
     if image_token_ids and not set(image_token_ids).isdisjoint(content):
         return result("image_token")
 
-    pieces = token_bytes(content, tokenizer)
-    text = b"".join(pieces)
     ends = list(accumulate(map(len, pieces)))
     starts = [0, *ends[:-1]]
 
@@ -156,7 +159,6 @@ def parse_rollout(
     if not closed:
         return result("unbalanced_box" if _BOX_OPEN in text[after_think:] else "no_box", **parts)
     answer_start, answer_end = closed[0]
-    parts["answer_text"] = text[answer_start:answer_end].decode("utf-8", "replace")
     if style == "paper":
         parts["answer"] = tokens_within(answer_start, answer_end)
     else:  # the token that carries the closing brace is the last one, whatever else it carries

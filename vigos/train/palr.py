@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,10 +159,12 @@ def mixture_logprob(logprobs: Tensor, counts: Tensor) -> Tensor:
 
 
 def draw_wrong_answers(answers: Sequence[str], k: int, *, seed: int = 0) -> list[list[str]]:
-    """For each row up to `k` different answers of other rows that are not its own.
+    """Draw up to `k` different answers of other examples for each example, none of which grades as right.
 
-    Answers of its own kind (a number, one letter, words) come first: a colour in place of a number is no rival.
+    Answers of the same kind (a number, one letter, words) come first: a colour in place of a number is no rival.
     """
+    from vigos.eval.grading import grade
+
     if k < 1:
         raise ValueError(f"k must be at least 1 wrong answer, got {k}")
     kinds = [_kind(a) for a in answers]
@@ -172,7 +175,8 @@ def draw_wrong_answers(answers: Sequence[str], k: int, *, seed: int = 0) -> list
         rng = random.Random(f"{seed}/{i}/{answer}")
         rng.shuffle(others)
         others.sort(key=lambda other: not other[1])
-        found.append([a for a, _ in others[:k]])
+        wrong = (a for a, _ in others if not (grade(a, answer) or grade(answer, a)))
+        found.append(list(islice(wrong, k)))
     return found
 
 

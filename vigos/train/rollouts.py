@@ -239,7 +239,7 @@ class RolloutLoader:
                     completion_ids=ids,
                     spans=spans,
                     reference=self._reference(example),
-                    correct=_is_correct(spans, example["answer"]) if self.args.grade_rollouts else None,
+                    correct=_is_correct(spans, example) if self.args.grade_rollouts else None,
                 )
             )
         return rollouts
@@ -310,8 +310,8 @@ class RolloutLoader:
         self.skipped = Counter(state.get("skipped", {}))
 
 
-def _is_correct(spans: Spans, answer: str) -> bool:
-    """Tell whether the boxed answer is the reference answer."""
-    from vigos.eval.grading import grade
+def _is_correct(spans: Spans, example: Example) -> bool:
+    """Tell whether the boxed answer is the reference answer, by the evaluation's rules."""
+    from vigos.eval.grading import grade, hints
 
-    return spans.answer_text is not None and grade(spans.answer_text, answer)
+    return grade(spans.answer_text, example["answer"], **hints(example["problem"], example["extra"]))
