@@ -20,3 +20,8 @@ def test_page_is_up_to_date() -> None:
     for name in [*own, *(f.name for f in dataclasses.fields(Source))]:
         assert written.count(f"\n| `{name}` |") in (1, 2), name  # twice: options that presets fill
     assert all(f.metadata.get("help") for f in dataclasses.fields(ViGOSConfig) if f.name in own)
+
+
+def test_page_of_models_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "models.py"))["page"]()
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == page, "run: python scripts/models.py"

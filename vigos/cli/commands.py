@@ -355,10 +355,20 @@ def world_check(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Say what is known of this model's family instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Say what this machine can run, and check each engine against the oracle."""
-    from vigos.cli.doctor import examine
+    from vigos.cli.doctor import examine, examine_model
 
+    if model is not None:
+        found = examine_model(model)
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            print_table(make_console(), ("", model), list(found.items()))
+        return
     findings = examine()
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(f) for f in findings], indent=1))

@@ -95,3 +95,17 @@ def drop_ins() -> list[Finding]:
 def examine() -> list[Finding]:
     """Return all findings, in order."""
     return [*machine(), *(self_check(impl) for impl in IMPLS), *packages(), *drop_ins()]
+
+
+def examine_model(model: str) -> dict[str, str]:
+    """Return what is known of a model's family: how it is scored, what LoRA adapts.
+
+    Args:
+        model: folder, hub name, or "builtin".
+    """
+    from transformers import AutoConfig
+
+    from vigos.models.families import describe
+    from vigos.world import checkpoint_path
+
+    return describe(AutoConfig.from_pretrained(str(checkpoint_path()) if model == "builtin" else model))

@@ -28,7 +28,7 @@ class Family:
         mixing: how its layers mix tokens.
         refusal: why prefixes cannot be shared; None if the tree is exact, which a test holds if `tested`.
         tested: True if the tests compare the tree with separate forwards on a small random model of the family.
-        lora_targets: linear layers that a default adapter covers, one at least in every block; () for all of them.
+        lora_targets: linear layers that a default adapter covers, at least one of them in every block; () for all.
         experts: 3-D parameters of a block's experts, which a default adapter leaves out; routers stay frozen.
         thinking: argument of the chat template that turns thinking off.
         image_token: the token that stands for image features.
@@ -88,14 +88,17 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Gemma 4", ("gemma4", "gemma4_unified"), f"sliding and full attention; {_BLOCKS} in sliding layers",
-        f"its {_BLOCKS} in sliding layers alone", image_token="<|image|>",
+        f"its {_BLOCKS} in sliding layers alone", lora_targets=(),
     ),
     Family("PaliGemma", ("paligemma",), "prefix-LM", "its prompt attends to itself in both directions"),
-    Family("Llama 3.2 Vision", ("mllama",), "full and cross-attention", "its images enter by cross-attention"),
-    Family("Molmo 2", ("molmo2",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}"),
-    Family("GIT", ("git",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}"),
     Family(
-        "LFM-VL", ("lfm2_vl", "lfm3_vl"), "short convolutions and full attention",
+        "Llama 3.2 Vision", ("mllama",), "full and cross-attention", "its images enter by cross-attention",
+        lora_targets=(),
+    ),
+    Family("Molmo 2", ("molmo2",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}", lora_targets=()),
+    Family("GIT", ("git",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}", lora_targets=()),
+    Family(
+        "LFM-VL", ("lfm2_vl", "lfm3_vl", "lfm2"), "short convolutions and full attention",
         "its short convolutions carry state along the sequence", lora_targets=(),
     ),
     Family(

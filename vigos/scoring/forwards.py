@@ -128,7 +128,8 @@ def check_tree(base: Any) -> None:
         reason = "it carries recurrent state along the sequence"
     if reason is not None:
         raise ValueError(
-            f"scoring='tree' cannot share prefixes of {type(base).__name__}: {reason}; use scoring='separate'"
+            f"scoring='tree' cannot share prefixes of {type(base).__name__}: {reason}; use scoring='separate' "
+            "(--student-scoring separate --teacher-scoring separate)"
         )
 
 

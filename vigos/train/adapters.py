@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vigos.models.compat import unsharded_init
+from vigos.models.families import family_of
 from vigos.models.parts import base_model, lm_head, unwrap
 from vigos.scoring.teacher import check_adapter
 
@@ -71,7 +72,12 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
         if isinstance(module, nn.Linear) and name.startswith(inside) and module is not lm_head(base)
     ]
     last = {name.split(".")[-1] for name in layers}
-    targets = sorted(last) if config.lora_target_modules == ["all-linear"] else config.lora_target_modules
+    targets = list(config.lora_target_modules)
+    if targets == ["auto"]:  # names that a smaller member of the family lacks are left out
+        family = family_of(base.config)
+        targets = [name for name in family.lora_targets if name in last] if family else []
+    if targets in ([], ["all-linear"]):
+        targets = sorted(last)
     for target in targets:
         if target not in last:
             part = "model" if config.train_vision else "language model"

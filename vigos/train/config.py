@@ -154,9 +154,10 @@ class ViGOSConfig(TrainingArguments):
     lora_alpha: int = _option(128, "Scale of the adapter: alpha / r.")
     lora_dropout: float = _option(0.05, "Dropout in front of the adapter.")
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        default_factory=lambda: ["auto"],
         metadata={
-            "help": "Linear layers that get an adapter, by the last part of their name; all-linear: all of them."
+            "help": "Linear layers that get an adapter, by the last part of their name; auto: those that "
+            "docs/models.md names for the model's family; all-linear: all of them."
         },
     )
     train_vision: bool = _option(False, "Adapt or train the vision tower as well, not the language model alone.")

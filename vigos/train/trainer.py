@@ -42,6 +42,7 @@ from vigos.models.parts import base_model, lm_head
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
+from vigos.scoring.forwards import check_tree
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.adapters import prepare_model
 from vigos.train.checkpoint import (
@@ -135,6 +136,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.teacher = TeacherWeights(
             model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled, is_leader=args.process_index == 0
         )
+        if "tree" in (args.student_scoring, args.teacher_scoring):  # before a rollout is paid for
+            check_tree(base_model(model))
         self.scorer = TeacherScorer(
             self.model,
             scoring=args.teacher_scoring,
