@@ -214,7 +214,7 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
     else:
         engine.train()
     if ranks > 1:
-        expected = {"fsdp": "fsdp2", "zero3": "zero3"}.get(case.split("_")[0], "whole")
+        expected = {"fsdp": "fsdp2", "zero3": "zero3"}.get(case.split("_")[0], "unsharded")
         assert sharding_of(engine.model_wrapped) == expected
         assert (type(engine.model_wrapped).__name__ == "DeepSpeedEngine") == case.startswith("zero")
         if "resumed" in case:  # its end again, from the middle, by a trainer that has seen nothing
