@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
-    """The model with exactly the weights trainable that `config` asks for: adapted by LoRA, or in full.
+    """Return the model with exactly the weights trainable that `config` asks for: adapted by LoRA, or in full.
 
     A model that already carries a peft adapter is taken as it is, after a check that its adapter can be switched off.
     """
@@ -48,7 +48,7 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
 
 
 def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
-    """A peft model whose adapter covers the target layers of the language model (and vision tower, if asked).
+    """Return a peft model whose adapter covers the target layers of the language model (and vision tower, if asked).
 
     The bare names (`gate_proj`, …) also match the vision tower's layers in Qwen2.5-VL, so the adapter is given the
     language model's path as well. The head is refused: student and teacher read it once for both.
@@ -97,7 +97,7 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
 
 
 def _check_mergeable(model: Any) -> None:
-    """Now, and not after the last step: `merged_copy` knows W + s·BA."""
+    """Raise before the run, not after its last step, for adapters that `merged_copy` cannot merge."""
     for name, adapter in model.peft_config.items():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         if kind != "LORA" or getattr(adapter, "use_dora", False):
@@ -108,7 +108,7 @@ def _check_mergeable(model: Any) -> None:
 
 
 def _language_model(base: Any) -> tuple[str, nn.Module]:
-    """Path (with a trailing dot, empty for the whole model) and module of the language model under the head."""
+    """Return path (with a trailing dot, or empty) and module of the language model under the head."""
     decoder = base.get_decoder()
     if decoder is None or decoder is base:
         return "", base
@@ -117,22 +117,22 @@ def _language_model(base: Any) -> tuple[str, nn.Module]:
 
 @torch.no_grad()
 def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """A plain transformers model with W + s·BA in place of W, on the CPU; `model` is only read.
+    """Return a plain transformers model with W + s·BA in place of W, on the CPU; `model` is only read.
 
     The sum is taken in float32 and rounded once to the base's dtype.
 
     Args:
-        weights: the state dict of the adapted model where its own parameters are in pieces; None: its own.
+        weights: the state dict of the adapted model where its parameters are sharded; None: read them from the model.
     """
     from peft.tuners.lora import LoraLayer
 
     core: Any = unwrap(model)
     base = base_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    held = core.state_dict() if weights is None else weights
+    tensors = core.state_dict() if weights is None else weights
     above = next(f"{name}." if name else "" for name, module in core.named_modules() if module is base)
     state: dict[str, Tensor] = {}
-    for key, tensor in held.items():
+    for key, tensor in tensors.items():
         key = key.removeprefix(above)
         owner, _, parameter = key.partition(".base_layer.")
         if owner in layers:
@@ -142,7 +142,7 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
                 for adapter in layer.active_adapters:
                     if adapter in layer.lora_A:
                         down, up = (
-                            held[f"{above}{owner}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
+                            tensors[f"{above}{owner}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
                         )
                         total = total + layer.scaling[adapter] * (up @ down)
                 tensor = total.to(tensor.dtype)
@@ -153,15 +153,15 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
 
 
 def plain_class(model: Any) -> Any:
-    """The transformers class of a model: FSDP2 puts one of its own in front."""
+    """Return the transformers class of a model; FSDP2 puts another one in front."""
     return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """A transformers model of the same class and configuration, never wrapped, that holds the tensors of `state`."""
+    """Return an unwrapped transformers model of the same class and configuration with the tensors of `state`."""
     kind = plain_class(model)
     config = deepcopy(model.config)
-    if hasattr(config, "distributed_config"):  # a copy that is whole must not wait for other ranks when it is saved
+    if hasattr(config, "distributed_config"):  # an unsharded copy must not wait for other ranks when it is saved
         del config.distributed_config
     with unsharded_init(), torch.device("meta"):
         copy = kind(config)

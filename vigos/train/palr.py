@@ -58,8 +58,8 @@ class PALR:
     Attributes:
         student, teacher: (R,) float64, nats: log p(y), log q(y).
         wrong: (R,) log of the teacher's mean probability under the wrong answers; `teacher` itself where it reads none.
-        other_image: (R,) log q(y) with another row's image.
-        term, segment: (R,) int8, indices into `routing.TERMS` and `routing.SEGMENTS`.
+        other_image: (R,) log q(y) with another example's image.
+        term, segment: (R,) int8, indices into `supervise.TERMS` and `supervise.SEGMENTS`.
         owner, token: (R,) int64, the rollout (by its place in `measure_palr`'s argument) and the completion's token.
         rollouts: how many were measured.
         left_out: how many were not, by reason: "no_image", "no_other_image", "no_wrong_answer", "unsupervised".
@@ -78,7 +78,7 @@ class PALR:
 
     @classmethod
     def joined(cls, parts: Sequence[PALR]) -> PALR:
-        """Several measurements as one; `owner` counts on from part to part."""
+        """Join several measurements into one; `owner` counts on from part to part."""
         columns = ("student", "teacher", "wrong", "other_image", "term", "segment", "token")
         sizes = [p.rollouts + sum(p.left_out.values()) for p in parts]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -101,7 +101,7 @@ class PALR:
         return (self.teacher - self.student).abs() * (self.teacher - self.other_image).clamp_min(0.0)
 
     def ratio(self, rows: Tensor | None = None) -> float:
-        """PALR over the rows of a mask (R,); NaN where neither answer nor image buys anything."""
+        """Return PALR over the rows of a mask (R,); NaN where neither answer nor image buys anything."""
         answer, image = self.by_answer, self.by_image
         if rows is not None:
             answer, image = answer[rows], image[rows]
@@ -109,20 +109,19 @@ class PALR:
         return float(answer.sum()) / total if total > 0 else math.nan
 
     def groups(self) -> dict[str, Tensor]:
-        """Masks (R,): "all", each segment, and each teacher as "teacher/<term>", as far as they have tokens."""
+        """Return masks (R,): "all", each segment, and each teacher as "teacher/<term>", as far as they have tokens."""
         masks = {"all": torch.ones(len(self.term), dtype=torch.bool)}
         masks |= {name: self.segment == i for i, name in enumerate(SEGMENTS)}
         masks |= {f"teacher/{name}": self.term == i for i, name in enumerate(TERMS)}
         return {name: mask for name, mask in masks.items() if mask.any()}
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """For each group the sums of s c_A and of s c_I, which add up over ranks and steps."""
+        """Return for each group the sums of s c_A and of s c_I, which add up over ranks and steps."""
         answer, image = self.by_answer, self.by_image
         return {name: (float(answer[mask].sum()), float(image[mask].sum())) for name, mask in self.groups().items()}
 
     def summary(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """For each group its PALR (None where neither buys anything), a 95 % bootstrap interval over rollouts, and its
-        tokens."""
+        """Return for each group PALR (None: nothing is bought), a 95 % bootstrap interval over rollouts, and tokens."""
         found: dict[str, Any] = {"rollouts": self.rollouts, "left_out": dict(self.left_out), "groups": {}}
         places = {owner: i for i, owner in enumerate(sorted(set(self.owner.tolist())))}
         owner = torch.tensor([places[o] for o in self.owner.tolist()], dtype=torch.int64)
@@ -171,7 +170,7 @@ def draw_wrong_answers(answers: Sequence[str], k: int, *, seed: int = 0) -> list
     distinct = {_same(a): (a, kind) for a, kind in zip(answers, kinds, strict=True)}
     found = []
     for i, (answer, kind) in enumerate(zip(answers, kinds, strict=True)):
-        others = sorted((a, of == kind) for key, (a, of) in distinct.items() if key != _same(answer))
+        others = sorted((a, other_kind == kind) for key, (a, other_kind) in distinct.items() if key != _same(answer))
         rng = random.Random(f"{seed}/{i}/{answer}")
         rng.shuffle(others)
         others.sort(key=lambda other: not other[1])
@@ -181,7 +180,7 @@ def draw_wrong_answers(answers: Sequence[str], k: int, *, seed: int = 0) -> list
 
 
 def _same(answer: str) -> str:
-    """Equal for answers that mean the same at a glance."""
+    """Return a key that is equal for answers that mean the same at a glance."""
     text = " ".join(answer.split()).casefold()
     try:
         return repr(float(text))
@@ -199,7 +198,7 @@ def _kind(answer: str) -> str:
 
 
 def draw_other_images(rollouts: Sequence[Rollout], *, seed: int = 0) -> list[int | None]:
-    """For each rollout another one with as many images and other pixels; None where there is none."""
+    """Choose for each rollout another one with as many images and other pixels; None where there is none."""
     keys = [r.prompts["student"].images.key if r.prompts["student"].images else None for r in rollouts]
     found: list[int | None] = []
     for i, rollout in enumerate(rollouts):
@@ -230,18 +229,18 @@ def measure_palr(
     dummy: ScoredSequence | None = None,
     seed: int = 0,
 ) -> PALR:
-    """Scores rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
+    """Score rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
 
     The forwards are those of training: routed as `config` says, in evaluation mode. With a wrapped model every rank has
     to call this together.
 
     Args:
         rollouts: with the prompts of the student and of the teachers that supervise them, as the trainer makes them.
-            Wrong answers and other images are taken from each other, so give it several rows at once.
+            Wrong answers and other images are taken from each other, so give it several examples at once.
         scorer: the teacher; its model may be the student, whose adapter is switched off.
         teacher: whose weights teach where they are not the scorer's own (moving average, full fine-tuning).
-        wrong_answers: K, at most, for each row.
-        wrong: the wrong answers of each rollout; None draws them from the other rows' answers.
+        wrong_answers: K, at most, for each rollout.
+        wrong: the wrong answers of each rollout; None draws them from the other rollouts' answers.
         dummy: as in `hidden_states`, for ranks without a rollout that can be measured.
     """
     if wrong is not None and len(wrong) != len(rollouts):
@@ -257,14 +256,14 @@ def measure_palr(
     R, K = batch.n_pairs, max((len(s.wrong) for s in swapped), default=0)
     other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
     counts = torch.zeros(R, dtype=torch.float64)
-    at, row = 0, 0
+    first_row, row = 0, 0
     for base, swaps in zip(batch.teacher_sequences, swapped, strict=True):
         S = len(base.scored)
-        other_image[row : row + S] = swapped_rows[at : at + S]
-        at += S
+        other_image[row : row + S] = swapped_rows[first_row : first_row + S]
+        first_row += S
         for k in range(len(swaps.wrong)):
-            wrong_rows[row : row + S, k] = swapped_rows[at : at + S]
-            at += S
+            wrong_rows[row : row + S, k] = swapped_rows[first_row : first_row + S]
+            first_row += S
         counts[row : row + S] = len(swaps.wrong)
         row += S
     mixture = mixture_logprob(wrong_rows, counts) if K else teacher_rows
@@ -297,7 +296,7 @@ def _reference(rollout: Rollout) -> str:
 def _usable(
     rollouts: Sequence[Rollout], wrong: Sequence[Sequence[str]], donors: Sequence[int | None]
 ) -> tuple[list[int], Counter[str]]:
-    """The rollouts that can be swapped both ways, and how many cannot, by reason."""
+    """Return the rollouts that can be swapped both ways, and how many cannot, by reason."""
     usable, left_out = [], Counter[str]()
     for i, rollout in enumerate(rollouts):
         if not rollout.images:
@@ -315,8 +314,8 @@ def _swapped(
     batch: SupervisedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
     objective: Objective, processor: Any, prompts: Prompts,
 ) -> list[_Swapped]:  # fmt: skip
-    """The other contexts of every teacher sequence of `batch`."""
-    known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of a row share them
+    """Return the other contexts of every teacher sequence of `batch`."""
+    known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of an example share them
     found = []
     for base in batch.teacher_sequences:
         i, role = base.owner
@@ -349,13 +348,13 @@ def _logprobs(
     batch: SupervisedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
     teacher: TeacherWeights | None, config: ViGOSConfig, dummy: ScoredSequence | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """log p (R,), log q (R,) and the log-probabilities of the swapped sequences, end to end; float64 on the CPU."""
+    """Return log p (R,), log q (R,) and those of the swapped sequences, end to end; float64 on the CPU."""
     extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
     step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
     with teacher.weights() if teacher else nullcontext():
         hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
-        own = scorer.check.hidden_states(
+        student_hidden = scorer.check.hidden_states(
             student, batch.student_sequences, "student", scoring=config.student_scoring,
             token_budget=scorer.token_budget, dummy=dummy,
         )  # fmt: skip
@@ -364,15 +363,15 @@ def _logprobs(
     with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:
         kept = teacher.head_weight(lm_head(student)) if teacher and shared else None  # a head that trains keeps a copy
         teacher_head = teacher_head if kept is None else replace(teacher_head, weight=kept)
-        own, hidden = (x.to(head.weight.dtype) for x in (own, hidden))
-        found = _of_labels(batch, swapped, own, hidden, (head, teacher_head), settings)
+        student_hidden, hidden = (x.to(head.weight.dtype) for x in (student_hidden, hidden))
+        found = _of_labels(batch, swapped, student_hidden, hidden, (head, teacher_head), settings)
     reshard(student)
     return found
 
 
 def _of_labels(
-    batch: SupervisedBatch, swapped: Sequence[_Swapped], own: Tensor, hidden: Tensor, heads: tuple[Head, Head],
-    settings: dict[str, Any],
+    batch: SupervisedBatch, swapped: Sequence[_Swapped], student_hidden: Tensor, hidden: Tensor,
+    heads: tuple[Head, Head], settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the log-probabilities of `_logprobs`, from hidden states and the student's and the teacher's head."""
     R = batch.n_pairs
@@ -380,7 +379,7 @@ def _of_labels(
         return (torch.zeros(0, dtype=torch.float64),) * 3
     head, teacher_head = heads
     out = linear_divergence(
-        own, head, hidden[:R], teacher_head, supervision=batch.supervision, labels=batch.labels, **settings
+        student_hidden, head, hidden[:R], teacher_head, supervision=batch.supervision, labels=batch.labels, **settings
     )
     lengths = [len(base.scored) for base in batch.teacher_sequences]
     first, second = _pairs(lengths, [1 + len(swaps.wrong) for swaps in swapped])
@@ -394,17 +393,17 @@ def _of_labels(
 
 
 def _pairs(lengths: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows that share a label, two and two: an engine's row gives one label's log-probability under two hidden states.
+    """Pair rows that share a label: a pair gives one label's log-probability under two hidden states.
 
     Args:
         lengths, counts: of each teacher sequence, its scored tokens and its swapped contexts, which stand end to end.
     """
-    first, second, at = [], [], 0
+    first, second, offset = [], [], 0
     for length, count in zip(lengths, counts, strict=True):
-        rows = at + torch.arange(count * length).view(count, length)
+        rows = offset + torch.arange(count * length).view(count, length)
         first.append(rows[::2].flatten())
         second.append(rows[[min(i + 1, count - 1) for i in range(0, count, 2)]].flatten())
-        at += count * length
+        offset += count * length
     return torch.cat(first), torch.cat(second)
 
 
