@@ -40,7 +40,7 @@ def save_final(
 
 
 def _name_base(path: Path, kind: type) -> None:
-    """Correct the class of the model that peft writes down: under FSDP2 it is one that cannot be loaded."""
+    """Write the class of the base model into an adapter's config: under FSDP2 peft writes one that cannot be loaded."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("auto_mapping"):
         config["auto_mapping"] |= {"base_model_class": kind.__name__, "parent_library": kind.__module__}

@@ -53,7 +53,7 @@ PRIVILEGED: tuple[Term, ...] = ("reasoning", "reference")  # the teachers that r
 
 @dataclass(frozen=True)
 class PALR:
-    """The log-probabilities of the supervised tokens of some rollouts, on the CPU.
+    """Hold the log-probabilities of the supervised tokens of some rollouts, on the CPU.
 
     Attributes:
         student, teacher: (R,) float64, nats: log p(y), log q(y).
@@ -231,8 +231,8 @@ def measure_palr(
 ) -> PALR:
     """Score rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
 
-    The forwards are those of training: routed as `config` says, in evaluation mode. With a wrapped model every rank has
-    to call this together.
+    The forwards are those of training, in evaluation mode: supervised as `config` says. With a wrapped model every rank
+    has to call this together.
 
     Args:
         rollouts: with the prompts of the student and of the teachers that supervise them, as the trainer makes them.
@@ -283,7 +283,7 @@ def measure_palr(
 
 @dataclass(frozen=True)
 class _Swapped:
-    """One teacher sequence in its other contexts."""
+    """Hold one teacher sequence in its other contexts."""
 
     other_image: ScoredSequence
     wrong: list[ScoredSequence]

@@ -163,7 +163,7 @@ class RolloutLoader:
             return completions
 
     def _start(self, request: Request) -> None:
-        """Have the next step's `request` sampled on another thread, from the weights before the step under way."""
+        """Start to sample the next step's `request` on another thread, from the weights before the step under way."""
         with self.phases("rollouts"):
             self._update_engine(request.step - 1)
             engine, prompts, sampling = self.engine, request.prompts, self.sampling

@@ -88,7 +88,7 @@ class TeacherWeights:
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Have the model hold the teacher's weights inside, and the student's again after."""
+        """Put the teacher's weights into the model inside, and the student's again after."""
         with self._exchanged_shards() if self._sharded is not None else self._exchanged():
             yield
 

@@ -327,7 +327,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the parts follow the wrapped model, and go on from the checkpoint that was loaded."""
+        """Give the parts the wrapped model, and the states of the checkpoint that was loaded."""
         self.teacher.bind(self.model_wrapped)
         self.rollouts.bind(self.model_wrapped)
         folder, self._resumed_from = self._resumed_from, None
