@@ -12,6 +12,8 @@ from PIL import Image
 
 from vigos.cli import main
 from vigos.data.benchmarks import BENCHMARKS, load_benchmark
+from vigos.data.examples import BadExample
+from vigos.eval.grading import grade, hints
 
 
 def png(color: str = "red") -> bytes:
@@ -78,6 +80,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 # problem_id -> (problem, answer, images, a piece of extra)
+RECORDS["vilp-p"] = RECORDS["vilp"]
 WANTED: dict[str, dict[str, tuple[str, str, int, dict[str, Any]]]] = {
     "vilp": {
         f"0-{k}": ("A cat has four legs. How many legs has the cat?", answer, 1, {"role": role, "triplet": 0})
@@ -94,12 +97,12 @@ WANTED: dict[str, dict[str, tuple[str, str, int, dict[str, Any]]]] = {
             "Who painted <image 1>?\n(A) Klee\n(B) O'Keeffe\nAnswer with the letter of the right option.", "B", 2,
             {"subfield": "Painting"},
         ),
-        "val_Math_2": ("Who painted <image 1>?", "5", 2, {"question_type": "open"}),
+        "val_Math_2": ("Who painted <image 1>?", "5", 2, {"question_type": "open", "accepted": ["5.0"]}),
     },
     "mmmu-pro": {
         "test_1": (
-            "Answer the question in the image.\n(A) x\n(B) y\n(C) z\nAnswer with the letter of the right option.", "A",
-            1, {"subject": "Math"},
+            "Answer the question in the image.\nAnswer with the letter of the right option.", "A", 1,
+            {"subject": "Math", "options": ["x", "y", "z"]},
         )
     },
     "mathvista": {
@@ -107,7 +110,10 @@ WANTED: dict[str, dict[str, tuple[str, str, int, dict[str, Any]]]] = {
             "Which bar is taller?\n(A) left\n(B) right\nAnswer with the letter of the right option.", "B", 1,
             {"question_type": "multi_choice"},
         ),
-        "13": ("How long is it?", "2.5", 1, {"unit": "cm", "precision": 1.0}),
+        "13": (
+            "How long is it? (Unit: cm)\nAnswer with a number with 1 decimal place.", "2.5", 1,
+            {"unit": "cm", "precision": 1.0},
+        ),
     },
     "mathverse": {
         "1": ("Find x. Choices:\nA:1\nB:2", "B", 1, {"problem_version": "Text Dominant"}),
@@ -116,6 +122,10 @@ WANTED: dict[str, dict[str, tuple[str, str, int, dict[str, Any]]]] = {
     "realworldqa": {"0": ("Left or right? A. left B. right", "A", 1, {})},
     "mm-vet": {"v1_0": ("What is x?", "-1<AND>-5", 1, {"capability": ["ocr", "math"]})},
 }  # fmt: skip
+WANTED["vilp-p"] = {
+    key: ("How many legs has the cat?", answer, images, extra | {"variant": "P"})
+    for key, (_, answer, images, extra) in WANTED["vilp"].items()
+}
 
 
 def parquet(folder: Path, records: list[dict[str, Any]]) -> Path:
@@ -139,7 +149,9 @@ def test_parquet_as_published(name: str, tmp_path: Path) -> None:
             assert (row["problem"], row["answer"], len(row["images"])) == (problem, answer, images)
             assert {key: row["extra"][key] for key in extra} == extra
     colors = [row["images"][0].getpixel((3, 3)) for row in load_benchmark(name, file)]
-    assert colors == ([(255, 0, 0), (0, 128, 0), (0, 0, 255)] if name == "vilp" else [(255, 0, 0)] * len(colors))
+    assert colors == (
+        [(255, 0, 0), (0, 128, 0), (0, 0, 255)] if name.startswith("vilp") else [(255, 0, 0)] * len(colors)
+    )
 
 
 def test_json_beside_a_folder_of_images(tmp_path: Path) -> None:
@@ -150,6 +162,94 @@ def test_json_beside_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "testmini.json").write_text(json.dumps({"12": record}))
     (row,) = load_benchmark("mathvista", tmp_path)
     assert (row["problem_id"], row["answer"], row["images"][0].size) == ("12", "B", (32, 32))
+
+
+def rows_of(name: str, folder: Path, *records: dict[str, Any]) -> list[Any]:
+    """The examples of JSONL records; those that cannot be used as `BadExample`."""
+    (folder / "red.png").write_bytes(png())
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found: Any = load_benchmark(name, file)
+    found.bad_rows = "return"
+    return list(found)
+
+
+def test_mm_vet_as_its_archive(tmp_path: Path) -> None:
+    """mm-vet.json, records by id with `imagename`, beside the folder images/."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "v1_1.png").write_bytes(png())
+    record = {"imagename": "v1_1.png", "question": "What is d?", "answer": "1.25 <OR> 5/4", "imagesource": "web",
+              "capability": ["ocr", "math"]}  # fmt: skip
+    (tmp_path / "mm-vet.json").write_text(json.dumps({"v1_1": record}))
+    (row,) = load_benchmark("mm-vet", tmp_path)
+    assert (row["problem_id"], row["problem"], row["images"][0].size) == ("v1_1", "What is d?", (32, 32))
+    assert row["extra"]["accepted"] == ["1.25", "5/4"]
+    asked = hints(row["problem"], row["extra"])
+    assert [grade(said, row["answer"], **asked) for said in ("1.25", "\\frac{5}{4}", "1.5")] == [True, True, False]
+
+
+def test_mmmu_pro_options_that_are_letters_or_lists(tmp_path: Path) -> None:
+    image = {"image_1": "red.png", "question": "Which?"}
+    letters, nested, listed, broken = rows_of(
+        "mmmu-pro", tmp_path,
+        image | {"id": "1", "options": "['C', 'A', 'B']", "answer": "A"},
+        image | {"id": "2", "options": "[['1, 2', '3, 4', '5, 6']]", "answer": "C"},
+        image | {"id": "3", "options": "[['1', '2'], ['3', '4']]", "answer": "B"},
+        image | {"id": "4", "options": "['x'", "answer": "A"},
+    )  # fmt: skip
+    assert (letters["answer"], letters["extra"]["options"]) == ("A", ["C", "A", "B"])
+    assert (nested["answer"], nested["extra"]["options"]) == ("C", ["1, 2", "3, 4", "5, 6"])
+    assert (listed["answer"], listed["extra"]["options"]) == ("B", ["1, 2", "3, 4"])
+    assert isinstance(broken, BadExample)  # one record does not refuse the file
+
+
+def test_mmmu_takes_every_accepted_answer(tmp_path: Path) -> None:
+    (row,) = rows_of("mmmu", tmp_path, {"id": "1", "question": "How much?", "options": "[]", "answer": "['$6', 'six']",
+                                        "image_1": "red.png"})  # fmt: skip
+    asked = hints(row["problem"], row["extra"])
+    assert [grade(said, row["answer"], **asked) for said in ("6", "six", "7")] == [True, True, False]
+
+
+def test_mathvista_answers_by_text_and_to_a_precision(tmp_path: Path) -> None:
+    record = {"pid": "1", "question": "Which?", "image": "red.png", "choices": ["B", "A"], "answer": "A",
+              "question_type": "multi_choice", "answer_type": "text", "precision": None, "unit": None}  # fmt: skip
+    free = record | {"choices": None, "question_type": "free_form"}
+    choice, number, integer, several = rows_of(
+        "mathvista", tmp_path, record,
+        free | {"pid": "2", "answer": "0.21", "answer_type": "float", "precision": 2.0},
+        free | {"pid": "3", "answer": "7", "answer_type": "integer"},
+        free | {"pid": "4", "answer": "[2007, 2008]", "answer_type": "list"},
+    )  # fmt: skip
+    assert choice["answer"] == "B"  # the option "A" is the second
+    assert number["problem"].endswith("Answer with a number with 2 decimal places.")
+    assert integer["problem"].endswith("Answer with an integer.")
+    assert several["problem"].endswith("Answer with a list, such as [1, 2, 3].")
+    asked = hints(number["problem"], number["extra"])
+    assert [grade(said, number["answer"], **asked) for said in ("0.2134", "0.22", "0.2")] == [True, False, False]
+
+
+def test_mathverse_text_only_has_no_image(tmp_path: Path) -> None:
+    record = {"sample_index": "1", "question": "Find x.", "answer": "4", "question_type": "free-form"}
+    text, blind = rows_of(
+        "mathverse", tmp_path,
+        record | {"problem_version": "Text Only", "image": ""},
+        record | {"problem_version": "Vision Only", "image": ""},
+    )  # fmt: skip
+    assert (text["images"], text["answer"]) == ([], "4")
+    assert isinstance(blind, BadExample)  # its image is missing: not asked without one
+
+
+def test_nulls_are_skipped_and_unicode_line_ends_are_text(tmp_path: Path) -> None:
+    record = {"image": "red.png", "question": "Left or\u2028right?", "answer": "left"}
+    good, no_answer, no_image = rows_of(
+        "realworldqa", tmp_path, record, record | {"answer": None}, record | {"image": None}
+    )
+    assert good["problem"] == "Left or\u2028right?"
+    assert isinstance(no_answer, BadExample)
+    assert isinstance(no_image, BadExample)
+    file = tmp_path / "raw.jsonl"  # as other programs write it: not escaped
+    file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(load_benchmark("realworldqa", file)) == 1
 
 
 CUPS = {"image": "a.png", "question": "How many?", "choices": ["1", "3"], "answer": "(Q)"}

@@ -1,16 +1,18 @@
-"""Published benchmarks as rows that `vigos.evaluate` takes: one reader a layout, files as their authors publish them.
+"""Read published benchmarks as examples that `vigos.evaluate` takes: one reader a layout, files as they are published.
 
-    rows = load_benchmark("vilp", "downloads/ViLP")      # a Parquet, JSON or JSONL file, or a folder of them
-    vigos eval --benchmark vilp --data downloads/ViLP …  # the same
+    examples = load_benchmark("vilp", "downloads/ViLP")      # a Parquet, JSON or JSONL file, or a folder of them
+    vigos eval --benchmark vilp --data downloads/ViLP …      # the same
 
-A multiple-choice question gets its options under it, lettered, and its answer is a letter. What a benchmark scores
-apart (ViLP's triplets, subjects, question types) is kept beside the row, in `extra`.
+A multiple-choice question gets its options under it, lettered, and its answer is a letter. Whatever a benchmark scores
+by itself (ViLP's triplets, subjects, question types) is kept in `extra`, as are `options`, `accepted` (further right
+answers) and `precision`, which the grader reads.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +21,21 @@ from typing import Any
 
 from vigos.data.examples import ExampleDataset, ExampleStream, load_rows
 
+logger = logging.getLogger(__name__)
+
 Record = Mapping[str, Any]
 READ_THE_IMAGE = "Answer the question in the image."
+BY_LETTER = "Answer with the letter of the right option."
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A layout.
+    """Describe a layout.
 
     Attributes:
+        name: key in BENCHMARKS.
         needs: columns that every record has.
-        read: the rows of one record, which is the n-th of its files.
+        read: yields the examples of one record, given its number in the files.
         source: where the data is described.
     """
 
@@ -42,42 +48,72 @@ class Benchmark:
 def lettered(question: str, options: Sequence[Any]) -> str:
     """Return the question, its options under it as (A), (B), …, and how to answer."""
     lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-    return "\n".join([question.strip(), *lines, "Answer with the letter of the right option."])
+    return "\n".join([question.strip(), *lines, BY_LETTER])
 
 
-def letter_of(answer: Any, options: Sequence[Any]) -> str:
-    """Return the letter of an answer that is given as a letter, as "(B)", or as the option itself."""
-    text = str(answer).strip()
-    bare = text.strip("().: ").upper()
-    if len(bare) == 1 and bare in ascii_uppercase[: len(options)] and text not in map(str, options):
-        return bare
-    for letter, option in zip(ascii_uppercase, options, strict=False):
-        if str(option).strip() == text:
-            return letter
-    raise ValueError(f"answer must be a letter or one of the options {list(options)}, got {answer!r}")
+def letter_of(answer: Any, options: Sequence[Any], *, text_first: bool = False) -> str | None:
+    """Return the letter of a published answer; None for a null answer.
+
+    Args:
+        answer: a letter, `B` or `(B)`, or the text of an option.
+        options: in the order of their letters. They may be letters themselves.
+        text_first: the layout gives the option's text, which then goes before a letter.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if answer is None:
+        return None
+    shown = str(answer).strip()
+    bare = shown.strip("().: ").upper()
+    by_letter = bare if len(bare) == 1 and bare in ascii_uppercase[: len(options)] else None
+    by_text = next((x for x, o in zip(ascii_uppercase, options, strict=False) if str(o).strip() == shown), None)
+    found = (by_text or by_letter) if text_first else (by_letter or by_text)
+    if found is None:
+        raise ValueError(f"answer must be a letter or one of the options {list(options)}, got {answer!r}")
+    return found
 
 
-def _listed(options: Any) -> list[Any]:
-    """Return options as a list; MMMU writes the list as text."""
+def _listed(options: Any) -> list[str]:
+    """Return options as texts; MMMU writes the list as text, and some of its options are lists."""
     if isinstance(options, str):
         options = ast.literal_eval(options) if options.strip() else []
-    return list(options) if options is not None else []
+    options = list(options) if options is not None else []
+    if len(options) == 1 and isinstance(options[0], list | tuple):
+        options = list(options[0])
+    return [", ".join(map(str, o)) if isinstance(o, list | tuple) else str(o) for o in options]
+
+
+def _is_empty(image: Any) -> bool:
+    return image is None or image == "" or (isinstance(image, dict) and not any(image.values()))
 
 
 def _row(
     record: Record, row_id: Any, problem: str, answer: Any, images: Sequence[Any], *keep: str, **extra: Any
-) -> dict:
+) -> dict[str, Any]:
+    """Return an example; if all of `images` are null it holds a null, so that it is skipped and not asked blindly."""
+    shown = [image for image in images if not _is_empty(image)] or [None] * bool(images)
     kept = {name: record[name] for name in keep if record.get(name) is not None}
-    shown = [image for image in images if image is not None]
-    return {"problem": problem, "images": shown, "answer": str(answer), "problem_id": str(row_id)} | kept | extra
+    answer = None if answer is None else str(answer)
+    return {"problem": problem, "images": shown, "answer": answer, "problem_id": str(row_id)} | kept | extra
 
 
 def _vilp(record: Record, n: int) -> Iterator[dict[str, Any]]:
     """Read one question and three images with an answer each; the first agrees with the prior."""
+    yield from _vilp_triplet(record, n, str(record["question"]), "F")
+
+
+def _vilp_p(record: Record, n: int) -> Iterator[dict[str, Any]]:
+    """Read ViLP-P: the question alone, without the sentence before it that states the prior."""
+    question = str(record["question"])
+    yield from _vilp_triplet(record, n, question.partition(". ")[2].strip() or question, "P")
+
+
+def _vilp_triplet(record: Record, n: int, question: str, variant: str) -> Iterator[dict[str, Any]]:
     for k in (1, 2, 3):
         yield _row(
-            record, f"{record.get('id', n)}-{k}", str(record["question"]), record[f"answer{k}"], [record[f"image{k}"]],
-            triplet=n, role="prior" if k == 1 else "conflict",
+            record, f"{record.get('id', n)}-{k}", question, record[f"answer{k}"], [record[f"image{k}"]],
+            triplet=n, role="prior" if k == 1 else "conflict", variant=variant,
         )  # fmt: skip
 
 
@@ -85,71 +121,86 @@ def _cv_bench(record: Record, n: int) -> Iterator[dict[str, Any]]:
     options = _listed(record["choices"])
     yield _row(
         record, record.get("idx", n), lettered(record["question"], options), letter_of(record["answer"], options),
-        [record["image"]], "type", "task", "source",
+        [record["image"]], "type", "task", "source", options=options,
     )  # fmt: skip
 
 
 def _mmmu(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    options, question = _listed(record["options"]), str(record.get("question") or READ_THE_IMAGE)
+    """Read MMMU and MMMU-Pro. Open questions may accept several answers; in MMMU-Pro vision the image asks."""
+    options, question = _listed(record["options"]), record.get("question")
     images = [record["image"]] if "image" in record else [record.get(f"image_{k}") for k in range(1, 8)]
     keep = ("subfield", "subject", "topic_difficulty", "question_type")
-    if not options:
-        yield _row(record, record["id"], question, _first(record["answer"]), images, *keep)
+    if options:
+        problem = lettered(str(question), options) if question else f"{READ_THE_IMAGE}\n{BY_LETTER}"
+        answer = letter_of(record["answer"], options)
+        yield _row(record, record["id"], problem, answer, images, *keep, options=options)
         return
-    yield _row(record, record["id"], lettered(question, options), letter_of(record["answer"], options), images, *keep)
-
-
-def _first(answer: Any) -> str:
-    """Return an open answer; several accepted ones are written as a list, and the first is the one asked for."""
-    text = str(answer)
-    return str(_listed(text)[0]) if text.startswith("[") else text
+    answer = record["answer"]
+    answers = _listed(answer) if isinstance(answer, list) or str(answer).startswith("[") else [answer]
+    extra = {"accepted": answers[1:]} if len(answers) > 1 else {}
+    yield _row(record, record["id"], str(question or READ_THE_IMAGE), answers[0], images, *keep, **extra)
 
 
 def _math_vista(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    options = _listed(record.get("choices"))
+    """Read a question whose answer is an option's text, a number with a precision, a list or text."""
+    options, precision, unit = _listed(record.get("choices")), record.get("precision"), record.get("unit")
     image = record["decoded_image"] if record.get("decoded_image") is not None else record["image"]
     keep = ("question_type", "answer_type", "precision", "unit")
-    problem, answer = str(record["question"]), record["answer"]
+    problem = str(record["question"]) + (f" (Unit: {unit})" if unit else "")
     if options:
-        problem, answer = lettered(problem, options), letter_of(answer, options)
-    yield _row(record, record["pid"], problem, answer, [image], *keep)
+        answer = letter_of(record["answer"], options, text_first=True)
+        yield _row(record, record["pid"], lettered(problem, options), answer, [image], *keep, options=options)
+        return
+    places = int(precision) if precision is not None else 1
+    how = {
+        "integer": "Answer with an integer.",
+        "float": f"Answer with a number with {places} decimal place{'s' * (places != 1)}.",
+        "list": "Answer with a list, such as [1, 2, 3].",
+    }.get(str(record.get("answer_type")))
+    problem = problem if how is None else f"{problem}\n{how}"
+    yield _row(record, record["pid"], problem, record["answer"], [image], *keep)
 
 
 def _math_verse(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """Read an example whose question already holds its options, if any."""
+    """Read a question with its options in it. The version "Text Only" has no image."""
     problem = str(record["question"] or "").strip() or READ_THE_IMAGE
-    yield _row(
-        record, record["sample_index"], problem, record["answer"], [record["image"]], "problem_version", "question_type"
-    )
+    text_only = str(record.get("problem_version", "")).casefold().replace("_", " ") == "text only"
+    images = [] if text_only and _is_empty(record["image"]) else [record["image"]]
+    yield _row(record, record["sample_index"], problem, record["answer"], images, "problem_version", "question_type")
 
 
 def _real_world_qa(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """Read an example whose question already holds its options and how to answer."""
+    """Read a question with its options and how to answer in it."""
     yield _row(record, record.get("id", n), str(record["question"]), record["answer"], [record["image"]])
 
 
 def _mm_vet(record: Record, n: int) -> Iterator[dict[str, Any]]:
-    """Read a free-form answer with <AND> and <OR>, meant for a judge; matched as text here."""
-    images = [record["image"]]
-    yield _row(record, record["question_id"], str(record["question"]), record["answer"], images, "capability")
+    """Read free-form answers, of which <OR> separates alternatives; <AND> is meant for a judge, and text here.
+
+    The archive names images by `imagename` in the folder images/; Parquet files hold them in `image`.
+    """
+    image = record["image"] if "image" in record else f"images/{record['imagename']}"
+    answer, extra = record["answer"], {}
+    if answer is not None and "<OR>" in str(answer) and "<AND>" not in str(answer):
+        extra["accepted"] = [part.strip() for part in str(answer).split("<OR>")]
+    yield _row(record, record["question_id"], str(record["question"]), answer, [image], "capability", **extra)
 
 
+_VILP_COLUMNS = ("question", *(f"{kind}{k}" for k in (1, 2, 3) for kind in ("image", "answer")))
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark(
-            "vilp", ("question", *(f"{kind}{k}" for k in (1, 2, 3) for kind in ("image", "answer"))), _vilp,
-            "ViLP: Probing Visual Language Priors in VLMs",
-        ),
+        Benchmark("vilp", _VILP_COLUMNS, _vilp, "ViLP: Probing Visual Language Priors in VLMs"),
+        Benchmark("vilp-p", _VILP_COLUMNS, _vilp_p, "ViLP: Probing Visual Language Priors in VLMs"),
         Benchmark("cv-bench", ("image", "question", "choices", "answer"), _cv_bench, "Cambrian-1, CV-Bench"),
         Benchmark("mmmu", ("id", "question", "options", "answer", "image_1"), _mmmu, "MMMU"),
         Benchmark("mmmu-pro", ("id", "options", "answer"), _mmmu, "MMMU-Pro, standard and vision"),
         Benchmark("mathvista", ("pid", "question", "image", "answer"), _math_vista, "MathVista"),
         Benchmark("mathverse", ("sample_index", "question", "image", "answer"), _math_verse, "MathVerse"),
         Benchmark("realworldqa", ("image", "question", "answer"), _real_world_qa, "RealWorldQA"),
-        Benchmark("mm-vet", ("question_id", "image", "question", "answer"), _mm_vet, "MM-Vet"),
+        Benchmark("mm-vet", ("question_id", "question", "answer"), _mm_vet, "MM-Vet"),
     )
-}  # fmt: skip
+}
 
 
 def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = False) -> ExampleDataset | ExampleStream:
@@ -161,8 +212,11 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
             kinds are read in the order of their names. Image paths are relative to the folder.
         allow_outside_root: as in `load_rows`, whose bounds hold here too.
 
+    A record that cannot be read, or lacks its answer or its image, is a `BadExample`.
+
     Raises:
-        ValueError: an unknown benchmark, a path without data, or a column of the layout that the file lacks.
+        ValueError: an unknown benchmark, a path without data, a column of the layout that the file lacks, or no record
+            that can be read.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}")
@@ -175,12 +229,16 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
             f"data of {name} ({benchmark.source}) must have the columns {', '.join(benchmark.needs)}; {path} lacks "
             f"{', '.join(missing)}, it has {', '.join(map(str, records[0]))}"
         )
-    rows = []
+    rows, failure = [], ""
     for n, record in enumerate(records):
         try:
             rows += list(benchmark.read(record, n))
         except (ValueError, KeyError, SyntaxError) as error:
-            raise ValueError(f"record {n} of {path} is not one of {name}: {error}") from error
+            failure = f"record {n} of {path} is not one of {name}: {error}"
+            logger.warning("%s", failure)
+            rows.append({"problem": "?", "images": [], "answer": None, "problem_id": f"record {n}"})
+    if failure and not any(row["answer"] is not None for row in rows):
+        raise ValueError(failure)
     return load_rows(
         rows, data_root=path if path.is_dir() else path.parent, image_placeholder=None,
         allow_outside_root=allow_outside_root,
@@ -200,7 +258,8 @@ def _records(path: Path) -> Iterator[Record]:
 
             yield from pyarrow.parquet.read_table(file).to_pylist()
         elif file.suffix == ".jsonl":
-            yield from (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+            with file.open(encoding="utf-8") as lines:  # unlike str.splitlines, these end at line feeds alone
+                yield from (json.loads(line) for line in lines if line.strip())
         elif file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, dict):  # records by id, as MathVista and MM-Vet publish them

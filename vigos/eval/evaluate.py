@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -152,7 +153,7 @@ def evaluate(
                     record["samples"] = [sample_record(ids, *asked) for ids in sampled]
                 except JudgeError as error:
                     record["skipped"] = {"reason": "judge_failed", "detail": str(error)}
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.append(_SURROGATE.sub(_escaped, json.dumps(record, ensure_ascii=False)) + "\n")
             finished.append(json.loads(lines[-1]))  # as a file gives it back
         if path is not None:
             append_lines(path, "".join(lines))
@@ -174,6 +175,13 @@ def model_fingerprint(model: nn.Module) -> str:
         values = flat[:: max(1, len(flat) // 64)].double().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-8 cannot hold it, JSON can
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 def _digest(text: str) -> str:
@@ -213,6 +221,7 @@ def _encode(processor: Any, prompts: Prompts, example: Example | BadExample) -> 
             f"image(s); got {type(processor).__name__}"
         )
     try:
+        example["problem"].encode()  # a lone surrogate is a TypeError of the tokenizer's
         return encode_prompt(processor, prompts, "student", example["problem"], images=images)
     except ValueError as error:  # the image processor's own limits
         return BadExample(example["problem_id"], "not_encodable", str(error))
