@@ -30,7 +30,9 @@ from vigos.divergence.validation import (
     head_of,
     local,
     local_head,
+    savable,
     supervision_tensors,
+    warn_of_missing_gradients,
 )
 
 
@@ -120,6 +122,9 @@ def linear_divergence(
         check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden")
     teacher = local_head(teacher, "teacher_head", teacher_hidden, "teacher_hidden")
     check_heads(head, teacher)
+    warn_of_missing_gradients(
+        supervision, {"teacher_hidden": teacher_hidden, "teacher_head.weight": None if shared else teacher.weight}
+    )
     if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
         raise ValueError(
             f"teacher_hidden must be float64 exactly when student_hidden is, got {teacher_hidden.dtype} and "
@@ -138,8 +143,9 @@ def linear_divergence(
     group_name = "" if head.process_group is None else str(head.process_group.group_name)
     call = Call(ours, theirs, beta, entry_clip, size, group_name, impl)
     out = linear(
-        (student_hidden.flatten(0, -2), head.weight, head.bias),
-        (teacher_hidden.flatten(0, -2), None if shared else teacher.weight, teacher_bias), rows, labels, call,
+        (savable(student_hidden.flatten(0, -2)), savable(head.weight), savable(head.bias)),
+        (savable(teacher_hidden.flatten(0, -2)), None if shared else savable(teacher.weight), savable(teacher_bias)),
+        rows, labels, call,
     )  # fmt: skip
     return _output(out, rows[3], rows[4], labels, reduction)
 
@@ -194,6 +200,8 @@ def logits_divergence(
     transform = LogitTransform(temperature=temperature)
     group_name = "" if process_group is None else str(process_group.group_name)
     call = Call(transform, transform, beta, entry_clip, size, group_name, impl)
+    warn_of_missing_gradients(supervision, {"teacher_logits": teacher_logits})
+    student_logits, teacher_logits = savable(student_logits), savable(teacher_logits)
     teacher = merged(teacher_logits)
     if teacher is None:
         teacher, index = as_matrix(teacher_logits)
@@ -221,4 +229,5 @@ def _output(
         loss = torch.where(weight != 0, value * weight.to(value.dtype), 0.0)
     details = [x.detach() for x in out[2:8]]
     logprobs = (None, None) if labels is None else (details[4], details[5])
+    divergence = divergence.clone()  # the operator's own is saved for backward; this one may be written to
     return DivergenceOutput(loss, divergence, clipped, *details[:4], *logprobs)

@@ -450,6 +450,8 @@ def _logits_backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor
     if (grad_loss is not None or grad_divergence is not None) and ctx.needs_input_grad[0]:
         arguments = ([grad_loss, grad_divergence], [divergence, state], student_logits, teacher_logits, supervision)
         if ctx.inplace:
+            if torch.is_grad_enabled():  # create_graph=True
+                _once()
             with torch.no_grad():
                 _logits_backward_inplace_op(*arguments, *ctx.rest)
             gradient = student_logits.detach()

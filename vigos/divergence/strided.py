@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.ops import Call, _logits_backward_inplace_op, _logits_backward_op, logits
+from vigos.divergence.ops import Call, _logits_backward_inplace_op, _logits_backward_op, _once, logits
 
 
 def overlaps(x: Tensor) -> bool:
@@ -93,6 +93,8 @@ class _Strided(torch.autograd.Function):
                 [student_row[pairs] - start, *(x[pairs] for x in rows)], *ctx.call.packed(),
             )  # fmt: skip
             if dlogits is None:
+                if torch.is_grad_enabled():  # create_graph=True
+                    _once()
                 _logits_backward_inplace_op(*arguments)
             else:
                 dlogits.view(-1, v)[start : start + n] = _logits_backward_op(*arguments)

@@ -6,9 +6,10 @@ checked by the operators (`vigos.divergence.ops`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from vigos.divergence.engines import IMPLS
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import KINDS, Supervision
 
+T = TypeVar("T")
 REDUCTIONS = ("sum", "mean", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -182,11 +184,11 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
             )
         if name == "kind" and value.dtype != torch.int8:
             value = value.to(torch.int64).clamp(-1, len(KINDS))  # 256 would wrap to 0; out of range stays out of range
-        fields.append(value.detach().to(dtype).expand(r).contiguous())
+        fields.append(savable(value.detach().to(dtype).expand(r).contiguous()))
     for name, value in zip(("student_row", "teacher_row", "kind", "weight", "clip"), (rows, *fields), strict=True):
         if value.device.type != "cpu" and value.device != student.device:
             raise ValueError(f"supervision.{name} must be on the CPU or on {student.device}, got {value.device}")
-    return (rows, *fields)
+    return (savable(rows), *fields)
 
 
 def check_labels(
@@ -204,7 +206,7 @@ def check_labels(
         )
     if labels.device.type != "cpu" and labels.device != device:
         raise ValueError(f"labels must be on the CPU or on {device}, got {labels.device}")
-    return labels.reshape(-1)[student_row.to(labels.device)] if spread else labels
+    return savable(labels.reshape(-1)[student_row.to(labels.device)] if spread else labels)
 
 
 def local(x: Any, name: str, group: dist.ProcessGroup | None = None) -> tuple[Any, dist.ProcessGroup | None]:
@@ -225,6 +227,37 @@ def local(x: Any, name: str, group: dist.ProcessGroup | None = None) -> tuple[An
 
 def autocast(x: Any, device: torch.device) -> Any:
     """Cast an operand as `F.linear` does under an autocast of `device`; anything that is no such operand passes."""
-    if not torch.is_autocast_enabled(device.type) or not isinstance(x, Tensor) or not x.is_floating_point():
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device.type))
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device.type))
+
+
+def savable(x: T) -> T:
+    """Return an ordinary tensor over the memory of one made under inference_mode, which autograd refuses to save."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return x
+    if not x.is_inference():
+        return x
+    ordinary = torch.empty(0, dtype=x.dtype, device=x.device)
+    return ordinary.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())  # type: ignore[return-value]
+
+
+_warned: set[str] = set()
+
+
+def warn_of_missing_gradients(supervision: Supervision | None, tensors: dict[str, object]) -> None:
+    """Warn, once a name, of tensors that ask for a gradient and will get none from this library."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if isinstance(supervision, Supervision):
+        tensors |= {"supervision.weight": supervision.weight, "supervision.clip": supervision.clip}
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.requires_grad and name not in _warned:
+            _warned.add(name)
+            warnings.warn(
+                f"{name} requires a gradient and gets none: divergences are differentiable in the student and its "
+                f"head alone. Detach it, or weigh `divergence`, which is differentiable, yourself",
+                stacklevel=3,
+            )

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vigos.divergence.api import logits_divergence
 from vigos.divergence.supervision import FORWARD_KL, Supervision, kind_and_beta
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "this drop-in of vigos is differentiable once: its gradient is computed without a derivative of its own"
+        )
+
+
+def once(gradient: Tensor, source: Tensor) -> Tensor:
+    """Return a gradient in `source` that raises when create_graph=True asks for its derivative, which it drops else."""
+    return _Once.apply(gradient, source)
 
 
 def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student_logits", "teacher_logits")) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from vigos.divergence.api import linear_divergence
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision, kind_and_beta
-from vigos.integrations._logits import check_mask
+from vigos.divergence.validation import autocast
+from vigos.integrations._logits import check_mask, once
 from vigos.integrations._patching import Patch, Target, UnknownPeer, described, say_once, version_of
 
 
@@ -52,9 +53,14 @@ def _fused_jsd(
     shared = teacher_weight is student_weight and teacher_bias is student_bias and teacher.dtype == student.dtype
     head = _head(student_weight, student_bias, student)
     return linear_divergence(
-        student, head, teacher, None if shared else _head(teacher_weight, teacher_bias, teacher),
+        student, head, teacher, None if shared else _head(_detached(teacher_weight), _detached(teacher_bias), teacher),
         supervision=Supervision.from_mask(kept, kind=kind), temperature=float(temperature), beta=beta, reduction="mean",
     ).loss  # fmt: skip
+
+
+def _detached(x: Any) -> Any:
+    """Return the teacher's tensor without the gradient that it asks for and does not get."""
+    return None if x is None else x.detach()
 
 
 def _head(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Head:
@@ -64,13 +70,38 @@ def _head(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Head:
     return Head(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
 
+class _Product(torch.autograd.Function):
+    """Multiply (N, D) by (V, D) transposed: float32 before any rounding, whatever the operands are."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        grad = grad.to(rows.dtype)  # rounded once
+        drows = once(_product(grad, weight).to(rows.dtype), rows) if ctx.needs_input_grad[0] else None
+        return drows, once(_product(grad.T, rows).to(weight.dtype), weight) if ctx.needs_input_grad[1] else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype in (torch.float32, torch.float64):
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore: int, width: int) -> Any:
     """Sum -log p(label) over labels that are not `ignore`, `width` tokens at a time, recomputed in backward."""
     kept = (labels != ignore).nonzero().squeeze(1)
+    hidden, weight, bias = (autocast(x, hidden.device) for x in (hidden, weight, bias))
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
     def logits_and_loss(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = torch.nn.functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _Product.apply(rows, weight)
+        logits = logits if bias is None else logits + bias
         return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
 
     total = (hidden[:0].sum() + weight[:0].sum()).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)

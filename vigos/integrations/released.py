@@ -244,6 +244,13 @@ class FusedLossMixin:
 
 
 def _check_head(head: Any, model: Any) -> None:
+    """Refuse a head whose logits are not hidden @ weight.T + bias of tensors that it holds."""
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        raise ValueError(
+            f"the model's output head must be a torch.nn.Linear, got {type(head).__module__}.{type(head).__name__}, "
+            "whose logits its weight alone does not give (an adapter, or a quantized layer): leave the head out of "
+            "target_modules and modules_to_save, or use released.patch, which keeps logits"
+        )
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
         shape = None if weight is None else tuple(weight.shape)

@@ -96,7 +96,10 @@ def chunked_divergence_loss(
     )
     with _gathered(student_lm_head_weight, student_lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias):
         w_s, b_s = _gathered_head(student_lm_head_weight, student_lm_head_bias, student)
-        w_t, b_t = (w_s, b_s) if shared else _gathered_head(teacher_lm_head_weight, teacher_lm_head_bias, teacher)
+        w_t, b_t = w_s, b_s
+        if not shared:
+            w_t, b_t = _gathered_head(teacher_lm_head_weight, teacher_lm_head_bias, teacher)
+            w_t, b_t = w_t.detach(), None if b_t is None else b_t.detach()  # they ask for a gradient and get none
         out = linear_divergence(
             student, Head(w_s, b_s, float(student_logit_scale), student_final_logit_softcapping),
             teacher, Head(w_t, b_t, float(teacher_logit_scale), teacher_final_logit_softcapping),

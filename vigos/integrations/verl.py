@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vigos.integrations._logits import once
 from vigos.integrations._patching import Patch, Target, UnknownPeer, check_signature, version_of
 
 LOSS = "vigos_forward_kl_topk"
@@ -77,7 +78,7 @@ class _TopK(torch.autograd.Function):
             g = (logits[chunk] - shift[chunk]).exp_()
             g.mul_(scale[chunk].sign()).scatter_add_(1, ids[chunk], -p[chunk] * scale[chunk])
             out[chunk] = g
-        return out, None, None, None
+        return once(out, logits), None, None, None
 
 
 def topk_forward_kl(
