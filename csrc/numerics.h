@@ -165,11 +165,11 @@ VIGOS_HD void raise(RowStats& x, float max_s, float max_t, bool reverse) {
 template <bool FAST>
 VIGOS_HD void add(RowStats& row, const Logits& x, bool reverse) {
   const float shift = row.shift();
-  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, apart = -x.gap - row.offset;
+  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, distance = -x.gap - row.offset;
   const float e_s = exp_of<FAST>(above_s), e_t = exp_of<FAST>(above_t);
   row.sum_s += e_s;
   row.sum_t += e_t;
-  row.excess += fabsf(apart) < 0.25f ? e_s * expm1_small(apart) : e_t - e_s;
+  row.excess += fabsf(distance) < 0.25f ? e_s * expm1_small(distance) : e_t - e_s;
   row.moment_s += e_s == 0.0f ? 0.0f : e_s * above_s;
   row.moment_t += e_t == 0.0f ? 0.0f : e_t * above_t;
   const float weight = reverse ? e_s : e_t;

@@ -95,14 +95,14 @@ struct Isa {
   void (*gradient)(const View&, const Transforms&, const Options&, const Normalised&, const float* scale, float* out,
                    int64_t ld_out);
   // Rows of any dtype to and from float32.
-  void (*widen)(const void* from, Dtype dtype, int64_t n, float* to);
-  void (*narrow)(const float* from, int64_t n, void* to, Dtype dtype);
+  void (*widen)(const void* from, Dtype dtype, int64_t n, float* dest);
+  void (*narrow)(const float* from, int64_t n, void* dest, Dtype dtype);
   // Columns of the right operand, B(k, j) = x[j * ld + k], into panels.
-  void (*pack_rows)(const float* x, int64_t ld, int64_t k, int64_t n, float* to);
+  void (*pack_rows)(const float* x, int64_t ld, int64_t k, int64_t n, float* dest);
   // Rows of it, B(k, j) = x[k * ld + j] of any dtype, into panels.
-  void (*pack_columns)(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* to);
+  void (*pack_columns)(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* dest);
   // Columns of the left operand, A(i, k) = x[k * ld + i], into tiles; room for m + rows - 1 rows.
-  void (*pack_tiles)(const float* x, int64_t ld, int64_t k, int64_t m, float* to);
+  void (*pack_tiles)(const float* x, int64_t ld, int64_t k, int64_t m, float* dest);
   // c (m, n) = or += A (m, k) @ packed panels, A(i, k) = a[i * ld + k].
   void (*multiply)(const float* a, int64_t ld, const float* packed, int64_t m, int64_t n, int64_t k, float* c,
                    int64_t ld_c, bool add);

@@ -83,7 +83,7 @@ void statistics_form(const View& view, const Transforms& f, ColumnStatistics* st
     for (int64_t lane = 0; lane < view.lanes; lane += W) {
       const float* s = view.s + from * view.ld_s + lane;
       const float* t = view.t + from * view.ld_t + lane;
-      ColumnStatistics* of = statistics + lane;
+      ColumnStatistics* lanes = statistics + lane;
       float top_s[W], top_t[W], total_s[W], total_t[W], first_s[W], first_t[W];
       vf most_s = splat(-kInf), most_t = splat(-kInf);
       for (int i = 0; i < n; ++i) {
@@ -94,7 +94,7 @@ void statistics_form(const View& view, const Transforms& f, ColumnStatistics* st
         most_t = max_(e.z_t, most_t);
       }
       for (int l = 0; l < W; ++l)
-        top_s[l] = static_cast<float>(of[l].top_s), top_t[l] = static_cast<float>(of[l].top_t);
+        top_s[l] = static_cast<float>(lanes[l].top_s), top_t[l] = static_cast<float>(lanes[l].top_t);
       most_s = max_(load(top_s), most_s);
       most_t = max_(load(top_t), most_t);
       store(top_s, most_s);
@@ -125,8 +125,8 @@ void statistics_form(const View& view, const Transforms& f, ColumnStatistics* st
           total += total_now;
           first += first_now;
         };
-        add(of[l].top_s, of[l].total_s, of[l].first_s, top_s[l], total_s[l], first_s[l]);
-        add(of[l].top_t, of[l].total_t, of[l].first_t, top_t[l], total_t[l], first_t[l]);
+        add(lanes[l].top_s, lanes[l].total_s, lanes[l].first_s, top_s[l], total_s[l], first_s[l]);
+        add(lanes[l].top_t, lanes[l].total_t, lanes[l].first_t, top_t[l], total_t[l], first_t[l]);
       }
     }
   }
@@ -201,9 +201,9 @@ void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Tr
   vf sum_value{}, sum_a{};
   for (int i = 0; i < n; ++i) {
     const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
-    const Terms of = terms<KIND, CLIP, !CLIP>(e, c, o);
-    sum_value += of.value;
-    sum_a += of.a;
+    const Terms term = terms<KIND, CLIP, !CLIP>(e, c, o);
+    sum_value += term.value;
+    sum_a += term.a;
   }
   for (int l = 0; l < W; ++l) {
     if (normalised.kind[lane + l] != KIND) continue;
@@ -223,9 +223,9 @@ void gradient_strip(const View& view, int64_t from, int n, int64_t lane, const T
   out += from * ld_out + lane;
   for (int i = 0; i < n; ++i) {
     const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
-    const Terms of = terms<KIND, CLIP, false>(e, c, o);
-    float* to = out + i * ld_out;
-    store(to, mine ? (of.a - of.p_s * S) * (e.slope * factor) : load(to));
+    const Terms term = terms<KIND, CLIP, false>(e, c, o);
+    float* dest = out + i * ld_out;
+    store(dest, mine ? (term.a - term.p_s * S) * (e.slope * factor) : load(dest));
   }
 }
 
@@ -274,8 +274,8 @@ void for_strips(const View& view, const Transforms& f, const Options& o, const N
   });
 }
 
-void statistics(const View& view, const Transforms& f, ColumnStatistics* to) {
-  with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, to); });
+void statistics(const View& view, const Transforms& f, ColumnStatistics* dest) {
+  with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, dest); });
 }
 
 void measure(const View& view, const Transforms& f, const Options& o, const Normalised& normalised, double* value,

@@ -42,8 +42,8 @@ inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
     for (int j = 0; j < VECTORS; ++j) {
-      float* to = c + i * ld_c + j * W;
-      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+      float* dest = c + i * ld_c + j * W;
+      store(dest, add ? load(dest) + sum[i][j] : sum[i][j]);
     }
   }
 }
@@ -97,8 +97,8 @@ void panel_columns(const float* a, int64_t ld, const float* b, int64_t m, int64_
     const int64_t rows = m - i < kRows ? m - i : kRows;
     panel_product<TILED>(a + (TILED ? i * k : i * ld), ld, b, vectors, rows, k, edge, vectors * W, false);
     for (int64_t r = 0; r < rows; ++r) {
-      float* to = c + (i + r) * ld_c;
-      for (int64_t q = 0; q < columns; ++q) to[q] = (add ? to[q] : 0.0f) + edge[r * vectors * W + q];
+      float* dest = c + (i + r) * ld_c;
+      for (int64_t q = 0; q < columns; ++q) dest[q] = (add ? dest[q] : 0.0f) + edge[r * vectors * W + q];
     }
   }
 }
@@ -132,14 +132,14 @@ void multiply_tiles(const float* tiles, const float* packed, int64_t m, int64_t 
   }
 }
 
-void widen(const void* from, Dtype dtype, int64_t n, float* to) {
+void widen(const void* from, Dtype dtype, int64_t n, float* dest) {
   if (dtype == Dtype::kFloat32) {
-    __builtin_memcpy(to, from, n * sizeof(float));
+    __builtin_memcpy(dest, from, n * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {
     const uint16_t* half = static_cast<const uint16_t*>(from);
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t word = static_cast<uint32_t>(half[i]) << 16;
-      __builtin_memcpy(to + i, &word, sizeof word);
+      __builtin_memcpy(dest + i, &word, sizeof word);
     }
   } else {
     const uint16_t* half = static_cast<const uint16_t*>(from);
@@ -147,26 +147,26 @@ void widen(const void* from, Dtype dtype, int64_t n, float* to) {
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) {
       const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i));
-      _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, word));
+      _mm512_storeu_ps(dest + i, _mm512_maskz_cvtph_ps(0xffff, word));
     }
 #elif defined(__F16C__)
     for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+      _mm256_storeu_ps(dest + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
     }
 #endif
     for (; i < n; ++i) {
       _Float16 value;
       __builtin_memcpy(&value, half + i, sizeof value);
-      to[i] = static_cast<float>(value);
+      dest[i] = static_cast<float>(value);
     }
   }
 }
 
-void narrow(const float* from, int64_t n, void* to, Dtype dtype) {
+void narrow(const float* from, int64_t n, void* dest, Dtype dtype) {
   if (dtype == Dtype::kFloat32) {
-    __builtin_memcpy(to, from, n * sizeof(float));
+    __builtin_memcpy(dest, from, n * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {  // to nearest, ties to even
-    uint16_t* half = static_cast<uint16_t*>(to);
+    uint16_t* half = static_cast<uint16_t*>(dest);
     for (int64_t i = 0; i < n; ++i) {
       uint32_t word;
       __builtin_memcpy(&word, from + i, sizeof word);
@@ -176,40 +176,40 @@ void narrow(const float* from, int64_t n, void* to, Dtype dtype) {
   } else {
     for (int64_t i = 0; i < n; ++i) {
       const _Float16 value = static_cast<_Float16>(from[i]);
-      __builtin_memcpy(static_cast<uint16_t*>(to) + i, &value, sizeof value);
+      __builtin_memcpy(static_cast<uint16_t*>(dest) + i, &value, sizeof value);
     }
   }
 }
 
-void pack_rows(const float* x, int64_t ld, int64_t k, int64_t n, float* to) {
+void pack_rows(const float* x, int64_t ld, int64_t k, int64_t n, float* dest) {
   for (int64_t j = 0; j < n; j += kPanel) {
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
     const int64_t width = (columns + W - 1) / W * W;
-    float* panel = to + j * k;
+    float* panel = dest + j * k;
     for (int64_t q = 0; q < width; ++q) {
       for (int64_t p = 0; p < k; ++p) panel[p * width + q] = q < columns ? x[(j + q) * ld + p] : 0.0f;
     }
   }
 }
 
-void pack_columns(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* to) {
+void pack_columns(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* dest) {
   const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t p = 0; p < k; ++p) {
     const char* row = static_cast<const char*>(x) + p * ld * size;
     for (int64_t j = 0; j < n; j += kPanel) {
       const int64_t columns = n - j < kPanel ? n - j : kPanel, width = (columns + W - 1) / W * W;
-      float* panel = to + j * k + p * width;
+      float* panel = dest + j * k + p * width;
       widen(row + j * size, dtype, columns, panel);
       for (int64_t q = columns; q < width; ++q) panel[q] = 0.0f;
     }
   }
 }
 
-void pack_tiles(const float* x, int64_t ld, int64_t k, int64_t m, float* to) {
+void pack_tiles(const float* x, int64_t ld, int64_t k, int64_t m, float* dest) {
   for (int64_t p = 0; p < k; ++p) {
     for (int64_t i = 0; i < m; i += kRows) {
       const int64_t rows = m - i < kRows ? m - i : kRows;
-      float* tile = to + i * k + p * kRows;
+      float* tile = dest + i * k + p * kRows;
       if (rows == kRows) {
         __builtin_memcpy(tile, x + p * ld + i, kRows * sizeof(float));
       } else {

@@ -10,21 +10,11 @@ namespace vigos::cpu {
 #define VIGOS_STRING(isa) VIGOS_STRING_(isa)
 
 const Isa& VIGOS_TABLE_NAME(VIGOS_ISA)() {
-  namespace of = VIGOS_ISA;
-  static const Isa table = {VIGOS_STRING(VIGOS_ISA),
-                            of::kPanel,
-                            of::kRows,
-                            of::statistics,
-                            of::measure,
-                            of::gradient,
-                            of::widen,
-                            of::narrow,
-                            of::pack_rows,
-                            of::pack_columns,
-                            of::pack_tiles,
-                            of::multiply,
-                            of::multiply_tiles,
-                            of::evaluate};
+  namespace ours = VIGOS_ISA;
+  static const Isa table = {VIGOS_STRING(VIGOS_ISA), ours::kPanel,       ours::kRows,      ours::statistics,
+                            ours::measure,           ours::gradient,     ours::widen,      ours::narrow,
+                            ours::pack_rows,         ours::pack_columns, ours::pack_tiles, ours::multiply,
+                            ours::multiply_tiles,    ours::evaluate};
   return table;
 }
 

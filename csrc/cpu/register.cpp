@@ -19,12 +19,12 @@ namespace {
 using namespace cpu;
 
 template <typename T>
-T* at(std::uintptr_t address) {
+T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
 Matrix matrix(std::uintptr_t data, int dtype, int64_t ld, int64_t rows, int64_t columns) {
-  return {at<const void>(data), static_cast<Dtype>(dtype), ld, rows, columns};
+  return {pointer<const void>(data), static_cast<Dtype>(dtype), ld, rows, columns};
 }
 
 }  // namespace
@@ -48,9 +48,9 @@ void register_cpu(py::module_& m) {
       .def(
           "set_biases",
           [](Transforms& f, Address bias_s, Address bias_t, Address bias_gap) {
-            f.bias_s = at<const float>(bias_s);
-            f.bias_t = at<const float>(bias_t);
-            f.bias_gap = at<const float>(bias_gap);
+            f.bias_s = pointer<const float>(bias_s);
+            f.bias_t = pointer<const float>(bias_t);
+            f.bias_gap = pointer<const float>(bias_gap);
           },
           py::arg("bias_s"), py::arg("bias_t"), py::arg("bias_gap"));
   py::class_<Options>(m, "Options", py::module_local(), "beta of JSD, and the clip of each entry's term or None.")
@@ -60,7 +60,7 @@ void register_cpu(py::module_& m) {
            py::arg("beta"), py::arg("entry_clip"));
   py::class_<Chunk>(m, "Chunk", py::module_local(), "Logits (v, width) of both sides.")
       .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width) {
-             return Chunk{at<float>(s), at<float>(t), ld_s, ld_t, v, width};
+             return Chunk{pointer<float>(s), pointer<float>(t), ld_s, ld_t, v, width};
            }),
            py::arg("s"), py::arg("t"), py::arg("ld_s"), py::arg("ld_t"), py::arg("v"), py::arg("width"));
 
@@ -82,35 +82,36 @@ void register_cpu(py::module_& m) {
   m.def(
       "project",
       [](const Matrix& head, Address x, int64_t ld_x, int64_t n, Address out, int64_t ld_out, int threads) {
-        project(head, at<const float>(x), ld_x, n, at<float>(out), ld_out, threads);
+        project(head, pointer<const float>(x), ld_x, n, pointer<float>(out), ld_out, threads);
       },
       py::arg("head"), py::arg("x"), py::arg("ld_x"), py::arg("n"), py::arg("out"), py::arg("ld_out"),
       py::arg("threads"), released);
   m.def(
       "backproject",
       [](Address g, int64_t ld_g, int64_t l, const Matrix& head, Address out, int threads) {
-        backproject(at<const float>(g), ld_g, l, head, at<float>(out), threads);
+        backproject(pointer<const float>(g), ld_g, l, head, pointer<float>(out), threads);
       },
       py::arg("g"), py::arg("ld_g"), py::arg("l"), py::arg("head"), py::arg("out"), py::arg("threads"), released);
   m.def(
       "accumulate_head",
       [](Address g, int64_t ld_g, int64_t v, int64_t l, Address hidden, int64_t d, Address out, int threads) {
-        accumulate_head(at<const float>(g), ld_g, v, l, at<const float>(hidden), d, at<float>(out), threads);
+        accumulate_head(pointer<const float>(g), ld_g, v, l, pointer<const float>(hidden), d, pointer<float>(out),
+                        threads);
       },
       py::arg("g"), py::arg("ld_g"), py::arg("v"), py::arg("l"), py::arg("hidden"), py::arg("d"), py::arg("out"),
       py::arg("threads"), released);
   m.def(
       "chunk_statistics",
       [](const Chunk& chunk, const Transforms& f, Address out, int threads) {
-        chunk_statistics(chunk, f, at<double>(out), threads);
+        chunk_statistics(chunk, f, pointer<double>(out), threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("out"), py::arg("threads"), released);
   m.def(
       "chunk_measure",
       [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address out,
          int threads) {
-        chunk_measure(chunk, f, o, normalised(at<const float>(floats), chunk.width, at<const int32_t>(kind)),
-                      at<double>(out), threads);
+        chunk_measure(chunk, f, o, normalised(pointer<const float>(floats), chunk.width, pointer<const int32_t>(kind)),
+                      pointer<double>(out), threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
       py::arg("out"), py::arg("threads"), released);
@@ -118,8 +119,8 @@ void register_cpu(py::module_& m) {
       "chunk_gradient",
       [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address live,
          int64_t n_live, int64_t padded, int threads) {
-        chunk_gradient(chunk, f, o, normalised(at<const float>(floats), chunk.width, at<const int32_t>(kind)),
-                       at<const int32_t>(live), n_live, padded, threads);
+        chunk_gradient(chunk, f, o, normalised(pointer<const float>(floats), chunk.width, pointer<const int32_t>(kind)),
+                       pointer<const int32_t>(live), n_live, padded, threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
       py::arg("live"), py::arg("n_live"), py::arg("padded"), py::arg("threads"), released);
@@ -127,8 +128,8 @@ void register_cpu(py::module_& m) {
       "rows_forward",
       [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
          int64_t n, int64_t v, const Transforms& f, const Options& o, Address out, int threads) {
-        rows_forward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
-                     at<const int32_t>(kind), n, v, f, o, at<double>(out), threads);
+        rows_forward(student, teacher, pointer<const int64_t>(student_row), pointer<const int64_t>(teacher_row),
+                     pointer<const int32_t>(kind), n, v, f, o, pointer<double>(out), threads);
       },
       py::arg("student"), py::arg("teacher"), py::arg("student_row"), py::arg("teacher_row"), py::arg("kind"),
       py::arg("n"), py::arg("v"), py::arg("transform"), py::arg("options"), py::arg("out"), py::arg("threads"),
@@ -138,9 +139,9 @@ void register_cpu(py::module_& m) {
       [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,
          Address state, int64_t ld_state, Address scale, int64_t n, int64_t v, const Transforms& f, const Options& o,
          const Matrix& out, bool add, int threads) {
-        rows_backward(student, teacher, at<const int64_t>(student_row), at<const int64_t>(teacher_row),
-                      at<const int32_t>(kind), at<const float>(state), ld_state, at<const float>(scale), n, v, f, o,
-                      out, add, threads);
+        rows_backward(student, teacher, pointer<const int64_t>(student_row), pointer<const int64_t>(teacher_row),
+                      pointer<const int32_t>(kind), pointer<const float>(state), ld_state, pointer<const float>(scale),
+                      n, v, f, o, out, add, threads);
       },
       py::arg("student"), py::arg("teacher"), py::arg("student_row"), py::arg("teacher_row"), py::arg("kind"),
       py::arg("state"), py::arg("ld_state"), py::arg("scale"), py::arg("n"), py::arg("v"), py::arg("transform"),
@@ -148,7 +149,7 @@ void register_cpu(py::module_& m) {
   m.def(
       "evaluate",
       [](int function, Address x, int64_t n, Address y) {
-        isa().evaluate(function, at<const float>(x), n, at<float>(y));
+        isa().evaluate(function, pointer<const float>(x), n, pointer<float>(y));
       },
       py::arg("function"), py::arg("x"), py::arg("n"), py::arg("y"), released,
       "The vector functions, for their tests: 0 exp, 1 exp(-x) - 1, 2 log1p, 3 tanh.");

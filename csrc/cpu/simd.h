@@ -73,11 +73,11 @@ struct Fall {
 inline Fall fall(vf a) {
   const Reduced x = reduce(max_(-a, splat(-87.0f)));
   const vf tail = exp_tail(x.r);
-  const vi whole = x.shift == 0;
+  const vi unscaled = x.shift == 0;
   const vf ex = from_bits(bits(1.0f + (x.r + tail)) + x.shift);
   const vf far = a > 87.0f ? vf{} : ex;
-  const vf e = whole ? x.r + tail : far - 1.0f;
-  return {e, far, whole ? tail : e + a};
+  const vf e = unscaled ? x.r + tail : far - 1.0f;
+  return {e, far, unscaled ? tail : e + a};
 }
 
 // log(1 + u) for -1 < u <= 0.

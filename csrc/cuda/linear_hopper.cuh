@@ -107,13 +107,13 @@ __device__ __forceinline__ void produce(const HopperMaps& maps, char* tiles, uin
     for (int k = 0; k < k_steps; ++k) {
       hopper::barrier_wait(&empty[ring.stage], ring.phase ^ 1);
       uint64_t* const barrier = &full[ring.stage];
-      char* const to = tiles + ring.stage * Shared::kStageBytes;
+      char* const dest = tiles + ring.stage * Shared::kStageBytes;
       hopper::barrier_arrive_expect(barrier, Shared::kStageBytes);
-      hopper::copy_box(to, &maps.student_hidden, k * kTileK, row0, barrier);
-      hopper::copy_box(to + kTileBytes, &maps.teacher_hidden, k * kTileK, row0, barrier);
-      hopper::copy_box(to + 2 * kTileBytes, &maps.student_weight, k * kTileK, column0, barrier);
+      hopper::copy_box(dest, &maps.student_hidden, k * kTileK, row0, barrier);
+      hopper::copy_box(dest + kTileBytes, &maps.teacher_hidden, k * kTileK, row0, barrier);
+      hopper::copy_box(dest + 2 * kTileBytes, &maps.student_weight, k * kTileK, column0, barrier);
       if constexpr (!SHARED_HEAD) {
-        hopper::copy_box(to + 3 * kTileBytes, &maps.teacher_weight, k * kTileK, column0, barrier);
+        hopper::copy_box(dest + 3 * kTileBytes, &maps.teacher_weight, k * kTileK, column0, barrier);
       }
       ring.next<Shared::kStages>();
     }

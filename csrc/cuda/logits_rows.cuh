@@ -125,7 +125,9 @@ struct RowReader {
   __device__ __forceinline__ bool live_entry(int i) const { return first * kVec + i < p.logical_vocab; }
 
   // i: the entry's place in the slice.
-  __device__ __forceinline__ float bias(const float* of, int i) const { return of ? of[first * kVec + i] : 0.0f; }
+  __device__ __forceinline__ float bias(const float* biases, int i) const {
+    return biases ? biases[first * kVec + i] : 0.0f;
+  }
   __device__ __forceinline__ float z(T raw, const float* bias_of, const Transform& f, int i) const {
     const float x = static_cast<float>(raw);
     if constexpr (!TRANSFORMED) return x * f.alpha;
