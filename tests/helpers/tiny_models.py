@@ -6,6 +6,7 @@ processor expands its images, and random pixels in the family's own layout.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,46 @@ def _qwen3_vl(text: dict[str, Any]) -> Any:
     return Qwen3VLForConditionalGeneration(config)
 
 
+# Two value heads a key head, a convolution of 3, chunks of 64 tokens.
+_DELTA_NET = {
+    "linear_conv_kernel_dim": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6, "head_dim": 8,
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16
+}  # fmt: skip
+
+
+def _mixed(text: dict[str, Any]) -> dict[str, Any]:
+    layers = text["num_hidden_layers"]
+    return {"layer_types": ["linear_attention"] * (layers - 1) + ["full_attention"]}
+
+
+def _qwen3_5(text: dict[str, Any], experts: bool = False) -> Any:
+    import transformers
+
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": text["hidden_size"],
+        "patch_size": 4, "spatial_merge_size": 2, "num_position_embeddings": 64,
+    }  # fmt: skip
+    rope = {
+        "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    name = "Qwen3_5Moe" if experts else "Qwen3_5"
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text | _DELTA_NET | _mixed(text) | {"rope_parameters": rope} | (_EXPERTS if experts else {}),
+        vision_config=vision, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _qwen3_next(text: dict[str, Any]) -> Any:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**text | _DELTA_NET | _mixed(text) | _EXPERTS))
+
+
 def _smolvlm(text: dict[str, Any]) -> Any:
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
@@ -137,6 +178,9 @@ _BUILD = {
     "smolvlm": _smolvlm,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": partial(_qwen3_5, experts=True),
+    "qwen3_next": _qwen3_next,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
 }
@@ -149,6 +193,8 @@ _BUILD = {
 SIZES: dict[str, list[Any]] = {
     "qwen2_5_vl": [(4, 6), (8, 4), (2, 2)],
     "qwen3_vl": [(4, 6), (8, 4), (2, 2)],
+    "qwen3_5": [(4, 6), (8, 4), (2, 2)],
+    "qwen3_5_moe": [(4, 6), (8, 4), (2, 2)],
     "smolvlm": [2, 1, 3],
     "internvl": [2, 1, 3],
     "gemma3": [1, 1, 1],
@@ -163,7 +209,7 @@ def images(family: str, sizes: list[Any], seed: int) -> tuple[ImageInputs, list[
     def pixels(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"):
         grid = torch.tensor([[1, h, w] for h, w in sizes])
         tensors = {
             "pixel_values": torch.cat([pixels(h * w, 3 * 2 * 4 * 4) for h, w in sizes]),
@@ -220,7 +266,7 @@ def words(n: int, seed: int) -> Tensor:
 
 def prompt(family: str, sizes: list[Any], *, image_seed: int = 0, question: Tensor, head: int = 5) -> EncodedPrompt:
     """System words, the images' placeholders between markers, then the question."""
-    if family == "qwen3" or not sizes:
+    if family in ("qwen3", "qwen3_next") or not sizes:
         return EncodedPrompt(torch.cat([words(head, 7), question]), None, None)
     inputs, counts = images(family, sizes, image_seed)
     ids = [words(head, 7)]

@@ -7,6 +7,7 @@ A new version of one of them is checked here first. Two more stand where this mo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,16 @@ def checkpoint_functions(decoder: nn.Module) -> dict[nn.Module, Callable[..., An
 def set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) -> None:
     """Replace what `checkpoint_functions` returned for a module."""
     module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+# Functions of a modeling file that mix tokens in a Gated DeltaNet layer; keywords of the model's call reach both.
+STATE_FUNCTIONS = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule")
+
+
+def state_functions(decoder: nn.Module) -> list[tuple[Any, str]]:
+    """Return the modeling files of a decoder's Gated DeltaNet layers, each with the names of those functions."""
+    files = {sys.modules[type(module).__module__] for module in decoder.modules() if hasattr(module, "A_log")}
+    return [(file, name) for file in files for name in STATE_FUNCTIONS if hasattr(file, name)]
 
 
 def is_stateful(model: Any) -> bool:

@@ -55,24 +55,22 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, image_token="<|image_pad|>"),
     Family(
         "Qwen3.5", ("qwen3_5", "qwen3_5_text"), "3 of 4 layers Gated DeltaNet, else full attention",
-        "its Gated DeltaNet layers carry state along the sequence", lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET),
-        thinking=_THINKING, image_token="<|image_pad|>",
+        tested=True, lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET), thinking=_THINKING, image_token="<|image_pad|>",
     ),
     Family(
         "Qwen3.5-MoE", ("qwen3_5_moe", "qwen3_5_moe_text"), "3 of 4 layers Gated DeltaNet, else full attention",
-        "its Gated DeltaNet layers carry state along the sequence", lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET),
-        experts=_EXPERTS, thinking=_THINKING, image_token="<|image_pad|>",
+        tested=True, lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET), experts=_EXPERTS, thinking=_THINKING,
+        image_token="<|image_pad|>",
     ),
     Family("Qwen3", ("qwen3",), tested=True, thinking=_THINKING),
     Family("Qwen3-MoE", ("qwen3_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, thinking=_THINKING),
     Family(
         "Qwen3-Next", ("qwen3_next",), "3 of 4 layers Gated DeltaNet, else full attention",
-        "its Gated DeltaNet layers carry state along the sequence",
-        lora_targets=(*_ATTENTION, *_MLP, "in_proj_qkvz", "in_proj_ba", "out_proj"), experts=_EXPERTS,
+        tested=True, lora_targets=(*_ATTENTION, *_MLP, "in_proj_qkvz", "in_proj_ba", "out_proj"), experts=_EXPERTS,
     ),
     Family(
         "MiniCPM-V 4.6", ("minicpmv4_6",), "3 of 4 layers Gated DeltaNet, else full attention",
-        "its Gated DeltaNet layers carry state along the sequence", lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET),
+        "its images are packed end to end, which is not done here", lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET),
         thinking=_THINKING,
     ),
     Family("InternVL", ("internvl",), tested=True, image_token="<IMG_CONTEXT>"),
@@ -110,7 +108,8 @@ FAMILIES: tuple[Family, ...] = (
 
 # Families whose image tokens see their whole block in every layer. Prefixes cover whole images, so they share.
 BLOCKWISE_IMAGES = ("gemma3",)
-SHARED_LAYERS = ("full_attention", "sliding_attention", "attention")
+STATE_LAYERS = frozenset({"linear_attention"})  # Gated DeltaNet: `vigos.scoring.tree_state`
+SHARED_LAYERS = ("full_attention", "sliding_attention", "attention", *STATE_LAYERS)
 
 
 def family_of(config: Any) -> Family | None:
@@ -139,7 +138,8 @@ def tree_refusal(config: Any) -> str | None:
         bidirectional = getattr(text, "use_bidirectional_attention", None)
         if bidirectional:
             return f"its attention looks ahead (use_bidirectional_attention={bidirectional!r})"
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(SHARED_LAYERS))
+    shared = set(SHARED_LAYERS) if family is not None else set(SHARED_LAYERS) - STATE_LAYERS
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - shared)
     return f"its layers of type {', '.join(others)} carry state that branches cannot share" if others else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vigos.method.encode import ImageInputs, ScoredSequence
 from vigos.models.compat import is_stateful
-from vigos.models.families import BLOCKWISE_IMAGES, SHARED_LAYERS, family_of, tree_refusal
+from vigos.models.families import BLOCKWISE_IMAGES, SHARED_LAYERS, STATE_LAYERS, family_of, tree_refusal
 from vigos.models.inputs import concat_images, padded_batch, token_types
 from vigos.models.parts import base_model, image_token_id_of, inner_model, lm_head, token_types_name
 from vigos.scoring.prefix_tree import PrefixPack, PrefixTree, check_sequence, model_input_ids, placeholders
@@ -141,8 +141,9 @@ def _tree_forward(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPa
             limit = _block_limits(pack, members, image_token_id_of(base))
         plan = TreePlan(pack, backend=backend, device=base.device, limit=limit)
         mask: Any = dummy_mask(base.device)
-        if limit is not None:  # these families take their masks by layer type
-            mask = {kind: mask for kind in SHARED_LAYERS}
+        kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+        if limit is not None or STATE_LAYERS & kinds:  # these families take their masks by layer type
+            mask = {kind: None if kind in STATE_LAYERS else mask for kind in SHARED_LAYERS}
         inputs = {"input_ids": pack.ids[None], "position_ids": pack_positions(base, pack, members)}
         if pack.images:
             inputs |= concat_images(pack.images)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from vigos.models.compat import attention_name, checkpoint_functions, set_attention_name, set_checkpoint_function
 from vigos.models.parts import text_model
 from vigos.scoring.prefix_tree import PrefixPack
+from vigos.scoring.tree_state import TreeState, state_installed
 
 BACKENDS = ("auto", "dense", "segments", "varlen", "flash_attn", "triton", "flex", "xformers")
 DENSE_LIMIT = 8_192  # tokens; the dense mask takes T * T bytes, and as much again in the dtype of the query
@@ -65,9 +66,15 @@ class TreePlan:
         self.kv_index = pack.kv_index.to(device)
         self.cu_q, self.cu_k = _cumulative(pack.q_len).to(device), _cumulative(pack.k_len).to(device)
         self.limit = None if limit is None else limit.to(device)
+        self._pack = pack
         # The segments backend cuts its blocks on the host.
         self._depth_host, self._limit_host = pack.depth, limit
         self._masks: dict[Any, Any] = {}  # masks are the same in every layer with the same window
+
+    @cached_property
+    def state(self) -> TreeState:
+        """Return the pack's runs, for layers that carry state."""
+        return TreeState(self._pack, self.depth.device)
 
     def dense_mask(self, window: int | None) -> Tensor:
         """Return (T, T) bool: the row's token sees the column's."""
@@ -414,7 +421,8 @@ def installed(base: Any) -> Iterator[None]:
                 set_attention_name(config, registered_name(previous))
         for module, function in checkpointed.items():
             set_checkpoint_function(module, partial(_checkpoint_installed, base, function))
-        yield
+        with state_installed(decoder):
+            yield
     finally:
         for config, previous in before:
             set_attention_name(config, previous)
