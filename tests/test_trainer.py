@@ -298,6 +298,42 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(len((tmp_path / "whole" / "completions" / f).read_text().splitlines()) == 2 for f in files)
 
 
+@pytest.mark.parametrize("train_head", [False, True], ids=["", "head"])
+def test_resumed_full_run_equals_the_uninterrupted_one(train_head: bool, tmp_path: Path) -> None:
+    """Its checkpoint holds the hub's names of the tensors, which are not those of the modules."""
+    options = {**SAMPLED, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora": False}
+    options |= {"train_head": train_head, "teacher": "frozen", "lr_scheduler_type": "linear"}
+
+    def make() -> ViGOSTrainer:
+        return trainer(tiny_student(), config(tmp_path, **options), rows(12))
+
+    whole = make()
+    whole.train()
+    after, initial = parameters(whole), tiny_student().state_dict()
+    assert any(not torch.equal(p, initial[n]) for n, p in after.items()), "nothing was trained"
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert metrics_of(resumed)[2:] == metrics_of(whole)[2:]
+    assert all(torch.equal(p, after[n]) for n, p in parameters(resumed).items())
+    assert all(torch.equal(c, initial[n]) for n, c in resumed.teacher.copies.items()), "frozen"
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "full"])
+def test_checkpoint_without_a_tensor_is_refused(lora: bool, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    options = {**SAMPLED, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lora": lora}
+    trainer(tiny_student(), config(tmp_path, **options), rows(8)).train()
+    path = tmp_path / "checkpoint-1" / ("adapter_model.safetensors" if lora else "model.safetensors")
+    tensors = load_file(path)
+    name = next(n for n in tensors if "layers.0" in n)
+    tensors["stranger.weight"] = tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    resumed = trainer(tiny_student(), config(tmp_path, **options), rows(8))
+    with pytest.raises(ValueError, match=r"checkpoint-1 must hold .* tensor.*missing"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_ema_needs_its_own_file_to_resume(tmp_path: Path) -> None:
     options = {**SAMPLED, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer(tiny_student(), config(tmp_path, **options), rows(8)).train()

@@ -24,6 +24,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
 from vigos.train.run_folder import RunFolder
 from vigos.train.teacher_weights import TeacherWeights
 from vigos.train.top_tokens import top_tokens
+from vigos.train.weights import check_adapter_file, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +388,13 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.teacher.bind(self.model_wrapped)  # before the weights that it may take its copies from change
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and (Path(resume_from_checkpoint) / "adapter_model.safetensors").is_file():
+            check_adapter_file(self.model, resume_from_checkpoint)
+        if sharded or hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_model(self.model, resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
 
 
