@@ -378,6 +378,32 @@ def test_rows_that_cannot_be_used_are_counted(base, world, tmp_path):
         evaluate(model, processor, load_rows(path), **SHORT)
 
 
+def test_a_lone_surrogate_costs_an_example(base, tmp_path):
+    _, processor = base
+    rows = [{"problem": p, "answer": a, "problem_id": str(i)}
+            for i, (p, a) in enumerate([("What \ud800?", "7"), ("What?", "a\ud800b"), ("What?", "7")])]  # fmt: skip
+    engine, path = Scripted(processor.tokenizer, lambda prompt, n: ["\\boxed{7}"] * n), tmp_path / "r.jsonl"
+    result = evaluate(None, processor.tokenizer, load_rows(rows), engine=engine, records=path)
+    assert "skipped" in result.records[0]
+    assert result.records[2]["samples"][0]["correct"]
+    assert EvaluationResult.load(path) == result
+    assert evaluate(None, processor.tokenizer, load_rows(rows), engine=engine, records=path).records == result.records
+
+
+def test_options_accepted_answers_and_precision_are_graded_with(base):
+    """A text for its letter, a further right answer, a number to the precision asked for; the same in training."""
+    _, processor = base
+    rows = [
+        {"problem": "Which?\n(A) red\n(B) blue", "answer": "B"},
+        {"problem": "How many?", "answer": "5", "accepted": ["blue"]},
+        {"problem": "How long?", "answer": "2.5", "precision": 1.0},
+    ]
+    engine = Scripted(processor.tokenizer, lambda prompt, n: ["\\boxed{9} so \\boxed{blue}"])
+    found = evaluate(None, processor.tokenizer, load_rows(rows), engine=engine).records
+    assert [r["samples"][0]["correct"] for r in found] == [True, True, False]
+    assert found[0]["samples"][0]["prediction"] == "blue"
+
+
 def test_limits_of_the_image_processor_cost_a_row(base, world):
     model, processor = base
     seen = []
