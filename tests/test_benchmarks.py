@@ -288,4 +288,4 @@ def test_eval_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         main([*again, "--temperature", "1", "--output-dir", str(tmp_path / "c")])
     assert stop.value.code == 1
-    assert "baseline must be asked the same way: sampling" in capsys.readouterr().err
+    assert "they were asked with other sampling" in capsys.readouterr().err

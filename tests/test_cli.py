@@ -9,16 +9,23 @@ import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from vigos.cli import main
-from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN
+from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN, after_training, check_trackers
 from vigos.cli.doctor import examine
+from vigos.cli.folders import RUN, output_folder
 from vigos.cli.options import UsageError, declared
 from vigos.data.examples import load_rows
 from vigos.divergence.engines import IMPLS
+from vigos.launch import Source, run_facts
+from vigos.system.files import owned
 from vigos.system.screen import make_console, print_table
+from vigos.train.run_folder import RunFolder
+from vigos.train.watch import Watch, duration
 
 
 def run(*argv: str) -> int:
@@ -29,9 +36,9 @@ def run(*argv: str) -> int:
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: builtin\ndata: rows.jsonl\nlearning_rate: 1.0e-4\ntop_k: 7\nuse_cpu: true\n")
+    file.write_text("model: builtin\ndata: rows\nlearning_rate: 1.0e-4\ntop_k: 7\nuse_cpu: true\n")
     source, config = TRAIN.parse(file, ["--learning-rate", "2e-4", "--output-dir", str(tmp_path / "out")])
-    assert (source.model, source.data) == ("builtin", "rows.jsonl")
+    assert (source.model, source.data) == ("builtin", "rows")
     assert (config.learning_rate, config.top_k, config.top_p) == (2e-4, 7, 0.95)
 
 
@@ -147,15 +154,12 @@ def test_errors_move_no_cursor(tmp_path, capsys):
 
 
 def test_missing_model_folder_is_one_line(tmp_path):
-    data = tmp_path / "rows.jsonl"  # is read first, so it must be there
+    data = tmp_path / "rows.jsonl"
     data.write_text('{"problem": "What?", "answer": "7"}\n')
     options = ["--model", str(tmp_path / "none"), "--data", str(data), "--output-dir", str(tmp_path)]
     command = [sys.executable, "-m", "vigos", "eval", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert str(tmp_path / "none") in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stderr) == (2, f"error: --model: no such folder: {tmp_path / 'none'}\n")
 
 
 @pytest.mark.parametrize(("width", "block"), [(40, True), (60, True), (80, True), (110, False), (None, False)])
@@ -213,3 +217,142 @@ def test_python_m_vigos_and_the_version():
     assert "train" in done.stdout
     assert vigos.__version__ == importlib.metadata.version("vigos")
     assert vigos.load_rows is load_rows
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_imported(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    script = "import sys; from vigos.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    options = ["--model", "m", "--data", "d", "--output-dir", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *options], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert re.fullmatch(
+        r"error: --output-dir: .* holds an earlier run \(adapter, metrics.jsonl\): go on with --resume auto, "
+        r"replace it with --overwrite, or name another folder\n",
+        done.stderr,
+    )
+    assert (folder / "metrics.jsonl").is_file()
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
+    for name in ("adapter", "checkpoint-3", "merged", "eval"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "notes.txt").touch()
+    with output_folder(tmp_path, "vigos train", RUN, resume=True, overwrite=True):
+        assert (tmp_path / "adapter").is_dir(), "a resumed run is not deleted"
+    with output_folder(tmp_path, "vigos train", RUN, overwrite=True):
+        left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+        assert left == {"eval", "notes.txt"}
+    with pytest.raises(UsageError, match="must be a folder, got the file"), output_folder(tmp_path / "notes.txt", "x"):
+        pass
+
+
+def test_a_second_process_is_told_who_owns_the_folder(tmp_path, capsys):
+    with owned(tmp_path, "vigos train"):
+        assert run("eval", "--model", "builtin", "--data", "x", "--output-dir", str(tmp_path)) == 1
+    printed = capsys.readouterr().err
+    assert f"is in use by `vigos train`, process {os.getpid()} on " in printed
+    assert printed.count("\n") == 1
+
+
+def test_only_the_leader_rank_owns_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "metrics.jsonl").touch()
+    with owned(tmp_path, "rank 0"), output_folder(tmp_path, "vigos train", RUN):
+        pass
+
+
+def test_a_missing_data_file_is_said_at_once(tmp_path, capsys):
+    options = ["--model", "m", "--data", str(tmp_path / "none.jsonl"), "--output-dir", str(tmp_path / "x")]
+    assert run("train", *options) == 2
+    assert capsys.readouterr().err == f"error: --data: no such file: {tmp_path}/none.jsonl\n"
+
+
+def test_demo_yaml_is_the_demo(tmp_path):
+    from vigos.study.demo import FULL
+    from vigos.study.plan import world_config
+
+    data = tmp_path / "train.jsonl"
+    data.touch()
+    file = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    source, config = TRAIN.parse(file, ["--data", str(data), "--output-dir", str(tmp_path / "run")])
+    assert source.model == "builtin"
+    sizes = {"max_steps": FULL.steps, "per_device_train_batch_size": FULL.rows_a_step}
+    demo = world_config(tmp_path / "run", seed=0, completion_steps=5, completion_top_k=5, **sizes)
+    mine, theirs = config.to_dict(), demo.to_dict()
+    differing = {name for name in theirs if mine[name] != theirs[name]}
+    assert differing <= {"prompts_file", "disable_tqdm", "logging_dir"}, differing
+
+
+def test_the_config_of_a_run_repeats_it(tmp_path):
+    """config.yaml has every option in sections, derived ones and masked secrets included."""
+    data = tmp_path / "train.jsonl"
+    data.touch()
+    flags = ["--model", "builtin", "--data", str(data), "--output-dir", str(tmp_path / "a"), "--use-cpu", "true"]
+    flags += ["--preset", "released", "--clip-mode", "none", "--max-steps", "7", "--save-strategy", "no"]
+    flags += ["--hub-token", "hf_secret", "--lora-target-modules", "q_proj", "v_proj", "--lr-scheduler-type", "cosine"]
+    source, config = TRAIN.parse(None, flags)
+    RunFolder(tmp_path / "a").write_config(config, **run_facts(source))
+    text = (tmp_path / "a" / "config.yaml").read_text()
+    assert "hf_secret" not in text
+    again, repeated = TRAIN.parse(tmp_path / "a" / "config.yaml", ["--output-dir", str(tmp_path / "b")])
+    assert again == source
+    mine, theirs = config.to_dict(), repeated.to_dict()
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    assert differing <= {"output_dir", "logging_dir", "hub_token"}, differing
+
+
+def test_a_run_records_its_data_and_no_secret(tmp_path, monkeypatch):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    monkeypatch.setattr(sys, "argv", ["vigos", "train", "--hub-token", "hf_1", "--hub_token=hf_2", "--seed", "3"])
+    facts = run_facts(Source(model="m", data=str(data)))
+    assert facts["command"] == "vigos train --hub-token <SECRET> --hub_token=<SECRET> --seed 3"
+    assert facts["versions"]["torch"] == importlib.metadata.version("torch")
+    assert (facts["model"], facts["data"]) == ("m", str(data))
+    before = facts["data_digest"]
+    data.write_text("[]\n")
+    assert run_facts(Source(data=str(data)))["data_digest"] != before
+    assert run_facts(Source(data="owner/name"))["data_digest"] is None
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else 1)
+    with pytest.raises(UsageError, match="--report-to: wandb is not installed: pip install wandb"):
+        check_trackers("wandb")
+    with pytest.raises(UsageError, match="wandb is not installed"):
+        check_trackers(["tensorboard", "wandb"])
+    check_trackers("none")
+    check_trackers(None)
+
+
+def test_the_line_of_a_step():
+    watch = Watch(make_console(file=io.StringIO()))
+    watch.started, watch.first_step = time.perf_counter() - 10, 10
+    logs = {
+        "loss": 0.01234, "rollout/valid": 0.9, "rollout/accuracy": 0.5, "kl/perception": 0.1, "kl/reasoning": 0.2,
+        "kl/reference": 0.0, "perf/tokens_per_s": 1234.5,
+    }  # fmt: skip
+    line = watch.line(20, 240, logs)
+    assert line.startswith("step  20/240  loss 0.0123  valid 90 %  right 50 %  KL description 0.100 reasoning 0.200  ")
+    assert "1,234 tokens/s" in line
+    assert line.endswith(" left")
+    assert "left" not in watch.line(240, 240, logs)
+    assert watch.line(1, 2, {"loss": 1.0}) == "step 1/2  loss 1.0000"
+    assert [duration(s) for s in (5, 700, 12_000)] == ["5 s", "12 min", "3 h 20 min"]
+
+
+def test_the_end_of_a_run_says_where_it_is_what_was_skipped_and_what_next(tmp_path):
+    for name in ("adapter", "merged"):
+        (tmp_path / name).mkdir()
+    skipped = [{"reason": "too_long"}, {"reason": "too_long"}, {"reason": "\x1b[2J"}]
+    (tmp_path / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in skipped))
+    text = "\n".join(after_training(tmp_path))
+    assert f"the run is in {tmp_path}: adapter/, merged/" in text
+    assert r"skipped 3 examples: 2 too_long, 1 \x1b[2J" in text
+    assert f"vigos eval --model {tmp_path}/merged" in text
+    assert f"vigos report {tmp_path}" in text

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zlib
 from collections import Counter
 
@@ -484,3 +485,68 @@ def test_importing_needs_no_optional_package():
     code = "import sys; sys.modules.update(dict.fromkeys(['PIL', 'datasets', 'transformers'])); "
     code += "import vigos.data.examples, vigos.method.spans"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- Bounds, before anything is parsed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer": "7" * 60_000}, "too_long"),
+        ({"problem": "x" * 300_000}, "too_long"),
+        ({"problem": "half a pair \ud83d here"}, "not_text"),
+        ({"answer": "\ude00"}, "not_text"),
+        ({"images": ["a.png"] * 100}, "image_count"),
+    ],
+)
+def test_examples_without_measure_are_counted_and_skipped(folder, changes, reason):
+    assert reason_of(folder, **changes) == reason
+
+
+def test_json_nested_without_end_costs_one_example(folder):
+    path = folder / "deep.jsonl"
+    deep = '{"problem": "p", "answer": "a", "extra": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    path.write_text(json.dumps(record(0)) + "\n" + deep + "\n" + json.dumps(record(2)) + "\n")
+    for streaming in (False, True):
+        found = list(load_rows(path, bad_rows="return", streaming=streaming))
+        assert [getattr(row, "reason", "ok") for row in found] == ["ok", "malformed_row", "ok"]
+
+
+def test_foreign_text_in_a_reason_obeys_no_terminal(folder):
+    path = write_jsonl(folder / "rows.jsonl", [record(0, problem_id="\x1b[2J\nerror: forged", answer="")])
+    with pytest.raises(BadExample) as caught:
+        load_rows(path)[0]
+    assert str(caught.value).isprintable()
+    assert caught.value.row_id == "\x1b[2J\nerror: forged"
+
+
+@settings(deadline=None)
+@given(st.text("ab \t\n", max_size=12), st.text("ab \t\n", max_size=12), st.text("ab \t\n", max_size=12))
+def test_marks_are_taken_out_as_a_regular_expression_would(a, b, c):
+    problem = f"x{a}<image>{b}<image>{c}x"
+    (row,) = load_rows([record(0, [picture(), picture()], problem=problem)])
+    assert row["problem"] == re.sub(r"[ \t]*\n?<image>\n?[ \t]*", " ", problem).strip()
+
+
+def test_a_question_of_tabs_takes_no_quadratic_time(folder):
+    tabs = "\t" * 100_000
+    (row,) = load_rows([record(0, [picture()], problem=f"x{tabs}y<image>{tabs}")])
+    assert row["problem"] == f"x{tabs}y"
+
+
+def test_the_first_examples(folder):
+    path = write_jsonl(folder / "rows.jsonl", [record(i) for i in range(5)])
+    for streaming in (False, True):
+        rows = load_rows(path, streaming=streaming).first(2)
+        assert [row["problem_id"] for row in rows] == ["r0", "r1"]
+        assert [row["problem_id"] for row in rows] == ["r0", "r1"]
+        assert [row["problem_id"] for row in rows.first(9)][:2] == ["r0", "r1"]
+    rows = load_rows(path)
+    assert (len(rows.first(2)), len(rows.first(9)), rows.first(2)[-1]["problem_id"]) == (2, 5, "r1")
+
+
+def test_examples_name_their_images(folder):
+    named = [{"path": "b.jpg", "bytes": None}, "a.png", encoded(picture())]
+    (row,) = load_rows([record(0, named)], data_root=folder)
+    assert row["image_paths"] == ["b.jpg", "a.png", None]

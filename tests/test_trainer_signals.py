@@ -1,4 +1,4 @@
-"""The command line itself under SIGTERM: a real `vigos train` of the built-in model."""
+"""The command line itself under SIGTERM and Ctrl-C: a real `vigos train` of the built-in model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from vigos.train.checkpoint import EXIT_CODE, last_checkpoint
+from vigos.train.checkpoint import last_checkpoint
 from vigos.world import write_world
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_command_with_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_the_command_with_its_code(tmp_path: Path, number: signal.Signals) -> None:
     data, run = write_world(tmp_path / "world", "train", n=8), tmp_path / "run"
     options = {
         "model": "builtin", "data": data, "output-dir": run, "max-steps": 10_000, "per-device-train-batch-size": 2,
@@ -33,9 +34,9 @@ def test_sigterm_ends_the_command_with_its_code(tmp_path: Path) -> None:
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < limit:
         assert process.poll() is None, log.read_text()[-2000:]
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == EXIT_CODE == 143, log.read_text()[-2000:]
-    assert "go on with --resume auto" in " ".join(log.read_text().split())
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number, log.read_text()[-2000:]
+    assert "go on with the same command and --resume auto" in log.read_text()
     last = json.loads(metrics.read_text().splitlines()[-1])
     found = last_checkpoint(run)
     assert found is not None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+import platform
+import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vigos.system.files import replace_json
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel
 
     from vigos.data.examples import ExampleDataset, ExampleStream
     from vigos.eval.config import EvalConfig
     from vigos.eval.judge import Judge
-    from vigos.method.prompts import Prompts
+    from vigos.method.asking import Asking
     from vigos.rollout.server import ServerEngine
     from vigos.train.config import ViGOSConfig
     from vigos.train.trainer import ViGOSTrainer
@@ -38,7 +47,14 @@ class _ModelAndData:
     data: str = _option("", "JSONL, JSON or Parquet file, folder, or name for `datasets`.")
     data_root: str | None = _option(None, "Folder that image paths are relative to; default: the folder of the data.")
     allow_outside_root: bool = _option(False, "Read images outside that folder, or behind links that lead out of it.")
+    limit: int | None = _option(None, "Use the first examples of the data alone.")
     dtype: str = _option("bfloat16", "Dtype the model is loaded in.")
+
+    def head_of(self, examples: ExampleDataset | ExampleStream) -> ExampleDataset | ExampleStream:
+        """Return the first `limit` examples."""
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        return examples if self.limit is None else examples.first(self.limit)
 
 
 @dataclasses.dataclass
@@ -48,14 +64,15 @@ class Source(_ModelAndData):
     streaming: bool = _option(False, "Read the data as a stream.")
     attn_implementation: str | None = _option(None, "As in transformers.")
     trust_remote_code: bool = _option(False, "Run code from the model's repository.")
-    resume: str | None = _option(None, "'auto' or a checkpoint folder.")
+    resume: str | None = _option(None, "Go on with an earlier run: from a checkpoint folder, or 'auto': the last one.")
+    overwrite: bool = _option(False, "Delete the earlier run in the output folder first.")
 
 
 @dataclasses.dataclass
 class PalrSource(Source):
     """Name the student, its teacher and the examples that PALR is measured on."""
 
-    limit: int = _option(64, "First examples of the data that are measured, at least 2.")
+    limit: int | None = _option(64, "Measure on the first examples of the data, at least 2.")
     adapter: str | None = _option(None, "Folder of the student's LoRA adapter; without it the model is the teacher.")
     teacher_model: str | None = _option(None, "Teacher of a student that was trained in full.")
 
@@ -66,7 +83,11 @@ class EvalSource(_ModelAndData):
 
     output_dir: str = _option("", "Folder for records and their summary; finished examples are kept.")
     adapter: str | None = _option(None, "Folder of a LoRA adapter that is put on the model.")
-    prompts_file: str | None = _option(None, "YAML file with prompt templates.")
+    prompts_file: str | None = _option(None, "YAML with prompt templates; unset: those saved with the weights.")
+    problem_column: str = _option("problem", "Column with the question.")
+    images_column: str | None = _option("images", "Column with the image or list of images.")
+    answer_column: str = _option("answer", "Column with the reference answer.")
+    id_column: str = _option("problem_id", "Column with the example's id.")
     benchmark: str | None = _option(None, "Layout of a published benchmark that `data` is in: vilp, mmmu, …")
     judge_url: str | None = _option(None, "Server of a judge, up to and including /v1.")
     judge_model: str | None = _option(None, "The judge's name on that server.")
@@ -90,8 +111,18 @@ class EvalSource(_ModelAndData):
         from vigos.data.examples import load_rows
 
         if self.benchmark is not None:
-            return load_benchmark(self.benchmark, self.data, allow_outside_root=self.allow_outside_root)
-        return load_rows(self.data, data_root=self.data_root, allow_outside_root=self.allow_outside_root)
+            return self.head_of(load_benchmark(self.benchmark, self.data, allow_outside_root=self.allow_outside_root))
+        return self.head_of(
+            load_rows(
+                self.data,
+                problem_column=self.problem_column,
+                images_column=self.images_column,
+                answer_column=self.answer_column,
+                id_column=self.id_column,
+                data_root=self.data_root,
+                allow_outside_root=self.allow_outside_root,
+            )
+        )
 
     def judge(self) -> Judge | None:
         """Return the judge, if one is named."""
@@ -99,23 +130,26 @@ class EvalSource(_ModelAndData):
 
         return None if self.judge_url is None else Judge(self.judge_url, self.judge_model or "")
 
-    def student(self, *, concurrency: int = 16) -> tuple[Any, Any, Prompts, ServerEngine | None]:
-        """Load model (with its adapter), processor and prompts; with `server_url` no model, but the server's engine.
+    def asking(self) -> Asking:
+        """Return how the model is asked: as a file says, as was saved with its weights, or by default."""
+        return asking_of(self.model, self.prompts_file, adapter=self.adapter)
+
+    def student(self, *, concurrency: int = 16) -> tuple[Any, Any, ServerEngine | None]:
+        """Load the model (with its adapter) and its processor; with `server_url` no model, but the server's engine.
 
         Args:
             concurrency: requests under way at the server.
         """
-        prompts = prompts_of(self.model, self.prompts_file)
         if self.server_url is not None and self.server_model is not None:
             engine, processor = load_served(self.model, self.server_url, self.server_model, concurrency=concurrency)
-            return None, processor, prompts, engine
+            return None, processor, engine
         model: Any
         model, processor = load_model(self.model, dtype=self.dtype)
         if self.adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, self.adapter)
-        return model, processor, prompts, None
+        return model, processor, None
 
 
 def load_model(
@@ -146,18 +180,98 @@ def load_model(
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def train_from_source(source: Source, config: ViGOSConfig) -> ViGOSTrainer:
-    """Load model and data, train, and leave the run folder; return the trainer."""
-    trainer = build_trainer(source, config)
-    resume = source.resume
-    if resume == "auto":
-        from vigos.train.checkpoint import last_checkpoint
+def train_from_source(source: Source, config: ViGOSConfig, *, console: Console | None = None) -> ViGOSTrainer:
+    """Load model and data, train, and leave the run folder; return the trainer.
 
-        found = last_checkpoint(str(config.output_dir))
-        resume = None if found is None else str(found)
-        logger.info("resuming from %s", resume) if resume else logger.info("nothing to resume from; starting anew")
+    Args:
+        console: shows a line a step there, in place of what transformers prints.
+    """
+    from vigos.train.watch import Watch
+
+    resume = None if source.resume is None else _checkpoint(source.resume, config)
+    changed = _changed_options(config) if resume else []
+    trainer = build_trainer(source, config)
+    trainer.facts = run_facts(source)
+    if console is not None:
+        Watch.attach(trainer, console)
+    if resume is not None:
+        step = _step_of(resume)
+        logger.info("resuming from %s, after step %d", resume, step)
+        for line in changed:
+            logger.warning("changed since: %s (optimizer and schedule keep the state they were saved with)", line)
+        final = any((Path(str(config.output_dir)) / name).is_dir() for name in ("adapter", "model"))
+        if 0 < config.max_steps <= step and final:
+            logger.warning("the run is finished: step %d of %d; nothing was trained", step, config.max_steps)
+            return trainer
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+_SECRET = re.compile(r"(--[\w-]*(?:token|key|secret|password)[\w-]*)(=|\s+)\S+", re.I)
+
+
+def run_facts(source: Source) -> dict[str, Any]:
+    """Return what repeats a run beside its options: model, data and its digest, versions, the command line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for package in ("vigos", "torch", "transformers", "peft", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    facts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    facts = {k: v for k, v in facts.items() if k not in ("resume", "overwrite") and v is not None}
+    command = _SECRET.sub(r"\1\2<SECRET>", shlex.join(sys.argv))
+    return facts | {"data_digest": data_digest(source.data), "versions": versions, "command": command}
+
+
+def data_digest(data: str) -> str | None:
+    """Digest a data file, or the names and sizes in a data folder; None for a name on the hub."""
+    path, digest = Path(data).expanduser(), hashlib.blake2b(digest_size=16)
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    elif path.is_dir():
+        for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file_path.relative_to(path)} {file_path.stat().st_size}\n".encode())
+    else:
+        return None
+    return digest.hexdigest()
+
+
+def _checkpoint(resume: str, config: ViGOSConfig) -> str | None:
+    """Return the checkpoint folder to go on from; None where `auto` finds none."""
+    from vigos.train.checkpoint import last_checkpoint
+
+    if resume != "auto":
+        if not Path(resume).is_dir():
+            raise ValueError(f"resume must be 'auto' or a checkpoint folder, got {resume!r}")
+        return resume
+    found = last_checkpoint(str(config.output_dir))
+    if found is None:
+        logger.info("nothing to resume from in %s; starting anew", config.output_dir)
+    return None if found is None else str(found)
+
+
+def _step_of(checkpoint: str) -> int:
+    state = Path(checkpoint) / "trainer_state.json"
+    return int(json.loads(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else 0
+
+
+def _changed_options(config: ViGOSConfig) -> list[str]:
+    """List the options that differ from those of the run's config.yaml, as `name old -> new`."""
+    import yaml
+
+    from vigos.train.run_folder import plain
+
+    path = Path(str(config.output_dir)) / "config.yaml"
+    if not path.is_file():
+        return []
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    old = {**loaded.get("transformers", {}), **loaded.get("vigos", {})} if isinstance(loaded, dict) else {}
+    now = yaml.safe_load(yaml.safe_dump({k: plain(v) for k, v in config.to_dict().items() if k in old}))
+    places = ("output_dir", "logging_dir", "run_name", "local_rank", "resume_from_checkpoint")
+    return [f"{k} {old[k]!r} -> {v!r}" for k, v in now.items() if v != old[k] and k not in places]
 
 
 def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
@@ -176,7 +290,7 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    rows = load_rows(
+    examples = load_rows(
         source.data,
         problem_column=config.problem_column,
         images_column=config.images_column,
@@ -186,8 +300,13 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         allow_outside_root=source.allow_outside_root,
         streaming=source.streaming,
     )
-    prompts = prompts_of(source.model, config.prompts_file)
-    return ViGOSTrainer(model=model, args=config, processing_class=processor, train_dataset=rows, prompts=prompts)
+    return ViGOSTrainer(
+        model=model,
+        args=config,
+        processing_class=processor,
+        train_dataset=source.head_of(examples),
+        prompts=asking_of(source.model, config.prompts_file, adapter=adapter).prompts,
+    )
 
 
 def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32) -> dict[str, Any]:
@@ -201,7 +320,7 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
     from vigos.scoring.teacher import TeacherScorer
     from vigos.train.palr import PALR, measure_palr
 
-    if source.limit < 2:
+    if source.limit is None or source.limit < 2:
         raise ValueError(f"limit must be at least 2: examples lend each other answers and images; got {source.limit}")
     trainer = build_trainer(source, config, adapter=source.adapter)
     scorer, teacher = trainer.scorer, None if source.teacher_model else trainer.teacher
@@ -211,8 +330,8 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
         ]
         scorer = TeacherScorer(taught.to(trainer.model.device), token_budget=config.token_budget)
     dataset: Any = trainer.train_dataset
-    source_rows, parts = islice(iter(dataset), source.limit), []
-    while members := list(islice(source_rows, group)):
+    examples, parts = iter(dataset), []
+    while members := list(islice(examples, group)):
         rollouts = trainer.sample_rollouts(members)
         parts.append(
             measure_palr(
@@ -227,21 +346,21 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
     found = {"method": config.method, **found}
     folder = Path(str(config.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "palr.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    replace_json(folder / "palr.json", found)
     return found
 
 
-def prompts_of(model: str, prompts_file: str | None) -> Prompts:
-    """Return the prompts that a model is asked with: those of a file, the built-in model's, or the defaults."""
+def asking_of(model: str, prompts_file: str | None = None, *, adapter: str | None = None) -> Asking:
+    """Return how a model is asked: as a file says, as was saved with the adapter or the model, or by default."""
+    from vigos.method.asking import Asking
     from vigos.method.prompts import Prompts
+    from vigos.world import checkpoint_path, world_prompts
 
-    if prompts_file:
-        return Prompts.from_file(prompts_file)
-    if model == "builtin":  # it knows no other wording
-        from vigos.world import world_prompts
-
-        return world_prompts()
-    return Prompts()
+    asking = Asking.load(adapter) or Asking.load(model)
+    if asking is None and (model == "builtin" or Path(model).resolve() == checkpoint_path().resolve()):
+        asking = Asking(world_prompts())  # it knows no other wording
+    asking = asking or Asking()
+    return dataclasses.replace(asking, prompts=Prompts.from_file(prompts_file)) if prompts_file else asking
 
 
 def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple[ServerEngine, Any]:
@@ -282,15 +401,17 @@ def evaluate_from_source(
 
     examples = source.examples()  # before the model: what is wrong with the data is said at once
     judge = source.judge()
-    model, processor, prompts, engine = source.student(concurrency=config.batch_size)
+    asking = source.asking()
+    config = dataclasses.replace(config, validity=config.validity or asking.validity)
+    model, processor, engine = source.student(concurrency=config.batch_size)
     folder = Path(source.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     result = evaluate(
-        model, processor, examples, config, prompts=prompts, engine=engine, records=folder / "records.jsonl",
-        eos_token_ids=None if engine is None else engine.checks.eos_token_ids, judge=judge, progress=progress,
+        model, processor, examples, config, prompts=asking.prompts, engine=engine, records=folder / "records.jsonl",
+        judge=judge, progress=progress,
     )  # fmt: skip
     summary = result.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    replace_json(folder / "summary.json", summary)
     return summary
 
 
@@ -301,11 +422,13 @@ def probe_from_source(source: EvalSource, config: EvalConfig) -> dict[str, Any]:
     if source.server_url is not None:
         raise ValueError(f"server_url must not be set for probes, which load the model, got {source.server_url!r}")
     examples: Any = source.examples()
-    model, processor, prompts, _ = source.student()
+    asking = source.asking()
+    config = dataclasses.replace(config, validity=config.validity or asking.validity)
+    model, processor, _ = source.student()
     folder = Path(source.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(
-        *probe(model, processor, examples, config, folder=folder, prompts=prompts, judge=source.judge())
+        *probe(model, processor, examples, config, folder=folder, prompts=asking.prompts, judge=source.judge())
     )
-    (folder / "probes.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    replace_json(folder / "probes.json", summary)
     return summary

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 
+from vigos.cli.folders import DEMO, RUN, earlier_run, is_leader, output_folder
 from vigos.cli.options import Command, UsageError
 from vigos.system.screen import make_console, per_cent, print_table, screen_width
 from vigos.system.text import printable
+
+if TYPE_CHECKING:
+    from vigos.eval.results import EvaluationResult
 
 app = typer.Typer(
     help="Visually grounded on-policy self-distillation.",
@@ -31,6 +36,7 @@ app.add_typer(world_app, name="world")
 _RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[Path | None, typer.Option(help="YAML file with any of the options.")]
 Help = Annotated[bool, typer.Option("--help", "-h", help="Print this and stop.")]
+Force = Annotated[bool, typer.Option("--force", help="Put evaluations side by side that were asked otherwise.")]
 Listing = Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")]
 
 TRAIN = Command(
@@ -46,7 +52,7 @@ TRAIN = Command(
         "model", "data", "output_dir", "data_root", "problem_column", "images_column", "answer_column", "prompts_file",
         "preset", "method", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size",
         "gradient_accumulation_steps", "max_prompt_length", "max_completion_length", "lora", "rollout_engine",
-        "save_steps", "report_to", "seed", "resume",
+        "save_steps", "report_to", "limit", "seed", "resume", "overwrite",
     ),
     "vigos train --model Qwen/Qwen2.5-VL-3B-Instruct --data data/train.jsonl --output-dir runs/3b --max-steps 100",
     {
@@ -78,7 +84,8 @@ EVAL = Command(
     ("model", "data", "output_dir"),
     (
         "model", "data", "output_dir", "adapter", "prompts_file", "data_root", "benchmark", "k", "temperature",
-        "max_new_tokens", "batch_size", "seed", "judge_url", "judge_model", "server_url", "server_model",
+        "max_new_tokens", "max_prompt_length", "batch_size", "seed", "limit", "problem_column", "images_column",
+        "answer_column", "judge_url", "judge_model", "server_url", "server_model",
     ),
     "vigos eval --model runs/3b/merged --data data/test.jsonl --output-dir runs/3b/eval",
 )  # fmt: skip
@@ -105,15 +112,19 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where data, run folder and summary.json go.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 3 minutes on two cores.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, rollouts and training.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the earlier demo in the folder first.")
+    ] = False,
 ) -> None:
     """Post-train the built-in model with the whole method; evaluate it before and after."""
-    import torch
+    with output_folder(output_dir, "vigos demo", DEMO, overwrite=overwrite):
+        import torch
 
-    from vigos.study.demo import run_demo
+        from vigos.study.demo import run_demo
 
-    # A model this small gains nothing from a second core, and loses tenfold where another program wants that core.
-    torch.set_num_threads(1)
-    run_demo(output_dir, quick=quick, seed=seed, console=make_console())
+        # A model this small gains nothing from a second core, and loses tenfold where another program wants that core.
+        torch.set_num_threads(1)
+        run_demo(output_dir, quick=quick, seed=seed, console=make_console())
 
 
 # --- train, palr -----------------------------------------------------------------------------------------------------
@@ -125,14 +136,57 @@ def train(
 ) -> None:
     """Train with ViGOS."""
     _stop_for_help(TRAIN, show_help, list_options)
-    source, options = TRAIN.parse(config, context.args)
+    reading = TRAIN.read(config, context.args)
+    resume, overwrite = reading.is_set("resume"), reading.is_set("overwrite")
+    folder = Path(reading.values["output_dir"])
+    if is_leader() and not resume and not overwrite:
+        earlier_run(folder, RUN)
+    check_trackers(reading.values.get("report_to"))
+    source, options = reading.fill()
     from vigos.launch import train_from_source
 
-    if train_from_source(source, options).interrupted:
-        from vigos.train.checkpoint import EXIT_CODE
+    with output_folder(folder, "vigos train", RUN, resume=resume, overwrite=overwrite):
+        trainer = train_from_source(source, options, console=make_console())
+    if trainer.interrupted:
+        typer.echo("stopped by a signal after a checkpoint; go on with the same command and --resume auto")
+        raise typer.Exit(trainer.stop_signal.exit_code)
+    if is_leader():
+        typer.echo("\n".join(after_training(folder)))
 
-        typer.echo("stopped by SIGTERM after a checkpoint; go on with --resume auto")
-        raise typer.Exit(EXIT_CODE)
+
+# Packages of the trackers that --report-to takes.
+_TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",), "neptune": ("neptune",), "swanlab": ("swanlab",), "clearml": ("clearml",),
+}  # fmt: skip
+
+
+def check_trackers(report_to: Any) -> None:
+    """Raise UsageError for a tracker that is asked for and not installed, before a model is loaded."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        packages = _TRACKERS.get(str(name), ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UsageError(f"--report-to: {name} is not installed: pip install {packages[0]}")
+
+
+def after_training(folder: Path) -> list[str]:
+    """Return the last lines of a training: where the run is, what was skipped and why, what to do next."""
+    from collections import Counter
+
+    from vigos.system.files import read_json_lines
+
+    weights = [name for name in ("adapter", "merged", "model") if (folder / name).is_dir()]
+    lines = [
+        f"the run is in {folder}: {', '.join([*(f'{name}/' for name in weights), 'metrics.jsonl', 'config.yaml'])}"
+    ]
+    if (folder / "skipped.jsonl").is_file():
+        skipped = Counter(str(line.get("reason")) for line in read_json_lines(folder / "skipped.jsonl")[0])
+        reasons = ", ".join(f"{n} {printable(reason)}" for reason, n in skipped.most_common())
+        lines.append(f"skipped {skipped.total()} examples: {reasons}; see {folder / 'skipped.jsonl'}")
+    model = next((folder / name for name in ("merged", "model") if name in weights), None)
+    if model is not None:
+        lines.append(f"next: vigos eval --model {model} --data TEST --output-dir {folder / 'eval'}")
+    return [*lines, f"{'      ' if model else 'next: '}vigos report {folder}"]
 
 
 @app.command(context_settings=_RAW, add_help_option=False)
@@ -163,30 +217,45 @@ def evaluate_command(
     context: typer.Context,
     config: Config = None,
     baseline: Annotated[Path | None, typer.Option(help="Evaluation of the untrained model.")] = None,
+    force: Force = False,
     list_options: Listing = False,
     show_help: Help = False,
 ) -> None:
     """Evaluate a model under the student's prompt."""
     _stop_for_help(EVAL, show_help, list_options)
-    source, options = EVAL.parse(config, context.args)
-    from vigos.eval.results import EvaluationResult
-    from vigos.launch import evaluate_from_source
-
-    untrained = EvaluationResult.load(baseline) if baseline is not None else None
     console = make_console()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("examples", total=None)
-        result = evaluate_from_source(
-            source, options, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    source, options = EVAL.parse(config, context.args)
+    with output_folder(source.output_dir, "vigos eval"):
+        from vigos.eval.results import EvaluationResult
+        from vigos.launch import evaluate_from_source
+
+        untrained = EvaluationResult.load(baseline) if baseline is not None else None
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("examples", total=None)
+            result = evaluate_from_source(
+                source, options, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
     summaries = [result]
     if untrained is not None:
-        untrained.check_same_prompt(EvaluationResult.load(Path(source.output_dir) / "records.jsonl"))
+        check_comparable(untrained, EvaluationResult.load(source.output_dir), force)
         summaries.append(untrained.summary())
     shown = [name for name, value in result.items() if isinstance(value, int | float)]
     rows = [(name, *(_shown(summary, name) for summary in summaries)) for name in shown]
     print_table(console, ("metric", "value", "baseline")[: 1 + len(summaries)], rows)
     typer.echo(f"records and summary: {source.output_dir}")
+
+
+def check_comparable(first: EvaluationResult, second: EvaluationResult, force: bool) -> None:
+    """Refuse to put evaluations side by side that do not measure the same thing; with `force` warn.
+
+    Raises:
+        ValueError: what differs.
+    """
+    if found := first.mismatches(second):
+        text = f"the two evaluations do not measure the same thing: {'; '.join(found)}"
+        if not force:
+            raise ValueError(f"{text}. --force shows them all the same")
+        typer.echo(f"warning: {printable(text)}", err=True)
 
 
 def _shown(summary: dict[str, Any], name: str) -> str:
@@ -208,8 +277,10 @@ def probe_command(
     source, options = PROBE.parse(config, context.args)
     from vigos.launch import probe_from_source
 
+    with output_folder(source.output_dir, "vigos probe"):
+        found = probe_from_source(source, options)
     rows = []
-    for name, values in probe_from_source(source, options).items():
+    for name, values in found.items():
         cells = [name, per_cent(values["accuracy"], values["accuracy_interval"]), "", "", ""]
         if "difference" in values:
             low, high = values["difference_interval"]
@@ -227,6 +298,7 @@ def probe_command(
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder or records.jsonl of one evaluation.")],
     b: Annotated[Path, typer.Argument(help="Those of the other.")],
+    force: Force = False,
 ) -> None:
     """Compare two evaluations, paired on the examples they share: b - a in points, 95 % interval, exact p.
 
@@ -237,6 +309,7 @@ def compare(
     from vigos.eval.results import compare as paired
 
     first, second = EvaluationResult.load(a), EvaluationResult.load(b)
+    check_comparable(first, second, force)
     rows = []
     for metric in ("accuracy", "score", "prior", "valid_rate", "unparseable"):
         if not (first.values(metric) and second.values(metric)):  # type: ignore[arg-type]
@@ -252,6 +325,12 @@ def compare(
         )  # fmt: skip
     columns = ("metric", "examples", "a", "b", "b - a", "95 % interval", "better / worse", "p", "differs")
     print_table(make_console(), columns, rows)
+    for name, result, other in (("a", first, second), ("b", second, first)):
+        missing = len({r["key"] for r in result.answered} - {r["key"] for r in other.answered})
+        if missing:
+            typer.echo(f"left out: {missing} examples that only {name} has")
+        if result.damaged:
+            typer.echo(f"left out: {result.damaged} damaged lines of {name}")
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -265,12 +344,13 @@ def report(
     before: Annotated[Path | None, typer.Option(help="Records of the untrained model.")] = None,
     after: Annotated[Path | None, typer.Option(help="Records of the trained model.")] = None,
     rollouts: Annotated[int, typer.Option(help="Rollouts shown at most, sampled evenly over the steps.")] = 400,
+    force: Force = False,
 ) -> None:
     """Write one HTML file about a run: headline numbers, rollouts token by token, curves, cost. It loads nothing."""
     from vigos.report.page import write_report
 
     page = (output_dir or run) / "report.html"
-    path = write_report(run, page, compare=compare, before=before, after=after, rollouts=rollouts)
+    path = write_report(run, page, compare=compare, before=before, after=after, rollouts=rollouts, force=force)
     typer.echo(f"written: {path} ({path.stat().st_size / 2**20:.1f} MB)")
 
 
@@ -299,7 +379,8 @@ def study(
     results = output_dir / "results.csv"
     if not draw_only:
         plan = reduced(QUICK if quick else FULL, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
-        run_study(plan, output_dir, jobs=jobs, progress=tell)
+        with output_folder(output_dir, "vigos study"):
+            run_study(plan, output_dir, jobs=jobs, progress=tell)
     elif not results.is_file():
         raise UsageError(f"--draw-only: no such file: {results}")
     print_results(results, make_console())

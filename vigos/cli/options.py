@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_CONFIG_BYTES = 2**20
+RUN_SECTIONS = {"vigos", "transformers", "run"}  # of the config.yaml that a run leaves
 
 
 class UsageError(ValueError):
@@ -51,13 +52,15 @@ class Option:
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value from a flag (text) or a YAML file (anything), or None."""
         text = str(value).strip()
+        if text in map(str, self.choices):
+            return None
         if value is None or text.lower() in ("none", "null"):
             return None if "None" in self.kind else f"must be given a value, got {text!r}"
         if self.choices:
             shown = ", ".join(map(str, self.choices))
             near = difflib.get_close_matches(text, map(str, self.choices), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            return None if text in map(str, self.choices) else f"must be one of {shown}, got {text!r}{hint}"
+            return f"must be one of {shown}, got {text!r}{hint}"
         words = set(re.findall(r"\w+", self.kind)) - {"None", "Optional", "Union"}
         if words == {"bool"}:
             known = ("true", "false", "yes", "no", "1", "0", "t", "f", "y", "n", "on", "off")
@@ -181,7 +184,7 @@ def unknown(key: str, known: Mapping[str, Option], where: str) -> UsageError:
 
 
 def read_file(path: Path, options: Sequence[Option]) -> dict[str, Any]:
-    """Return the options in a YAML file.
+    """Return the options in a YAML file: a flat mapping, or the config.yaml of a run.
 
     Raises:
         UsageError: naming the file and the line: no such file, not YAML, a tag, an alias, a key twice, an unknown
@@ -204,12 +207,33 @@ def read_file(path: Path, options: Sequence[Option]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"--config: {path} must hold a mapping of options, got {type(loaded).__name__}")
     known = {o.name: o for o in options}
+    if loaded and set(loaded) <= RUN_SECTIONS and all(isinstance(part, dict) for part in loaded.values()):
+        loaded = _options_of_run(loaded, known)
     for key, value in loaded.items():
         if key not in known:
             raise unknown(str(key), known, str(path))
         if not isinstance(value, list) or "list" not in known[key].kind:
             check_value(known[key], value, f"{path}: {key}")
     return loaded
+
+
+def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the options in a run's config.yaml that repeat it: those that differ from their defaults.
+
+    The output folder is left out, masked secrets are, and what transformers derives from other options.
+    """
+    found = {}
+    for name, value in ((n, v) for part in sections.values() for n, v in part.items()):
+        masked = isinstance(value, str) and re.fullmatch(r"<[A-Z_]+>", value)
+        if name not in known or name.startswith("_") or name == "output_dir" or value is None or masked:
+            continue
+        try:
+            is_default = ast.literal_eval(known[name].default) == value
+        except (ValueError, SyntaxError):  # an expression
+            is_default = False
+        if not is_default and not isinstance(value, dict):
+            found[name] = value
+    return found
 
 
 def _strict_loader() -> Any:
@@ -280,10 +304,18 @@ class Command:
         return found | {name: dataclasses.replace(found[name], help=text) for name, text in self.helps.items()}
 
     def parse(self, config: Path | None, flags: Sequence[str]) -> list[Any]:
-        """Fill the command's dataclasses from defaults, then the YAML file, then flags; transformers' own is skipped.
+        """Fill the command's dataclasses from defaults, then the YAML file, then flags.
 
         Raises:
             UsageError: an option that is unknown, missing, or of a wrong kind, before anything heavy is imported.
+        """
+        return self.read(config, flags).fill()
+
+    def read(self, config: Path | None, flags: Sequence[str]) -> Reading:
+        """Read the YAML file and the flags, and check what can be checked without an import.
+
+        Raises:
+            UsageError: an option that is unknown, missing, or of a wrong kind.
         """
         options = self.options()
         loaded = {} if config is None else read_file(config, list(options.values()))
@@ -291,8 +323,13 @@ class Command:
         for name in self.needed:
             if not given.get(name):
                 raise UsageError(f"{options[name].flag} is needed: a flag, or a line `{name}: …` in the --config file")
-        ours = [getattr(importlib.import_module(m), name) for m, name in self.kinds if m.startswith("vigos.")]
-        return fill(ours, loaded, flags)
+        data = str(given.get("data", ""))
+        if Path(data).suffix in (".jsonl", ".json", ".parquet") and not Path(data).expanduser().exists():
+            raise UsageError(f"--data: no such file: {data}")
+        model = str(given.get("model", ""))
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().exists():
+            raise UsageError(f"--model: no such folder: {model}")
+        return Reading(self, given, loaded, tuple(flags))
 
     def help(self, width: int) -> str:
         """Return the text of `--help`: what the command does, the options that most people need, an example."""
@@ -332,6 +369,29 @@ class Command:
 
     def _own(self) -> set[str]:
         return {o.name for module, name in self.kinds if module.startswith("vigos.") for o in declared(module, name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A command line that was read and checked, before the classes it fills are imported.
+
+    Attributes:
+        values: options that were given, those of flags as text.
+    """
+
+    command: Command
+    values: Mapping[str, Any]
+    loaded: Mapping[str, Any]
+    flags: tuple[str, ...]
+
+    def is_set(self, name: str) -> bool:
+        """Tell whether an option was given that is not false."""
+        return str(self.values.get(name, "false")).lower() not in ("false", "none", "0", "no", "")
+
+    def fill(self) -> list[Any]:
+        """Return the command's dataclasses, filled; those of transformers itself are left out."""
+        kinds = [(m, name) for m, name in self.command.kinds if m.startswith("vigos.")]
+        return fill([getattr(importlib.import_module(m), name) for m, name in kinds], self.loaded, self.flags)
 
 
 def _holder(option: Option) -> str:

@@ -64,6 +64,19 @@ class _Listed:
         return self.records[index]
 
 
+class Head:
+    """The first records of others."""
+
+    def __init__(self, records: Records, count: int) -> None:
+        self.records, self.count, self.columns = records, count, records.columns
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.records))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.records[index]
+
+
 class _HubTable:
     """A `datasets.Dataset` read as Arrow: its Image features stay bytes or paths, and decoding is bounded here."""
 
@@ -96,6 +109,8 @@ def _json_object(line: bytes) -> Any:
     """Return the parsed line, or its error in its place: one bad line costs one example."""
     try:
         return json.loads(line)
+    except RecursionError:
+        return ValueError("nested too deeply")
     except ValueError as error:  # not JSON, or not UTF-8
         return error
 

@@ -38,8 +38,12 @@ class EvalConfig:
         default=16, metadata={"help": "Sequences generated together; with a server, requests under way."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    validity: Validity = field(
-        default="loose", metadata={"help": "Format that counts as valid: 'loose' or 'strict', as in `parse_rollout`."}
+    validity: Validity | None = field(
+        default=None,
+        metadata={"help": "Format that counts as valid, loose or strict, as in `parse_rollout`; unset: the model's."},
+    )
+    max_prompt_length: int = field(
+        default=8192, metadata={"help": "Examples with a longer prompt, in tokens, are skipped; 0: no limit."}
     )
     resume: bool = field(
         default=True, metadata={"help": "Go on after the records that are there; false: start them anew."}
@@ -52,6 +56,8 @@ class EvalConfig:
             raise ValueError(
                 f"temperature must be above 0 for {self.samples} samples an example: at 0 they are all the same"
             )
+        if self.max_prompt_length < 0:
+            raise ValueError(f"max_prompt_length must be at least 0 (0: no limit), got {self.max_prompt_length}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 

@@ -37,7 +37,7 @@ from vigos.eval.judge import Judge, JudgeError
 from vigos.eval.results import FORMAT, EvaluationResult, append_lines, resume_records
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts
-from vigos.method.spans import parse_rollout, token_bytes
+from vigos.method.spans import Validity, parse_rollout, token_bytes
 
 
 def evaluate(
@@ -92,8 +92,10 @@ def evaluate(
         eos_token_ids = engine.eos_token_ids or eos_ids(base, tokenizer)
     image_token_ids = placeholder_ids(base.config) if base is not None else ()
 
+    validity: Validity = config.validity or "loose"
     settings = {
-        "format": FORMAT, "k": config.k, "n": sampling.n, "seed": config.seed, "validity": config.validity,
+        "format": FORMAT, "k": config.k, "n": sampling.n, "seed": config.seed, "validity": validity,
+        "max_prompt_length": config.max_prompt_length,
         "batch_size": config.batch_size, "sampling": dataclasses.asdict(sampling),
         "prompts": _digest(json.dumps(dataclasses.asdict(prompts))),
         "model": engine.served_name if model is None else model_fingerprint(model),
@@ -116,7 +118,7 @@ def evaluate(
 
     def sample_record(ids: Tensor, problem: str, answer: str, extra: Mapping[str, Any]) -> dict[str, Any]:
         spans = parse_rollout(
-            ids, tokenizer, validity=config.validity, eos_token_ids=eos_token_ids, image_token_ids=image_token_ids
+            ids, tokenizer, validity=validity, eos_token_ids=eos_token_ids, image_token_ids=image_token_ids
         )
         content = ids[: spans.length - spans.finished].tolist()
         text = b"".join(token_bytes(content, tokenizer)).decode("utf-8", "replace")
@@ -134,7 +136,7 @@ def evaluate(
 
     while batch := list(islice(source, batch_examples)):
         batch_keys = [keys.next_key(example) for example in batch]
-        encoded = [_encode(processor, prompts, example) for example in batch]
+        encoded = [_encode(processor, prompts, example, config.max_prompt_length) for example in batch]
         usable = [(k, p) for k, p in zip(batch_keys, encoded, strict=True) if not isinstance(p, BadExample)]
         seeds = [_example_seed(config.seed, key) for key, _ in usable]
         completions = iter(engine.generate([p for _, p in usable], sampling, seeds) if usable else [])
@@ -145,7 +147,8 @@ def evaluate(
                 record |= {"problem_id": prompt.row_id, "skipped": {"reason": prompt.reason, "detail": prompt.detail}}
             else:
                 assert not isinstance(example, BadExample)
-                record |= {name: example[name] for name in ("problem_id", "answer")}  # type: ignore[literal-required]
+                record |= {name: example[name] for name in ("problem_id", "answer", "problem")}  # type: ignore[literal-required]
+                record["images"] = example.get("image_paths", [None] * len(example["images"]))
                 record["extra"] = _short_fields(example["extra"])
                 sampled = [next(completions) for _ in range(sampling.n)]
                 asked = example["problem"], example["answer"], example["extra"]
@@ -211,7 +214,7 @@ def _with_bad_examples(examples: Any) -> tuple[Iterator[Example | BadExample], i
     return iter(dataset), len(dataset) if isinstance(dataset, ExampleDataset) else None
 
 
-def _encode(processor: Any, prompts: Prompts, example: Example | BadExample) -> EncodedPrompt | BadExample:
+def _encode(processor: Any, prompts: Prompts, example: Example | BadExample, limit: int) -> EncodedPrompt | BadExample:
     if isinstance(example, BadExample):
         return example
     images = example["images"]
@@ -222,9 +225,12 @@ def _encode(processor: Any, prompts: Prompts, example: Example | BadExample) -> 
         )
     try:
         example["problem"].encode()  # a lone surrogate is a TypeError of the tokenizer's
-        return encode_prompt(processor, prompts, "student", example["problem"], images=images)
+        encoded = encode_prompt(processor, prompts, "student", example["problem"], images=images)
     except ValueError as error:  # the image processor's own limits
         return BadExample(example["problem_id"], "not_encodable", str(error))
+    if 0 < limit < len(encoded.ids):
+        return BadExample(example["problem_id"], "prompt_too_long", f"{len(encoded.ids)} tokens, more than {limit}")
+    return encoded
 
 
 def _short_fields(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test
+from vigos.system.files import parsed, replace_file
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the records file
 Metric = Literal["accuracy", "score", "prior", "valid_rate", "unparseable"]
@@ -34,31 +38,43 @@ class EvaluationResult:
 
     settings: dict[str, Any]
     records: list[dict[str, Any]]
+    damaged: int = 0
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
-        """Read a records file, or records.jsonl of a folder; a line cut off by a kill is left out.
+        """Read a records file, or records.jsonl of a folder, around damaged lines, which `damaged` counts.
 
         Raises ValueError for another kind of file.
         """
         path = Path(path)
         path = path / "records.jsonl" if path.is_dir() else path
-        settings, records, _ = _read_records(path)
+        settings, records, _, damaged = _read_records(path)
         if settings is None:
             raise ValueError(f"{path} is not a records file of an evaluation: its first line holds no settings")
-        return cls(settings, records)
+        return cls(settings, records, damaged)
 
     @property
     def answered(self) -> list[dict[str, Any]]:
         """Return the records of examples that could be used."""
         return [r for r in self.records if "samples" in r]
 
-    def check_same_prompt(self, other: EvaluationResult) -> None:
-        """Raise ValueError unless both were asked with the same prompts, sampling and judge."""
+    def mismatches(self, other: EvaluationResult) -> list[str]:
+        """List what keeps two evaluations from being compared: prompts, sampling, judge, or other examples."""
+        found = []
         for name in ("prompts", "sampling", "judge"):
             mine, theirs = self.settings.get(name), other.settings.get(name)
             if mine != theirs:
-                raise ValueError(f"baseline must be asked the same way: {name} {mine!r} there, {theirs!r} here")
+                shown = "" if name == "prompts" else f" ({mine!r} and {theirs!r})"
+                found.append(f"they were asked with other {name}{shown}")
+        answers = {r["key"]: r["answer"] for r in self.answered}
+        shared = [r for r in other.answered if r["key"] in answers]
+        differing = sum(answers[r["key"]] != r["answer"] for r in shared)
+        fewest = min(len(answers), len(other.answered))
+        if differing:
+            found.append(f"{differing} of the {len(shared)} examples of the same id have another reference answer")
+        elif 2 * len(shared) < fewest:
+            found.append(f"only {len(shared)} of {fewest} examples are in both")
+        return found
 
     def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
         """Return the records that a metric is taken over."""
@@ -81,6 +97,8 @@ class EvaluationResult:
         answered = self.answered
         samples = [s for r in answered for s in r["samples"]]
         found: dict[str, Any] = {"rows": len(answered), "samples": n, "skipped": len(self.records) - len(answered)}
+        if self.damaged:
+            found["damaged_lines"] = self.damaged
 
         def report(name: str, values: list[float]) -> None:
             found[name] = _mean(values)
@@ -157,7 +175,7 @@ class Comparison:
         difference: b − a.
         interval: its 95 % bootstrap interval, over examples, or over triplets where the examples have them.
         p_value: exact two-sided sign test on the examples where they differ; with one sample each, McNemar's test.
-        better, worse: examples where b is above a, and below.
+        better, worse: examples where b does better than a, and worse: above and below, but for unparseable answers.
         differs: p_value below `LEVEL`.
     """
 
@@ -200,7 +218,8 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
             )
     differences = [in_b[key] - in_a[key] for key in keys]
     clusters = [records_a[key]["extra"].get(TRIPLET, key) for key in keys]
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    sign = -1 if metric == "unparseable" else 1  # fewer of them are better
+    better, worse = sum(sign * d > 0 for d in differences), sum(sign * d < 0 for d in differences)
     return Comparison(
         metric=metric,
         rows=len(keys),
@@ -225,29 +244,35 @@ def append_lines(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[int]]:
-    """Return settings (or None), records and the byte offset after each line; a line that was cut off is left out."""
+def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[int], int]:
+    """Read a records file around damaged lines; a last line that was cut off is left out.
+
+    Returns:
+        Settings (None if the first line holds none), records, the byte offsets after the lines before the first damage,
+        and the number of damaged lines.
+    """
     settings: dict[str, Any] | None = None
     records: list[dict[str, Any]] = []
     offsets: list[int] = []
-    position = 0
+    position = damaged = 0
     with path.open("rb") as file:
         for line in file:
             position += len(line)
             if not line.endswith(b"\n"):
                 break
-            try:
-                content = json.loads(line)
-            except ValueError:
-                break
+            content = parsed(line)
             if settings is None:
                 settings = content.get("settings") if isinstance(content, dict) else None
-                if settings is None:
-                    break
+                if not isinstance(settings, dict):
+                    return None, [], [], 0
+            elif not isinstance(content, dict) or not {"key", "samples", "skipped"} & set(content) > {"key"}:
+                damaged += 1
+                continue
             else:
                 records.append(content)
-            offsets.append(position)
-    return settings, records, offsets
+            if not damaged:
+                offsets.append(position)
+    return settings, records, offsets, damaged
 
 
 def resume_records(
@@ -259,18 +284,21 @@ def resume_records(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume and path.exists() and path.stat().st_size:
-        found, records, offsets = _read_records(path)
+        found, records, offsets, damaged = _read_records(path)
         if found is not None:
             wanted = json.loads(json.dumps(settings))
             different = [name for name in {**wanted, "judge": None} if found.get(name) != wanted.get(name)]
             if different:
                 values = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
                 raise ValueError(f"records {path} come from another evaluation ({values}); resume=False starts anew")
+            if damaged:
+                logger.warning("%s has %d damaged lines; evaluating anew from the first of them", path, damaged)
+                records = records[: len(offsets) - 1]
             kept = len(records) if len(records) == total else len(records) // rows_a_batch * rows_a_batch
             with path.open("r+b") as file:
                 file.truncate(offsets[kept])
             return records[:kept]
         if b"\n" in path.read_bytes():
             raise ValueError(f"records {path} is not a records file of an evaluation; resume=False overwrites it")
-    path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps({"settings": settings}) + "\n")
     return []

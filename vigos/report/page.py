@@ -17,7 +17,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,6 +27,7 @@ from typing import Any
 from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.figures import Chart
+from vigos.system.files import parsed, read_json_lines, replace_file
 
 MAX_ROLLOUTS = 400
 MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens of both models about 12 MB
@@ -56,6 +57,7 @@ class Run:
         rollouts: the sampled records of completions/, in order of their steps.
         written: how many records completions/ holds.
         skipped: examples that could not be used, by reason.
+        damaged: lines of its files that could not be read, and are left out.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Run:
     rollouts: list[dict[str, Any]]
     written: int
     skipped: Mapping[str, int] = field(default_factory=dict)
+    damaged: int = 0
 
 
 def load_run(
@@ -91,17 +94,22 @@ def load_run(
     config_file = inner / "config.yaml"
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
     wanted = {(r["step"], r["problem_id"]) for r in like.rollouts} if like else set()
-    sampled, written = _sample(inner / "completions", rollouts, seed, wanted)
+    sampled, written, damaged = _sample(inner / "completions", rollouts, seed, wanted)
+    metrics, lines = read_json_lines(inner / "metrics.jsonl")
+    damaged += lines
+    skipped, lines = read_json_lines(inner / "skipped.jsonl") if (inner / "skipped.jsonl").is_file() else ([], 0)
+    damaged += lines
     return Run(
         name=(outer.resolve().parent if outer.name == "train" else outer.resolve()).name,
         folder=inner,
         config=config if isinstance(config, dict) else {},
-        log=[line for line in _json_lines(inner / "metrics.jsonl") if "loss" in line and "step" in line],
+        log=[line for line in metrics if "loss" in line and "step" in line],
         before=_evaluation(before, outer, inner, "before.jsonl"),
         after=_evaluation(after, outer, inner, "after.jsonl"),
         rollouts=sampled,
         written=written,
-        skipped=Counter(str(line.get("reason")) for line in _json_lines(inner / "skipped.jsonl")),
+        skipped=Counter(str(line.get("reason")) for line in skipped),
+        damaged=damaged,
     )
 
 
@@ -113,21 +121,11 @@ def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -
     return EvaluationResult.load(found) if found else None
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file; none where there is no file. A line cut off by a kill ends it."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
+def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -> tuple[list[dict[str, Any]], int, int]:
+    """Return records spread evenly over the files of `folder`, how many there are, and how many chosen are damaged.
 
-
-def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -> tuple[list[dict[str, Any]], int]:
-    """Return records spread evenly over the files of `folder`, and how many there are. Only chosen lines are parsed."""
+    Only chosen lines are parsed.
+    """
     places: list[tuple[Path, int]] = []  # (file, byte offset) of every record, in the order of steps
     for path in sorted(folder.glob("step-*.jsonl")):
         offset = 0
@@ -140,22 +138,42 @@ def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -
     edges = [round(i * len(places) / limit) for i in range(limit + 1)] if len(places) > limit else []
     chosen = [rng.randrange(a, b) for a, b in pairwise(edges) if b > a] if edges else None
     records: list[tuple[int, dict[str, Any]]] = []
-    tokens = 0
+    tokens = damaged = 0
     picked = places if chosen is None else [places[i] for i in chosen]
     if wanted:
         picked = _preferring(places, picked, wanted)
     order = list(range(len(picked)))
     rng.shuffle(order)  # where the tokens are too many, what is left is still spread over the steps
     for i in order:
-        path, offset = picked[i]
-        with path.open("rb") as file:
-            file.seek(offset)
-            record = json.loads(file.readline())
+        record = _record_at(*picked[i])
+        if record is None:
+            damaged += 1
+            continue
         tokens += len(record["tokens"])
         if tokens > MAX_TOKENS and records:
             break
         records.append((i, record))
-    return [record for _, record in sorted(records, key=lambda pair: pair[0])], len(places)
+    return [record for _, record in sorted(records, key=lambda pair: pair[0])], len(places), damaged
+
+
+def _record_at(path: Path, offset: int) -> dict[str, Any] | None:
+    """Return the record of a rollout at a byte offset; None where it is damaged."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        record = parsed(file.readline())
+    return record if isinstance(record, dict) and set(record) >= _RECORD and _is_scored(record) else None
+
+
+_RECORD = {"step", "problem_id", "problem", "answer", "valid", "reason", "tokens"}
+
+
+def _is_scored(record: Mapping[str, Any]) -> bool:
+    """Return True if every teacher of a record has as many scores as tokens."""
+    try:
+        scores = record.get("teachers", {}).values()
+        return all(len(s["tokens"]) == len(s["segments"]) == len(s["divergence"]) == len(s["clipped"]) for s in scores)
+    except (AttributeError, TypeError, KeyError):
+        return False
 
 
 def _preferring(
@@ -167,10 +185,8 @@ def _preferring(
     for path, offset in places:
         if int(path.stem.split("-")[1]) not in steps:
             continue
-        with path.open("rb") as file:
-            file.seek(offset)
-            record = json.loads(file.readline())
-        if (record["step"], record["problem_id"]) in wanted:
+        record = _record_at(path, offset)
+        if record is not None and (record["step"], record["problem_id"]) in wanted:
             found.append((path, offset))
     rest = [place for place in picked if place not in set(found)]
     return sorted([*found, *rest][: len(picked)])
@@ -296,8 +312,12 @@ def _picture(folder: Path, name: Any) -> dict[str, Any] | None:
     path = folder / str(name)
     if match is None or not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
         return None
-    with Image.open(path, formats=["PNG", "WEBP"]) as image:
-        width, height = image.size
+    try:
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
+            width, height = image.size
+            image.verify()
+    except (OSError, ValueError, SyntaxError):  # a damaged picture costs itself
+        return None
     return {
         "src": f"data:{_MEDIA[match[1]]};base64,{base64.b64encode(path.read_bytes()).decode()}",
         "width": width, "height": height,
@@ -309,7 +329,7 @@ def _picture(folder: Path, name: Any) -> dict[str, Any] | None:
 
 def write_report(
     run: str | Path, output: str | Path, *, compare: str | Path | None = None, before: str | Path | None = None,
-    after: str | Path | None = None, rollouts: int = MAX_ROLLOUTS, seed: int = 0,
+    after: str | Path | None = None, rollouts: int = MAX_ROLLOUTS, seed: int = 0, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write the report of a run, or of two, to `output`; return its path.
 
@@ -317,15 +337,18 @@ def write_report(
         run, compare: run folders, see `load_run`.
         before, after: records of evaluations of `run`, where they are not in its folder.
         rollouts: at most so many of each run are shown.
+        force: also show two evaluations that were asked otherwise or of other examples.
+
+    Raises:
+        ValueError: no run folder, or evaluations that do not measure the same thing.
     """
     if rollouts < 1:
         raise ValueError(f"rollouts must be at least 1, got {rollouts}")
     first = load_run(run, before=before, after=after, rollouts=rollouts, seed=seed)
+    if first.before and first.after and not force and (found := first.before.mismatches(first.after)):
+        raise ValueError(f"before and after do not measure the same thing: {'; '.join(found)}; force shows them")
     runs = [first] if compare is None else [first, load_run(compare, rollouts=rollouts, seed=seed, like=first)]
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(runs), encoding="utf-8")
-    return path
+    return replace_file(output, render(runs))
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,6 @@ class DemoSize:
     triplets: int  # one image that agrees with the prior and two that contradict it, each
 
 
-SHOWN = {
-    "valid": "rollout/valid",
-    "right": "rollout/accuracy",
-    "KL description": "kl/perception",
-    "KL reasoning": "kl/reasoning",
-}
-
 QUICK = DemoSize(steps=120, rows_a_step=32, triplets=100)
 FULL = DemoSize(steps=240, rows_a_step=32, triplets=200)
 
@@ -45,8 +37,10 @@ def run_demo(
     """
     from vigos.data.examples import load_rows
     from vigos.study.plan import world_config
+    from vigos.system.files import replace_json
     from vigos.system.screen import make_console, per_cent, print_table
     from vigos.train.trainer import ViGOSTrainer
+    from vigos.train.watch import Watch
     from vigos.world import load_base, world_prompts, write_world
 
     console = console or make_console()
@@ -75,7 +69,8 @@ def run_demo(
         processing_class=processor,
         train_dataset=load_rows(train),
     )
-    _train_with_progress(trainer, size.steps, console)
+    Watch.attach(trainer, console, every=20)
+    trainer.train()
 
     console.print("[bold]4/4[/] evaluating the trained model on the same questions")
     after = _evaluate(trainer.model, processor, test, prompts, output_dir / "after.jsonl", seed, console)
@@ -88,7 +83,7 @@ def run_demo(
         "seed": seed,
         "steps": size.steps,
     }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    replace_json(output_dir / "summary.json", summary)
 
     rows = []
     for name, meaning in (
@@ -127,39 +122,3 @@ def _evaluate(
     found = result.summary()
     keys = [f"{name}{end}" for name in ("score", "prior", "valid_rate", "accuracy") for end in ("", "_interval")]
     return {key: found[key] for key in [*keys, "unparseable", "tokens_mean", "invalid_reasons"]}
-
-
-def _train_with_progress(trainer: Any, steps: int, console: Console) -> None:
-    """Train; show a bar with time left and the last metrics on a terminal, a line now and then elsewhere."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-    )  # fmt: skip
-
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("steps", total=steps, note="")
-
-        class Show(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                logs = kwargs["logs"]
-                note = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN.items() if key in logs)
-                progress.update(task, completed=state.global_step, note=note)
-                shown = state.global_step % 20 == 0 or state.global_step == 1
-                if note and shown and not console.is_terminal:
-                    console.print(f"step {state.global_step:4}/{steps}  {note}", soft_wrap=True)
-
-        for default in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(default)
-        trainer.add_callback(Show())
-        trainer.train()

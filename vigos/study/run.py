@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vigos.study.plan import BEND_STEPS, DONE, TEST_SEED, Cell, Plan, World
+from vigos.system.files import replace_file
 
 Progress = Callable[[str, int, int], None]  # (what was finished, done, in all)
 
@@ -110,10 +111,7 @@ def _one_thread() -> None:
 
 def _write(path: Path, value: Any) -> None:
     """Write JSON by rename: a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    part.replace(path)
+    replace_file(path, json.dumps(value))
 
 
 def _read(path: Path) -> Any:

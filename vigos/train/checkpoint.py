@@ -177,10 +177,11 @@ def saving(folder: str | Path, name: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """Remember that SIGTERM came; a second one ends the process at once."""
+    """Remember that SIGTERM or SIGINT (Ctrl-C) came; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.received = False
+        self.exit_code = EXIT_CODE
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -188,15 +189,21 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.received = True
-            signal.signal(signal.SIGTERM, before if callable(before) else signal.SIG_DFL)
-            logger.warning("SIGTERM: a checkpoint will be written after this step; a second SIGTERM ends at once")
+            self.received, self.exit_code = True, 128 + number
+            restore()
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            logger.warning("%s: a checkpoint will be written after this step; a second one ends at once", name)
 
-        signal.signal(signal.SIGTERM, on_signal)
+        for number in before:
+            signal.signal(number, on_signal)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            restore()

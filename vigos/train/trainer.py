@@ -35,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
 from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
+from vigos.method.asking import Asking
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
@@ -95,6 +96,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         guard: repeats or drops steps that go wrong.
         recorder: metrics and records.
         parts: those with a state, by their name in checkpoints.
+        facts: what else `config.yaml` says of the run, in its section `run`: data, versions, command line.
     """
 
     args: ViGOSConfig
@@ -164,6 +166,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self._dummy: ScoredSequence | None = None
         self._optimizer_phase = ExitStack()
         self._saving = False  # a checkpoint is being written
+        self.facts: dict[str, Any] = {}
         self._resumed_from: str | None = None
 
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
@@ -281,14 +284,15 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
     @property
     def interrupted(self) -> bool:
-        """Tell whether SIGTERM ended the run; its last step is in a checkpoint."""
+        """Tell whether SIGTERM or Ctrl-C ended the run; its last step is in a checkpoint."""
         return self.stop_signal.received
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run `transformers.Trainer.train`, then write the final adapter and the merged copy into the run folder."""
         if isinstance(self.train_dataset, ExampleDataset | ExampleStream):
             check_usable(self.train_dataset, UNUSABLE_EXAMPLES)
-        self.folder.write_config(self.args, model=base_model(self.model).config.name_or_path)
+        facts = {"model": base_model(self.model).config.name_or_path, **self.facts}
+        self.folder.write_config(self.args, **facts)
         if last_checkpoint(str(self.args.output_dir)) and not (args or kwargs.get("resume_from_checkpoint")):
             logger.warning("%s holds checkpoints of an earlier run, which this one does not read", self.args.output_dir)
         ranks, timeout = self.accelerator.num_processes, float(self.args.ddp_timeout)
@@ -313,7 +317,9 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             weights = gather_state(self.model, keep=self.is_world_process_zero())
         if self.is_world_process_zero():
             folder, processor = str(self.args.output_dir), self.processing_class
-            save_final(folder, self.model, processor, merged=self.args.save_merged, weights=weights)
+            saved = save_final(folder, self.model, processor, merged=self.args.save_merged, weights=weights)
+            for path in saved.values():  # asked in other words, a trained model may answer nothing that can be read
+                Asking(self.prompts, self.objective.validity, self.objective.span_style).save(path)
         self.accelerator.wait_for_everyone()  # no rank leaves while the leader writes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
