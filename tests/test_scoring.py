@@ -264,24 +264,18 @@ def test_images_blocks_without_their_limit_are_wrong(monkeypatch):
 
 
 def test_models_whose_state_cannot_be_shared():
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
     small = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     mamba = FalconMambaForCausalLM(FalconMambaConfig(**small, state_size=4))
-    hybrid = Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **small, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2, num_experts_per_tok=1,
-            moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_key_heads=1,
-            linear_num_value_heads=1, linear_key_head_dim=8, linear_value_head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
-        )
-    )  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    hybrid = Lfm2ForCausalLM(Lfm2Config(**small, **heads, layer_types=["conv", "full_attention"]))
     rows = MIXED["qwen3"]
     with pytest.raises(
         ValueError, match=r"FalconMamba.*carry state that branches cannot share.*use scoring='separate'"
     ):
         hidden_states(mamba, rows, scoring="tree")
-    with pytest.raises(ValueError, match=r"Qwen3Next.*linear_attention.*use scoring='separate'"):
+    with pytest.raises(ValueError, match=r"Lfm2.*short convolutions.*use scoring='separate'"):
         hidden_states(hybrid, rows, scoring="tree")
     with torch.no_grad():
         assert hidden_states(mamba, rows, scoring="separate").shape == (36, 16)
