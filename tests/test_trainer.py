@@ -837,6 +837,34 @@ def test_a_model_that_is_sharded_already_is_refused(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapter_that_changes_the_base_is_refused(start: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_student(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    with pytest.raises(ValueError, match=f"adapter 'default' must not be initialised by '{start}'"):
+        trainer(model, config(tmp_path), rows(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+    ids=["embedding", "bias", "tokens"],
+)
+def test_adapter_that_cannot_be_merged_is_refused_before_the_first_step(
+    options: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_student(), LoraConfig(r=2, **options))
+    with pytest.raises(ValueError, match=f"save_merged must be false for .*{named}"):
+        trainer(model, config(tmp_path, save_merged=True), rows(1))
+
+
 def test_prompts_come_from_the_file_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.yaml").write_text("student: 'Look. {problem}'\n")
     args = config(tmp_path / "run", prompts_file=str(tmp_path / "prompts.yaml"))

@@ -126,6 +126,12 @@ def check_adapter(model: nn.Module) -> None:
                 f"adapter {name!r} must not have modules_to_save, got {list(config.modules_to_save)}: these weights "
                 "train in full, so switching the adapter off does not give the frozen teacher back"
             )
+        start = str(getattr(config, "init_lora_weights", True)).lower()
+        if start.startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(
+                f"adapter {name!r} must not be initialised by {start!r}, which changes the weights under it: with the "
+                "adapter off the frozen teacher would not be the initial model"
+            )
         if getattr(config, "bias", "none") != "none":
             raise ValueError(
                 f"adapter {name!r} must have bias='none', got {config.bias!r}: trained biases stay when it is off"

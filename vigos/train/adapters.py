@@ -32,10 +32,13 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
     if hasattr(model, "peft_config"):
         check_adapter(model)
         if config.save_merged:
-            _check_mergeable(model)
+            check_mergeable(model)
         return model
     if config.lora:
-        return build_lora(model, config)
+        model = build_lora(model, config)
+        if config.save_merged:
+            check_mergeable(model)
+        return model
     base = base_model(model)
     base.requires_grad_(True)
     if not config.train_vision:
@@ -96,7 +99,7 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
     return get_peft_model(base, lora)  # type: ignore[arg-type]
 
 
-def _check_mergeable(model: Any) -> None:
+def check_mergeable(model: Any) -> None:
     """Raise before the run, not after its last step, for adapters that `merged_copy` cannot merge."""
     for name, adapter in model.peft_config.items():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
@@ -104,6 +107,19 @@ def _check_mergeable(model: Any) -> None:
             raise ValueError(
                 f"save_merged must be false for adapter {name!r}: a merged copy is made of plain LoRA, got "
                 f"{'DoRA' if kind == 'LORA' else kind}"
+            )
+        for option in ("lora_bias", "target_parameters", "trainable_token_indices"):
+            if getattr(adapter, option, None):
+                raise ValueError(
+                    f"save_merged must be false for adapter {name!r} with {option}, which a merged copy would leave out"
+                )
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in base_model(model).named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+            raise ValueError(
+                f"save_merged must be false for an adapter on {name}, a {type(module.get_base_layer()).__name__}: a "
+                "merged copy is made of adapters on linear layers"
             )
 
 
