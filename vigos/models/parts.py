@@ -42,15 +42,6 @@ def lm_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def logit_settings(config: Any) -> dict[str, Any]:
-    """Read from a text config what the model's own forward does to its head's output, as fields of `vigos.Head`.
-
-    Gemma caps its logits, Cohere and Granite scale them.
-    """
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": float(scale)}
-
-
 def inner_model(base: Any) -> Any:
     """Return the model under the head: for multimodal families the one that holds the vision tower."""
     return getattr(base, base.base_model_prefix, base)

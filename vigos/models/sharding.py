@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from vigos.divergence.head import Head
 from vigos.models.compat import reshards_after_forward
-from vigos.models.parts import base_model, lm_head, logit_settings, replaced_forward, unwrap
+from vigos.models.logits import logit_transform
+from vigos.models.parts import lm_head, replaced_forward, unwrap
 
 Kind = Literal["unsharded", "fsdp2", "zero3"]
 T = TypeVar("T")
@@ -103,7 +104,9 @@ def gathered_head(model: nn.Module) -> Iterator[Head]:
     Under FSDP2 the gathered parameters stay until the backward pass, whose hooks then reduce their gradients.
     """
     head: Any = lm_head(model)
-    settings = logit_settings(base_model(model).config.get_text_config())
+    if hasattr(head, "base_layer"):
+        raise ValueError("the adapter must not cover the language-model head: its weight alone gives other logits")
+    settings = logit_transform(model)
     kind = sharding_of(model)
     if kind == "fsdp2":
         _owner(model, head).unshard()

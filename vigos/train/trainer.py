@@ -40,6 +40,7 @@ from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
+from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, lm_head
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
@@ -140,6 +141,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.teacher = TeacherWeights(
             model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled, is_leader=args.process_index == 0
         )
+        logit_transform(model)  # measured before anything shards it; refused if no scale and softcap give its logits
         if "tree" in (args.student_scoring, args.teacher_scoring):  # before a rollout is paid for
             check_tree(base_model(model))
         self.scorer = TeacherScorer(
