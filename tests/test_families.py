@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_models import LAYERS, tiny_model
 from helpers.training import config, rows, trainer
 from transformers import CONFIG_MAPPING, Lfm2Config, Lfm2ForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vigos.cli import main
 from vigos.models.families import FAMILIES, describe, family_of, layer_kinds, tree_refusal
+from vigos.train.adapters import prepare_model
 
 
 def test_rows_name_families_that_there_are() -> None:
@@ -50,6 +52,16 @@ def test_the_trainer_refuses_before_it_samples(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"Lfm2ForCausalLM: its short convolutions .*--student-scoring separate"):
         trainer(Lfm2ForCausalLM(text), config(tmp_path), rows(2))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_next", "internvl"])
+def test_a_default_adapter_covers_how_every_block_mixes_tokens(family: str, tmp_path: Path) -> None:
+    """With the default dropout, and nothing but adapters is trained: experts and routers are frozen."""
+    model = prepare_model(tiny_model(family), config(tmp_path, lora_dropout=0.05))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name and "experts." not in name and "visual" not in name for name in trained)
+    for block in range(LAYERS):
+        assert any(f"layers.{block}." in name and "attn" in name for name in trained), block
 
 
 def test_doctor_prints_the_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ class Family:
     image_token: str = ""
 
 
+# peft 0.21 takes the names of _MLP for experts in families that once had them as linear layers (Qwen3-MoE, Qwen3-Next,
+# GLM-4V-MoE) and then refuses dropout: their default adapters keep to the layers that mix tokens.
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _BLOCKS = "image tokens attend to each other"
 
@@ -66,7 +68,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3-MoE", ("qwen3_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, thinking=_THINKING),
     Family(
         "Qwen3-Next", ("qwen3_next",), "3 of 4 layers Gated DeltaNet, else full attention",
-        tested=True, lora_targets=(*_ATTENTION, *_MLP, "in_proj_qkvz", "in_proj_ba", "out_proj"), experts=_EXPERTS,
+        tested=True, lora_targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"), experts=_EXPERTS,
     ),
     Family(
         "MiniCPM-V 4.6", ("minicpmv4_6",), "3 of 4 layers Gated DeltaNet, else full attention",
@@ -79,7 +81,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("LLaVA-OneVision", ("llava_onevision",), tested=True, image_token="<image>"),
     Family("GLM-4V", ("glm4v",), lora_targets=(*_ATTENTION, "gate_up_proj", "down_proj"), image_token="<|image|>"),
     Family(
-        "GLM-4V-MoE", ("glm4v_moe",), lora_targets=(*_ATTENTION, *_MLP), experts=_EXPERTS, image_token="<|image|>",
+        "GLM-4V-MoE", ("glm4v_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, image_token="<|image|>",
     ),
     Family(
         "Gemma 3", ("gemma3",), f"sliding and full attention; {_BLOCKS}", tested=True, image_token="<image_soft_token>",
