@@ -72,7 +72,7 @@ def test_an_evaluation_asks_as_the_model_was_trained_and_skips_what_is_too_long(
         assert run("eval", "--model", model, *options, "--output-dir", str(tmp_path / f"eval-{name}")) == 0
         found[name] = json.loads((tmp_path / f"eval-{name}" / "summary.json").read_text())
     assert found["asked"] == found["builtin"]
-    assert found["asked"]["valid_rate"] > 0.8 > 0.5 > found["unasked"]["valid_rate"]
+    assert found["asked"]["valid_rate"] > 0.8 > found["unasked"]["valid_rate"], "other words, other answers"
     assert (found["asked"]["rows"], found["asked"]["skipped_reasons"]) == (30, {"prompt_too_long": 1})
     assert " % (" in capsys.readouterr().out
 
