@@ -112,7 +112,14 @@ def test_gradients_that_never_come_are_warned_of_once(monkeypatch):
     ]  # fmt: skip
     assert all("requires a gradient and gets none" in m for m in messages)
     assert {w.filename for w in caught} == {__file__}
+
+
+def test_a_shared_head_that_trains_is_warned_of(monkeypatch):
+    """A frozen teacher's head is not the student's once that has trained: nobody notices until the curves part."""
     monkeypatch.setattr(validation, "_warned", set())
+    student, head, teacher = tensors()
+    with pytest.warns(UserWarning, match=r"teacher_head is None and head\.weight is trained"):
+        vigos.linear_divergence(student, head.requires_grad_(), teacher)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shared = head.requires_grad_()

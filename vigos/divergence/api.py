@@ -33,6 +33,7 @@ from vigos.divergence.validation import (
     savable,
     supervision_tensors,
     warn_of_missing_gradients,
+    warn_once,
 )
 
 
@@ -122,6 +123,11 @@ def linear_divergence(
         check_like(teacher_hidden, "teacher_hidden", student_hidden, "student_hidden")
     teacher = local_head(teacher, "teacher_head", teacher_hidden, "teacher_hidden")
     check_heads(head, teacher)
+    if teacher_head is None and head.weight.requires_grad:
+        warn_once(
+            "teacher_head is None and head.weight is trained: the teacher's logits follow the student's head. Pass the "
+            "head of the teacher's hidden states, or head itself where that is meant"
+        )
     warn_of_missing_gradients(
         supervision, {"teacher_hidden": teacher_hidden, "teacher_head.weight": None if shared else teacher.weight}
     )

@@ -247,17 +247,21 @@ def savable(x: T) -> T:
 _warned: set[str] = set()
 
 
+def warn_once(message: str, stacklevel: int = 3) -> None:
+    """Warn the caller of the public function; the same words a second time say nothing."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=stacklevel)
+
+
 def warn_of_missing_gradients(supervision: Supervision | None, tensors: dict[str, object]) -> None:
     """Warn, once a name, of tensors that ask for a gradient and will get none from this library."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
     if isinstance(supervision, Supervision):
         tensors |= {"supervision.weight": supervision.weight, "supervision.clip": supervision.clip}
     for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.requires_grad and name not in _warned:
-            _warned.add(name)
-            warnings.warn(
+        if isinstance(x, Tensor) and x.requires_grad:
+            warn_once(
                 f"{name} requires a gradient and gets none: divergences are differentiable in the student and its "
-                f"head alone. Detach it, or weigh `divergence`, which is differentiable, yourself",
-                stacklevel=3,
+                "head alone. Detach it, or weigh `divergence`, which is differentiable, yourself",
+                stacklevel=4,
             )

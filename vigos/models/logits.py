@@ -1,4 +1,4 @@
-"""How a model turns its head's output into logits: measured on its own forward, or read from its configuration.
+"""A model's way from its head's output to its logits: measured on its own forward, or read from its configuration.
 
 Some families scale or cap their logits after the head, under names of their own, and some wrappers do not do what their
 text model's configuration says. What counts is the model's forward, from which it samples.
