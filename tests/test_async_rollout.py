@@ -165,7 +165,7 @@ def test_the_same_run_twice_is_the_same_run(ran: tuple[Watched, Ends, Path], ser
     shutil.rmtree(folder / "again", ignore_errors=True)
     again = build(folder / "again", server.url("delay-0.05,again"))
     again.train()
-    assert again.rollouts == engine.written
+    assert again.written == engine.written
     assert logs_of(again) == logs_of(engine)
     assert any(log.get("rows/skipped") == 1 for log in logs_of(engine))
     skipped = [[json.loads(line) for line in (folder / run / "skipped.jsonl").open()] for run in ("run", "again")]
@@ -180,7 +180,7 @@ def test_micro_batches_change_no_rollout(server: Server, tmp_path: Path) -> None
     cut = build(tmp_path / "cut", server.url("cut"), gradient_accumulation_steps=2, **ROUNDED)
     for engine in (whole, cut):
         engine.train()
-    assert cut.rollouts == whole.rollouts
+    assert cut.written == whole.written
     assert [request.micro_batches for request in cut.requests.values()] == [2, 2, 1, 2, 2, 1]
     for log, expected in zip(logs_of(cut), logs_of(whole), strict=True):
         kept = {k: v for k, v in expected.items() if k not in COUNTS}
@@ -203,7 +203,7 @@ def test_two_ranks_have_the_rollouts_of_one_process(server: Server, ranks: Path,
     alone = build(tmp_path / "alone", server.url("alone"), **ROUNDED)
     alone.train()
     found = [json.loads((ranks / f"rollouts-{rank}.json").read_text()) for rank in range(2)]
-    for step, rollouts in alone.rollouts.items():
+    for step, rollouts in alone.written.items():
         assert [ids for each in found for ids in each[str(step)]] == rollouts, step
     weights = trained(alone)
     for rank in range(2):
@@ -319,8 +319,11 @@ def test_what_the_checkpoint_holds_decides(server: Server, tmp_path: Path, caplo
     whole.train()
     checkpoint, state = tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2" / "vigos_state-0.json"
     kept = json.loads(state.read_text())
-    assert kept["rollouts"]["completions"] == whole.rollouts[2]
-    assert json.loads((tmp_path / "run" / "checkpoint-4" / "vigos_state-0.json").read_text())["rollouts"] is None
+    assert kept["rollouts"]["completions"]["completions"] == whole.written[2]
+    assert (
+        json.loads((tmp_path / "run" / "checkpoint-4" / "vigos_state-0.json").read_text())["rollouts"]["completions"]
+        is None
+    )
 
     def resumed(**other: Any) -> Watched:
         engine = build(tmp_path / "run", server.url("decides"), **(options | other))
@@ -328,15 +331,15 @@ def test_what_the_checkpoint_holds_decides(server: Server, tmp_path: Path, caplo
         return engine
 
     same = resumed()
-    assert {step: whole.rollouts[step] for step in (2, 3)} == same.rollouts
+    assert {step: whole.written[step] for step in (2, 3)} == same.written
     with caplog.at_level(logging.WARNING, logger="vigos.rollout.prefetch"):
         cooler = resumed(temperature=0.5)
-    assert cooler.rollouts[2] != whole.rollouts[2]
+    assert cooler.written[2] != whole.written[2]
     assert caplog.text.count("step 3 samples its rollouts now: those in the checkpoint are of other rows") == 1
-    state.write_text(json.dumps(kept | {"rollouts": None}))
+    state.write_text(json.dumps(kept | {"rollouts": kept["rollouts"] | {"completions": None}}))
     without = resumed()
-    assert without.rollouts[2] != whole.rollouts[2]
-    assert without.rollouts[2] == sampled_here(without, 2, without.weights[2]), "of the weights that it starts from"
+    assert without.written[2] != whole.written[2]
+    assert without.written[2] == sampled_here(without, 2, without.weights[2]), "of the weights that it starts from"
 
 
 # --- Faults -----------------------------------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ def test_a_server_that_fails_ends_the_run_as_it_does_without(server: Server, tmp
         steps = [int(path.name.split("-")[1]) for path in checkpoints(run)]
         found[ahead] = (str(error.value).replace(behaviour, ""), steps, len(lines(run)))
         last = json.loads((checkpoints(run)[-1] / "vigos_state-0.json").read_text())
-        assert last["rollouts"] is None, "what failed is not kept"
+        assert last["rollouts"]["completions"] is None, "what failed is not kept"
     assert found[0] == found[1]
     again = build(tmp_path / "1", server.url("recovered"), save_strategy="steps", save_steps=1, max_steps=5)
     again.train(resume_from_checkpoint=str(checkpoints(tmp_path / "1")[-1]))

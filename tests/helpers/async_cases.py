@@ -178,7 +178,7 @@ def ranks(folder: Path, url: str) -> None:
     rank, options = os.environ["RANK"], {"per_device_train_batch_size": 1, "ddp_backend": "gloo", **ROUNDED}
     engine = build(folder / "run", url, **options)
     engine.train()
-    (folder / f"rollouts-{rank}.json").write_text(json.dumps(engine.rollouts))
+    (folder / f"rollouts-{rank}.json").write_text(json.dumps(engine.written))
     save_file(trained(engine), folder / f"weights-{rank}.safetensors")
     if rank == "1":
         url = f"{url.removesuffix('/v1')},refuses-at-3/v1"
