@@ -84,7 +84,8 @@ def linear_divergence(
         temperature: both distributions are softmax(logits / temperature); no temperature squared in the loss.
         beta: of rows of kind JSD, beta * KL(teacher || m) + (1 - beta) * KL(student || m) with
             m = (1 - beta) * student + beta * teacher. Towards 0 it approaches forward KL times beta, towards 1 reverse
-            KL times 1 - beta. `kind_and_beta` translates TRL's and Liger's meaning.
+            KL times 1 - beta; closer than 1e-4 to either it needs float64 operands. `kind_and_beta` translates TRL's
+            and Liger's meaning.
         entry_clip: each vocabulary entry's term is clipped to this before the sum (OPSD's clip).
         labels: int64, ids whose log-probabilities are returned; (R,), or of the mask's shape.
         vocab_size: ids from here on are padding: probability 0 on both sides, no gradient.
@@ -136,7 +137,7 @@ def linear_divergence(
             f"teacher_hidden must be float64 exactly when student_hidden is, got {teacher_hidden.dtype} and "
             f"{student_hidden.dtype}"
         )
-    check_scalars(temperature, beta, entry_clip, impl, reduction)
+    check_scalars(temperature, beta, entry_clip, impl, reduction, student_hidden.dtype)
     size = check_vocab_size(vocab_size, head.weight.shape[0], head.process_group is not None)
     rows = supervision_tensors(supervision, student_hidden, teacher_hidden)
     labels = check_labels(labels, supervision, rows[0], device)
@@ -199,7 +200,7 @@ def logits_divergence(
         raise ValueError(
             f"inplace must be False for student_logits whose rows share memory, got strides {student_logits.stride()}"
         )
-    check_scalars(temperature, beta, entry_clip, impl, reduction)
+    check_scalars(temperature, beta, entry_clip, impl, reduction, student_logits.dtype)
     size = check_vocab_size(vocab_size, v, process_group is not None)
     rows = supervision_tensors(supervision, student_logits, teacher_logits)
     labels = check_labels(labels, supervision, rows[0], device)

@@ -20,6 +20,7 @@ from vigos.divergence.head import Head
 from vigos.divergence.supervision import KINDS, Supervision
 
 T = TypeVar("T")
+MARGIN = 1e-4  # of beta: a JSD of float32 logits is then right to about 1e-4 of its value
 REDUCTIONS = ("sum", "mean", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -101,12 +102,20 @@ def check_heads(head: Head, teacher: Head) -> None:
         )
 
 
-def check_scalars(temperature: float, beta: float, entry_clip: float | None, impl: str, reduction: str) -> None:
+def check_scalars(
+    temperature: float, beta: float, entry_clip: float | None, impl: str, reduction: str, dtype: torch.dtype
+) -> None:
+    """Refuse numbers out of their range, and names that are none; `dtype` is that of the operands."""
     _check_numbers(
         ("temperature", temperature, lambda x: 0 < x < float("inf"), "a positive number"),
         ("beta", beta, lambda x: 0 < x < 1, "strictly between 0 and 1 (forward and reverse KL are kinds of their own)"),
         ("entry_clip", entry_clip, lambda x: x is None or x > 0, "a positive number or None"),
     )
+    if dtype != torch.float64 and not MARGIN <= beta <= 1 - MARGIN:
+        raise ValueError(
+            f"beta must be at least {MARGIN:g} away from 0 and 1, got {beta!r}: the mixture's weights are float32, in "
+            'which a JSD so close to a KL is lost; use kind "forward" or "reverse", or float64 operands'
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if impl != "auto" and impl not in IMPLS:
