@@ -59,16 +59,36 @@ from vigos.kernels.numerics import (
     transform_pair,
 )
 
-# Launch configurations. Fixed rather than tuned at run time: a first step must not stall, and a row must not change
-# its rounding because a timing did.
-STATS_BLOCK = {4: 1024, 2: 2048}  # by bytes an element: 16-byte loads at 8 warps; 7 sums a lane stay in registers
-SECOND_BLOCK = 1024  # more arithmetic an entry and two sums only
-STATS_WARPS = 8
-# Vocabulary entries a program sweeps, a multiple of the blocks: 5 programs a row at 152k fill 132 SMs from 100 rows on.
-SPAN = 32768
-GRAD_BLOCK, GRAD_WARPS = 1024, 8  # one 16-byte load a thread and side: few registers, five blocks a multiprocessor
 # Contraction of multiply and add is part of the promise of repeatable bits; Triton 3.10 changes its default.
 FUSION = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes of the row kernels, and the warps of a block.
+
+    Fixed rather than tuned at run time: a first step must not stall, and a row must not change its rounding because a
+    timing did.
+
+    Attributes:
+        stats_block: entries that a program of the first sweep takes at a time, for logits of 2 and of 4 bytes: 16-byte
+            loads at 8 warps; 7 sums a lane stay in registers.
+        second_block: of the second sweep, which has more arithmetic an entry and two sums only.
+        grad_block: of a program of the gradient, one 16-byte load a thread and side: few registers, five blocks a
+            multiprocessor.
+        span: entries that a program sweeps, a multiple of the blocks: 5 programs a row at 152k fill 132 SMs from 100
+            rows on.
+    """
+
+    stats_block: tuple[int, int] = (2048, 1024)
+    second_block: int = 1024
+    grad_block: int = 1024
+    span: int = 32768
+    stats_warps: int = 8
+    grad_warps: int = 8
+
+
+LAUNCH = Launch()
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,7 @@ class Options:
     beta: float
     entry_clip: float | None
     difference: bool = False  # a student row's logits are given less its teacher row's
+    launch: Launch = LAUNCH
 
     @property
     def n_rows(self) -> int:
@@ -335,26 +356,27 @@ def _grad_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=offs < V)
 
 
-def slices(vocab: int) -> int:
+def slices(vocab: int, launch: Launch) -> int:
     """Return S, how many programs share a row of so many real entries."""
-    return max(1, triton.cdiv(vocab, SPAN))
+    return max(1, triton.cdiv(vocab, launch.span))
 
 
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
     """Compute (10, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
-    n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
+    launch, n, v = options.launch, options.n_rows, student.shape[1]
+    splits = slices(options.vocab, launch)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
-        wide = max(student.element_size(), teacher.element_size())
-        block = min(STATS_BLOCK[wide], triton.next_power_of_2(v))
+        wide = max(student.element_size(), teacher.element_size()) == 4
+        block = min(launch.stats_block[wide], triton.next_power_of_2(v))
         _stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            options.labels, partial, v, options.vocab, options.vocab_start, SPAN, *options.transforms,
+            options.labels, partial, v, options.vocab, options.vocab_start, launch.span, *options.transforms,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
             BLOCK_V=block, **options.softcaps, DIFFERENCE=options.difference,
-            num_warps=STATS_WARPS, **FUSION,
+            num_warps=launch.stats_warps, **FUSION,
         )  # fmt: skip
     return partial
 
@@ -377,15 +399,17 @@ def second_partials(
     teacher_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Compute (2, R, S) sums of the second sweep, divergence and mean slope; rows that need none are not written."""
-    n, v, splits = options.n_rows, student.shape[1], slices(options.vocab)
+    launch, n, v = options.launch, options.n_rows, student.shape[1]
+    splits = slices(options.vocab, launch)
     partial = torch.empty(2, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, partial, v, options.vocab, SPAN, *options.transforms, options.beta, options.clip_of_entries,
+            state, partial, v, options.vocab, launch.span, *options.transforms, options.beta, options.clip_of_entries,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            state.stride(0), BLOCK_V=min(SECOND_BLOCK, triton.next_power_of_2(v)), **options.softcaps,
-            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=STATS_WARPS, **FUSION,
+            state.stride(0), BLOCK_V=min(launch.second_block, triton.next_power_of_2(v)), **options.softcaps,
+            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=launch.stats_warps,
+            **FUSION,
         )  # fmt: skip
     return partial
 
@@ -413,11 +437,12 @@ def row_grad(
     """
     n, v = out.shape
     if n > 0:
-        block = min(GRAD_BLOCK, triton.next_power_of_2(v))
+        block = min(options.launch.grad_block, triton.next_power_of_2(v))
         _grad_kernel[(n, triton.cdiv(v, block))](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
             state, row_grad, order, offsets, out, v, options.vocab, *options.transforms, options.beta,
             options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
             state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.softcaps,
-            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=GRAD_WARPS, **FUSION,
+            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference,
+            num_warps=options.launch.grad_warps, **FUSION,
         )  # fmt: skip

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vigos.kernels.numerics import INTERPRETED, tanh_and_slope
 
@@ -236,10 +235,16 @@ def _lists(meet: Tensor) -> Lists:
     return Lists(torch.argsort(absent, dim=1, stable=True).to(torch.int32), meet.sum(1, dtype=torch.int32))
 
 
-class _Pack:
-    """The mask of a pack and its block lists, made on first use and kept as long as the caller's `subtree_end`."""
+class Pack:
+    """The mask of a pack of sequences and its block lists, which are made on first use; one for all layers.
+
+    subtree_end, positions: as in `tree_attention`.
+    """
 
     def __init__(self, subtree_end: Tensor, positions: Tensor | None) -> None:
+        for name, x in (("subtree_end", subtree_end), ("positions", positions)):
+            if x is not None and (x.dim() != 1 or x.dtype not in (torch.int32, torch.int64)):
+                raise ValueError(f"{name} must be int32 or int64 (T,), got {tuple(x.shape)} {x.dtype}")
         self.end = subtree_end.to(torch.int32).contiguous()
         self.positions = None if positions is None else positions.to(torch.int32).contiguous()
         self._lists: dict[Any, Lists] = {}
@@ -253,18 +258,6 @@ class _Pack:
         return self._lists[key]
 
 
-_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _pack(subtree_end: Tensor, positions: Tensor | None) -> _Pack:
-    """Return the pack that layers share: the same tensor, not written to since, identifies it."""
-    stamp = (subtree_end._version, None if positions is None else (positions.data_ptr(), positions._version))
-    known = _packs.get(subtree_end)
-    if known is None or known[0] != stamp:
-        known = _packs[subtree_end] = (stamp, _Pack(subtree_end, positions))
-    return known[1]
-
-
 def _launch(table: dict[tuple[int, int], Launch], query: Tensor) -> tuple[Launch, dict[str, Any]]:
     width = max(16, triton.next_power_of_2(query.shape[2]))
     launch = table[width, query.element_size()]
@@ -276,7 +269,7 @@ def _launch(table: dict[tuple[int, int], Launch], query: Tensor) -> tuple[Launch
 
 
 def tree_attention_fwd(
-    query: Tensor, key: Tensor, value: Tensor, pack: _Pack, scale: float, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return (out (T, Hq, Dh), lse (Hq, T) fp32 in units of log 2). Arguments were checked in `tree_attention`."""
     tokens, heads, width = query.shape
@@ -295,7 +288,7 @@ def tree_attention_fwd(
 
 
 def tree_attention_bwd(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pack: _Pack, scale: float,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pack: Pack, scale: float,
     window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dquery, dkey, dvalue)."""
@@ -327,10 +320,11 @@ class TreeAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: _Pack, scale: float, window: int | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float, window: int | None,
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        out, lse = tree_attention_fwd(query, key, value, pack, scale, window, softcap)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            out, lse = tree_attention_fwd(query, key, value, pack, scale, window, softcap)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.options = (pack, scale, window, softcap)
         return out
@@ -340,12 +334,13 @@ class TreeAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         dout = dout if dout.stride(2) == 1 else dout.contiguous()
-        grads = tree_attention_bwd(dout, query, key, value, out, lse, *ctx.options)
+        with torch.cuda.device_of(query):
+            grads = tree_attention_bwd(dout, query, key, value, out, lse, *ctx.options)
         return (*grads, None, None, None, None)
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, *, scale: float, window: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor | Pack, *, scale: float, window: int | None = None,
     softcap: float | None = None, positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute attention in which a token sees itself and its ancestors; differentiable once in query, key and value.
@@ -357,7 +352,7 @@ def tree_attention(
     Args:
         query: (T, Hq, Dh). key, value: (T, Hkv, Dh), Hkv a divisor of Hq, Dh at most 256; fp32, fp16 or bf16.
         subtree_end: (T,) int, one past the last token that descends from each token; tokens in depth-first order.
-            Passing the same tensor for every layer of a pack shares the lists of blocks.
+            A `Pack` of it and of the positions, made once, shares the lists of blocks between layers.
         scale: factor of query · key.
         window: a query sees keys whose position is less than this many below its own; needs `positions`.
         softcap: c in c * tanh(score / c).
@@ -366,16 +361,13 @@ def tree_attention(
     Returns:
         (T, Hq, Dh) in the dtype of `query`.
     """
-    _check(query, key, value, subtree_end, window, softcap, positions)
+    pack = subtree_end if isinstance(subtree_end, Pack) else Pack(subtree_end, positions)
+    _check(query, key, value, pack, window, softcap)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    pack = _pack(subtree_end, positions)
     return TreeAttentionFunction.apply(query, key, value, pack, float(scale), window, softcap)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, window: int | None, softcap: float | None,
-    positions: Tensor | None,
-) -> None:  # fmt: skip
+def _check(query: Tensor, key: Tensor, value: Tensor, pack: Pack, window: int | None, softcap: float | None) -> None:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if query.dim() != 3 or query.dtype not in dtypes or not 1 <= query.shape[2] <= MAX_HEAD:
         raise ValueError(
@@ -392,17 +384,15 @@ def _check(
             )
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(f"{name} must be {query.dtype} on {query.device} like query, got {x.dtype} on {x.device}")
-    for name, optional in (("subtree_end", subtree_end), ("positions", positions)):
-        if optional is None:
-            continue
-        if optional.shape != (tokens,) or optional.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64 ({tokens},), got {tuple(optional.shape)} {optional.dtype}")
-        if optional.device != query.device:
+    for name, optional in (("subtree_end", pack.end), ("positions", pack.positions)):
+        if optional is not None and optional.shape != (tokens,):
+            raise ValueError(f"{name} must be ({tokens},), one for each token of query, got {tuple(optional.shape)}")
+        if optional is not None and optional.device != query.device:
             raise ValueError(f"{name} must be on {query.device} like query, got {optional.device}")
-    if window is not None and (window < 1 or positions is None):
+    if window is not None and (window < 1 or pack.positions is None):
         raise ValueError(
             f"window must be at least 1 and come with positions (distances in a pack are not distances on a path), got "
-            f"window {window} and positions {'missing' if positions is None else 'given'}"
+            f"window {window} and positions {'missing' if pack.positions is None else 'given'}"
         )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")

@@ -133,6 +133,13 @@ def test_row_kernel_instructions(built: Path) -> None:
 @pytest.mark.slow
 def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
     """Every check comes before the first call to CUDA, so that it holds, and is tested, without a GPU."""
+    launch = ("dtype", "gradient_dtype", "path")
+
+    def called(name, fields):
+        params = {"logits_rows": module.LogitsRowsParams, "logits_gradient": module.LogitsGradientParams}[name]
+        options = {k: x for k, x in fields.items() if k in launch}
+        getattr(module, name)(params(**{k: x for k, x in fields.items() if k not in launch}), **options)
+
     good = {
         "student": 4096, "teacher": 8192, "kind": 16, "weight": 16, "clip": 16, "divergence": 16, "clipped": 16,
         "student_entropy": 16, "teacher_entropy": 16, "student_lse": 16, "teacher_lse": 16, "rows": 2, "vocab": 8,
@@ -152,14 +159,17 @@ def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
         ({"dtype": "float64"}, "dtype must be float32, float16 or bfloat16, got float64"),
         ({"dtype": "bfloat16", "gradient_dtype": "float16"}, "gradient_dtype must be the logits' dtype"),
         ({"path": "magic"}, "path must be auto, resident or two_pass, got magic"),
-        ({"student_transform": (0.0, 0.0, 0.0)}, "student_transform must have alpha > 0"),
+        ({"student_transform": (0.0, 0.0, 0.0)}, "student_transform must be a transform with alpha > 0"),
         ({"dlogits": 64, "stride_dlogits": 4}, "stride_dlogits must be at least vocab, got 4"),
         ({"dlogits": 4096, "stride_dlogits": 8, "gradient_dtype": "bfloat16"}, "dlogits must be another buffer"),
-        ({"dlogits": 4096, "stride_dlogits": 8, "student_row": 16}, "dlogits_by_student_row must be true"),
+        (
+            {"dlogits": 4096, "stride_dlogits": 8, "student_row": 16},
+            "dlogits must be another buffer than student for gathered rows",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            module.logits_rows(**good | change)
-    module.logits_rows(**good | {"rows": 0})  # nothing to do, nothing launched
+            called("logits_rows", good | change)
+    called("logits_rows", good | {"rows": 0})  # nothing to do, nothing launched
     gradient = {
         "student": 4096, "teacher": 8192, "dlogits": 4096, "order": 16, "offsets": 16, "teacher_row": 16, "kind": 16,
         "row_grad": 16, "state": 16, "rows": 2, "vocab": 8, "logical_vocab": 8, "stride_student": 8,
@@ -172,8 +182,8 @@ def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
         ({"rows": 2**31}, "rows must be fewer"),
     ):
         with pytest.raises(ValueError, match=message):
-            module.logits_gradient(**gradient | change)
-    module.logits_gradient(**gradient | {"rows": 0})
+            called("logits_gradient", gradient | change)
+    called("logits_gradient", gradient | {"rows": 0})
 
 
 @pytest.mark.slow

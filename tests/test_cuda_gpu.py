@@ -127,12 +127,13 @@ def test_row_kernel_paths_agree(path: str) -> None:
     ones, clip = torch.ones(r, device="cuda"), torch.full((r,), INF, device="cuda")
     clipped = torch.empty(r, dtype=torch.bool, device="cuda")
     dlogits = torch.full_like(student, float("nan"))
-    module.logits_rows(
+    params = module.LogitsRowsParams(
         student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=dlogits.data_ptr(), kind=kind.data_ptr(),
         weight=ones.data_ptr(), clip=clip.data_ptr(), clipped=clipped.data_ptr(), rows=r, vocab=v, logical_vocab=v,
-        stride_student=v, stride_teacher=v, stride_dlogits=v, dtype="bfloat16", gradient_dtype="bfloat16", path=path,
-        stream=torch.cuda.current_stream().cuda_stream, **{name: x.data_ptr() for name, x in outputs.items()},
+        stride_student=v, stride_teacher=v, stride_dlogits=v, **{name: x.data_ptr() for name, x in outputs.items()},
     )  # fmt: skip
+    stream = torch.cuda.current_stream().cuda_stream
+    module.logits_rows(params, dtype="bfloat16", gradient_dtype="bfloat16", path=path, stream=stream)
     rows, wanted = exact(student, teacher, kind)
     torch.testing.assert_close(outputs["divergence"].double(), rows, rtol=2e-4, atol=1e-6)
     assert off(dlogits, wanted) < BOUND[torch.bfloat16]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cuda_emulation import build, wide_mm
-from helpers.divergence_cases import UNLIKE, assert_close, case, logits_divergence, unlike
+from helpers.divergence_cases import logits_divergence
+from helpers.engines import configure, emulate
 from torch import Tensor
 
 import vigos
@@ -23,17 +23,9 @@ INF = float("inf")
 KINDS = [FORWARD_KL, REVERSE_KL, JSD]
 
 
-@pytest.fixture(scope="module")
-def emulator(request: pytest.FixtureRequest) -> ModuleType:
-    return build(request.config.cache.mkdir("cuda-emulator"))
-
-
 @pytest.fixture(autouse=True)
-def emulated(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_module", lambda: emulator.cuda)
-    monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "_mm", wide_mm)
-    emulator.set_device(90, 232448)
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return emulate(monkeypatch, request)
 
 
 def peaked(rows: int, v: int, near: float, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -257,7 +249,7 @@ def hidden_states(n: int, m: int, d: int, v: int, dtype: torch.dtype, seed: int)
 def test_linear(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk_rows: int) -> None:
     """Gathered rows in several chunks with a ragged last one, mixed kinds, biases; head and bias gradients."""
     n, m, d, v, r = 9, 7, 24, 515, 21
-    monkeypatch.setattr(cuda, "CHUNK_BYTES", chunk_rows * v * (8 + dtype.itemsize))
+    configure(monkeypatch, "cuda", cuda.Config(chunk_rows * v * (8 + dtype.itemsize)))
     student, head, teacher = hidden_states(n, m, d, v, dtype, seed=20)
     generator = torch.Generator().manual_seed(21)
     rows = Supervision(
@@ -289,7 +281,7 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk_rows:
 
 def test_linear_rows_do_not_depend_on_their_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, v = 40, 16, 300
-    monkeypatch.setattr(cuda, "CHUNK_BYTES", 16 * v * 12)
+    configure(monkeypatch, "cuda", cuda.Config(16 * v * 12))
     student, head, teacher = hidden_states(n, n, d, v, torch.float32, seed=22)
 
     def gradient(at: Tensor) -> Tensor:
@@ -312,22 +304,6 @@ def test_linear_without_rows_or_gradients() -> None:
     with torch.no_grad():
         out = vigos.linear_divergence(student, head, teacher, impl="cuda")
     assert out.divergence.shape == (3,)
-
-
-@pytest.mark.parametrize("name", UNLIKE)
-def test_heads_that_differ_in_scale_and_softcap(name: str) -> None:
-    """Each side has a transform of its own, with one head and with two, with and without biases."""
-    for shared in (True, False):
-        c = case(8, v=201, near=0.2, bias=name != "scales", shared=shared)
-        outcomes = [
-            unlike(c, impl, dtype, UNLIKE[name])
-            for impl, dtype in (
-                ("cuda", torch.float32),
-                (None, torch.float64),
-                (None, torch.float32),
-            )
-        ]
-        assert_close(c, *outcomes, textbook=True)
 
 
 # --- plan and refusals -----------------------------------------------------------------------------------------------

@@ -91,6 +91,37 @@ def test_opcheck_backward(impl):
         )  # fmt: skip
 
 
+def test_operators_say_that_no_graph_captures_them():
+    """They check values on the host; inductor splits its CUDA graphs at operators with this tag."""
+    for name in ("linear_divergence", "linear_divergence_backward", "logits_divergence", "logits_divergence_backward_"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.vigos, name).default.tags
+
+
+def test_values_are_checked_in_forward_alone(monkeypatch):
+    """On a GPU the check waits for the device."""
+    seen = []
+    real = operators._check_rows
+    monkeypatch.setattr(operators, "_check_rows", lambda *rest: seen.append(1) or real(*rest))
+    student, head, _, teacher, rows = inputs()
+    vigos.linear_divergence(student, head, teacher, supervision=rows, impl="reference").loss.backward()
+    logits = torch.randn(N, V, requires_grad=True)
+    vigos.logits_divergence(logits, torch.randn(N, V), supervision=rows, impl="reference").loss.backward()
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("how", ["linear", "logits"])
+def test_meta_tensors(how):
+    """Shapes without values, as a model on the meta device has them."""
+    z = torch.randn(4, 20, device="meta", requires_grad=True)
+    if how == "linear":
+        out = vigos.linear_divergence(z, torch.randn(9, 20, device="meta"), torch.randn(4, 20, device="meta"))
+    else:
+        out = vigos.logits_divergence(z, torch.randn(4, 20, device="meta"))
+    assert out.divergence.shape == (4,)
+    out.loss.backward()
+    assert z.grad.shape == (4, 20)
+
+
 @pytest.mark.parametrize("which", ["linear", "logits"])
 def test_gradcheck(which):
     """Loss and divergence with respect to hidden states, head and bias, in float64, clipped rows among them."""

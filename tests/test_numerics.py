@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers.cuda_emulation import build, wide_mm
+from helpers.engines import emulate
 
 import vigos
 from vigos import reference
-from vigos.divergence.engines import cuda, engine
+from vigos.divergence.engines import engine
 from vigos.divergence.engines import problem as columns
 from vigos.divergence.engines.problem import LogitsProblem, LogitTransform
 
@@ -25,9 +25,9 @@ BETA, V = 0.3, 64
 pytestmark = pytest.mark.skipif(not numerics.INTERPRETED, reason="compares with Triton in its interpreter")
 
 
-@pytest.fixture(scope="module")
-def emulator(request):
-    return build(request.config.cache.mkdir("cuda-emulator"))
+@pytest.fixture
+def emulator(request, monkeypatch):
+    return emulate(monkeypatch, request)
 
 
 def row():
@@ -107,10 +107,8 @@ def test_entries_mean_the_same_everywhere(emulator, kind, clip):
 @pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_states_mean_the_same_everywhere(emulator, monkeypatch, kind, clip):
+def test_states_mean_the_same_everywhere(emulator, kind, clip):
     """The columns that engines name alike hold the same numbers, whoever computed them."""
-    monkeypatch.setattr(cuda, "_module", lambda: emulator.cuda)
-    monkeypatch.setattr(cuda, "_mm", wide_mm)
     z_s, z_t = row()
     one = problem(z_s, z_t, kind, clip)
     states = {

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.divergence_cases import UNLIKE, assert_close, case, heads, split, unlike
+from helpers.divergence_cases import heads, split
+from helpers.engines import configure, small_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +28,6 @@ triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
 
-from vigos.kernels import divergence as kernels  # noqa: E402
 from vigos.kernels.numerics import expm1, log1p, tanh_and_slope  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,13 +43,7 @@ def _interpreter_is_noisy():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Slices of 256 or 128 entries, chunks of 16 rows, slabs of 192 entries."""
-    monkeypatch.setattr(kernels, "SPAN", 256)
-    monkeypatch.setattr(kernels, "STATS_BLOCK", {4: 128, 2: 128})
-    monkeypatch.setattr(kernels, "SECOND_BLOCK", 128)
-    monkeypatch.setattr(kernels, "GRAD_BLOCK", 128)
-    monkeypatch.setattr(engine("triton"), "CHUNK_BYTES", 1)
-    monkeypatch.setattr(engine("triton"), "SLAB_ELEMENTS", 4096)
+    configure(monkeypatch, "triton", small_triton())
 
 
 def assert_no_worse(ours, eager, exact, name, scale=None):
@@ -169,23 +163,6 @@ def test_digits_next_to_the_teacher(small, kind, near, options):
     torch.testing.assert_close(out.divergence.double(), divergence, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="its cases lie on the CPU")
-@pytest.mark.parametrize("name", UNLIKE)
-def test_heads_that_differ_in_scale_and_softcap(small, name):
-    """Each side has a transform of its own, with one head and with two, with and without biases."""
-    for shared in (True, False):
-        c = case(8, v=201, near=0.2, bias=name != "scales", shared=shared)
-        outcomes = [
-            unlike(c, impl, dtype, UNLIKE[name])
-            for impl, dtype in (
-                ("triton", torch.float32),
-                (None, torch.float64),
-                (None, torch.float32),
-            )
-        ]
-        assert_close(c, *outcomes, textbook=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_operands(small, dtype):
     """The error of dhidden is that of rounding the gradient once: at most 0.5 %, in the norm of each row."""
@@ -295,32 +272,6 @@ def test_nan_in_an_unsupervised_row_stays_there(small):
     out, (dhidden, _) = ours(tensors, rows)
     assert torch.equal(out.divergence, clean.divergence)
     assert torch.equal(dhidden, want)
-
-
-def test_repeatable_bit_for_bit(small):
-    *tensors, rows = problem(6, 5, 9, 24, 389)
-    a, b = (ours(tensors, rows, train_head=True) for _ in range(2))
-    assert torch.equal(a[0].divergence, b[0].divergence)
-    assert all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
-
-
-def test_outputs_are_written_in_full(small, monkeypatch):
-    """Every buffer starts as NaN."""
-    *tensors, rows = problem(6, 5, 18, 24, 289)
-    rows = replace(rows, clip=torch.where(torch.arange(18, device=DEVICE) % 2 == 0, 0.5, INF))
-    _, want = ours(tensors, rows, train_head=True)
-    plain = torch.empty
-
-    def poisoned(*size, **options):
-        x = plain(*size, **options)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    labels = torch.arange(18, device=DEVICE)
-    out, got = ours(tensors, rows, train_head=True, labels=labels)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    for name, value in vars(out).items():
-        assert not value.isnan().any(), name
 
 
 class Largest(TorchDispatchMode):

@@ -55,6 +55,10 @@ def exact(tensors, rows, dtype=torch.float64, **options):
     return loss.detach(), divergence.detach(), *torch.autograd.grad(loss, leaves[:2])
 
 
+def rows_to(device, rows):
+    return Supervision(*(x.to(device) for x in (rows.student_row, rows.teacher_row, rows.kind, rows.weight, rows.clip)))
+
+
 def run(tensors, rows, train_head=False, **options):
     hidden, head = tensors[0].clone().requires_grad_(), tensors[1].clone().requires_grad_(train_head)
     transform, options = split(options)
@@ -105,6 +109,20 @@ def test_clipped_rows_change_nobody_else():
     assert torch.equal(alone.divergence, among.divergence)
     assert (other[dead] == 0).all()
     assert torch.equal(one[live], other[live])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_tensors_on_another_device_than_the_current_one(impl):
+    *tensors, rows = problem(50, 64, 1_003, torch.bfloat16, near=0.1)
+    want, dhidden, _ = run(tensors, rows)
+    there = [None if x is None else x.to("cuda:1") for x in tensors]
+    leaf = there[0].clone().requires_grad_()
+    out = vigos.linear_divergence(leaf, *there[1:], supervision=rows_to("cuda:1", rows), impl=impl)
+    out.loss.backward()
+    torch.testing.assert_close(out.divergence.cpu(), want.divergence.cpu(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.cpu(), dhidden.cpu(), rtol=2e-2, atol=1e-4)
+    assert torch.cuda.current_device() == 0
 
 
 def test_bits_repeat():

@@ -5,8 +5,10 @@ Trees have branches that end inside, at and past a block, so that blocks are ski
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -184,17 +186,20 @@ def test_blocks_that_cannot_meet_are_skipped():
             assert kept.sum() <= 1.5 * needed.sum()
 
 
-def test_lists_of_blocks_are_shared_by_layers_and_follow_the_tensor():
-    end, _ = tree(DEEP)
+def test_lists_of_blocks_are_shared_by_layers_and_end_with_their_pack():
+    end, positions = tree(DEEP)
     q, k, v = (torch.randn(end.shape[0], 2, 16, device=DEVICE) for _ in range(3))
-    tree_attention(q, k, v, end, scale=0.25)
-    stamp, pack = kernels._packs[end]
-    tree_attention(q, k, v, end, scale=0.25)
-    assert kernels._packs[end][1] is pack
-    end.copy_(tree([(0, end.shape[0])])[0])
-    want = dense(q, k, v, end, 0.25)
-    torch.testing.assert_close(tree_attention(q, k, v, end, scale=0.25), want)
-    assert kernels._packs[end][0] != stamp
+    pack = kernels.Pack(end, positions)
+    first = tree_attention(q, k, v, pack, scale=0.25)
+    lists = dict(pack._lists)
+    torch.testing.assert_close(tree_attention(q, k, v, pack, scale=0.25), first, rtol=0, atol=0)
+    assert len(lists) == 1
+    assert all(pack._lists[key] is x for key, x in lists.items())
+    torch.testing.assert_close(first, dense(q, k, v, end, 0.25))
+    alive = weakref.ref(end)
+    del end, positions, pack, lists
+    gc.collect()
+    assert alive() is None, "nothing may keep a pack that its caller dropped"
 
 
 def test_no_tokens():

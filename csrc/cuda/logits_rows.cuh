@@ -315,7 +315,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
   // Last visit: the gradient. A clipped row may hold inf: its gradient is written as 0, never as 0 * inf.
   if (p.dlogits) {
     const float weight = clipped ? 0.0f : p.weight[r];
-    G* out = static_cast<G*>(p.dlogits) + (p.dlogits_by_student_row ? student_row : r) * p.stride_dlogits;
+    G* out = static_cast<G*>(p.dlogits) + r * p.stride_dlogits;
     if (row.second() && weight != 0.0f) {
 #pragma unroll 1
       for (int i = thread; i < reader.entries(); i += kRowThreads) {

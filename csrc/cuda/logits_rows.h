@@ -34,7 +34,6 @@ struct LogitsRowsParams {
   int64_t rows = 0, vocab = 0;
   int64_t logical_vocab = 0;  // entries at and beyond it have probability 0 and gradient 0
   int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
-  bool dlogits_by_student_row = false;  // dlogits row of r: student_row[r] instead of r
 
   Transform student_transform, teacher_transform;
   bool alike = true;  // the transforms are the same; set by the launcher

@@ -9,12 +9,18 @@
 
 namespace vigos {
 
+inline void check_transform(const Transform& f, const char* name) {
+  require(f.alpha > 0.0f, name, "a transform with alpha > 0", std::to_string(f.alpha));
+}
+
 inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, const std::string& path) {
   require(path == "auto" || path == "resident" || path == "two_pass", "path", "auto, resident or two_pass", path);
   require(logits == Dtype::kFloat32 || logits == gradient, "gradient_dtype", "the logits' dtype, or any for float32",
           static_cast<int64_t>(gradient));
   require(p.vocab > 0, "vocab", "> 0", p.vocab);
   require(p.rows >= 0, "rows", ">= 0", p.rows);
+  check_transform(p.student_transform, "student_transform");
+  check_transform(p.teacher_transform, "teacher_transform");
   require(p.logical_vocab > 0 && p.logical_vocab <= p.vocab, "logical_vocab", "in [1, " + std::to_string(p.vocab) + "]",
           p.logical_vocab);
   require(p.rows <= INT32_MAX / kMaxCluster, "rows", "at most 2**31 / 8 a launch", p.rows);
@@ -44,14 +50,16 @@ inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, 
     require(p.stride_dlogits >= p.vocab, "stride_dlogits", "at least vocab", p.stride_dlogits);
     require(p.dlogits != p.student || (logits == gradient && p.stride_dlogits == p.stride_student), "dlogits",
             "another buffer than student where dtype or stride differ", p.stride_dlogits);
-    require(p.dlogits != p.student || p.student_row == nullptr || p.dlogits_by_student_row, "dlogits_by_student_row",
-            "true where the gradient goes in place of gathered rows", 0);
+    require(p.dlogits != p.student || p.student_row == nullptr, "dlogits",
+            "another buffer than student for gathered rows", "the same");
   }
 }
 
 inline void check_gradient(const LogitsGradientParams& p, Dtype logits) {
   require(p.vocab > 0 && p.vocab <= INT32_MAX, "vocab", "in [1, 2**31)", p.vocab);
   require(p.rows >= 0, "rows", ">= 0", p.rows);
+  check_transform(p.student_transform, "student_transform");
+  check_transform(p.teacher_transform, "teacher_transform");
   require(p.logical_vocab > 0 && p.logical_vocab <= p.vocab, "logical_vocab", "in [1, " + std::to_string(p.vocab) + "]",
           p.logical_vocab);
   require(p.stride_student >= p.vocab, "stride_student", "at least vocab", p.stride_student);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@functools.cache
 def build(into: Path) -> ModuleType:
     """The emulator as a Python module; compiled once for each state of its sources."""
     compiler = os.environ.get("CXX") or shutil.which("g++")

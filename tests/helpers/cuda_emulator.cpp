@@ -256,7 +256,8 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
 }  // namespace vigos
 
 // One row through numerics.h: out (4, n) is gap, delta, term and gradient of each entry.
-void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, float beta, float entry_clip, float* out) {
+void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, float beta, float entry_clip,
+                      float* out) {
   using namespace vigos;
   const bool reverse = kind == kReverseKL;
   RowStats stats;
@@ -277,10 +278,11 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
 
 PYBIND11_MODULE(cuda_emulator, m) {
   vigos::register_cuda(m);
-  m.def("entries_of_a_row", [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float beta, float clip, uintptr_t out) {
-    entries_of_a_row(reinterpret_cast<const float*>(z_s), reinterpret_cast<const float*>(z_t), n, kind, beta, clip,
-                     reinterpret_cast<float*>(out));
-  });
+  m.def("entries_of_a_row",
+        [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float beta, float clip, uintptr_t out) {
+          entries_of_a_row(reinterpret_cast<const float*>(z_s), reinterpret_cast<const float*>(z_t), n, kind, beta,
+                           clip, reinterpret_cast<float*>(out));
+        });
   m.def("set_device", [](int capability, int64_t limit) {
     vigos::compute_capability = capability;
     vigos::shared_limit = limit;

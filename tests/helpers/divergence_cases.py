@@ -77,6 +77,12 @@ def case(
     return Case(student, head, teacher, supervision, teacher_head, *biases, options=options)
 
 
+def of_kind(n: int, kind: int) -> vigos.Supervision:
+    """Row i against row i, all of one kind, every field a tensor."""
+    rows, ones = torch.arange(n), torch.ones(n)
+    return vigos.Supervision(rows, rows, torch.full((n,), kind, dtype=torch.int8), ones, torch.full((n,), float("inf")))
+
+
 @dataclass
 class Outcome:
     """Float64 copies of what came out."""
@@ -126,15 +132,19 @@ def logits_divergence(
     return _output(out, rows[3], rows[4], labels, "sum")
 
 
-def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = True, compute: Any = None) -> Outcome:
+def run(
+    c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = True, compute: Any = None,
+    device: str = "cpu",
+) -> Outcome:  # fmt: skip
     """One call and its backward: impl None is the oracle. `compute`: its dtype, after rounding inputs to `dtype`."""
 
     def leaf(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(dtype).to(compute or dtype).clone().requires_grad_()
+        return None if x is None else x.to(device, dtype).to(compute or dtype).clone().requires_grad_()
 
     hidden, head, bias = leaf(c.student), leaf(c.head), leaf(c.student_bias)
     teacher, teacher_head, teacher_bias = (
-        None if x is None else x.to(dtype).to(compute or dtype) for x in (c.teacher, c.teacher_head, c.teacher_bias)
+        None if x is None else x.to(device, dtype).to(compute or dtype)
+        for x in (c.teacher, c.teacher_head, c.teacher_bias)
     )
     transform, options = split(c.options)
     sides = heads(head, teacher_head, bias, teacher_bias, **transform)
@@ -146,10 +156,10 @@ def run(c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = T
         loss, divergence = out.loss, out.divergence
     total = 1.7 * loss
     if row_upstream:
-        total = total + (divergence * torch.linspace(0.1, 1.0, divergence.shape[0], dtype=divergence.dtype)).sum()
+        total = total + (divergence * torch.linspace(0.1, 1.0, divergence.shape[0]).to(divergence)).sum()
     total.backward()
-    grads = [None if x is None or x.grad is None else x.grad.double() for x in (hidden, head, bias)]
-    return Outcome(loss.detach().double(), divergence.detach().double(), *grads)  # type: ignore[arg-type]
+    grads = [None if x is None or x.grad is None else x.grad.double().cpu() for x in (hidden, head, bias)]
+    return Outcome(loss.detach().double().cpu(), divergence.detach().double().cpu(), *grads)  # type: ignore[arg-type]
 
 
 UNLIKE = {

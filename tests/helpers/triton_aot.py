@@ -30,7 +30,7 @@ COUNT = "i32"  # a size that need not be a multiple of anything
 
 def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
     """Row kernels: fp32 chunks of logits, bf16 logits, and everything that a call can switch on."""
-    from vigos.kernels.divergence import GRAD_BLOCK, GRAD_WARPS, SECOND_BLOCK, STATS_BLOCK, STATS_WARPS
+    from vigos.kernels.divergence import LAUNCH
 
     z = {f"{name}_{side}": F32 for side in "st" for name in ("alpha", "inner", "height")}
     strides = {"stride_sm": I32, "stride_sv": 1, "stride_tm": I32, "stride_tv": 1}
@@ -43,21 +43,23 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         stats.append(
             common | {"label_ptr": "*i64:16" if everything else None, "partial_ptr": "*fp32:16", "V": I32}
             | {"vocab": COUNT, "vocab_start": COUNT, "span": I32} | z | strides | {"stride_pc": COUNT}
-            | {"BLOCK_V": STATS_BLOCK[4 if dtype == "fp32" else 2], "SOFTCAP_S": everything, "SOFTCAP_T": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": STATS_WARPS}
+            | {"BLOCK_V": LAUNCH.stats_block[dtype == "fp32"], "SOFTCAP_S": everything, "SOFTCAP_T": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.stats_warps}
         )  # fmt: skip
         second.append(
             common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
             | {"beta": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
-            | {"BLOCK_V": SECOND_BLOCK, "SOFTCAP_S": everything, "SOFTCAP_T": everything, "CLIP_ENTRIES": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": STATS_WARPS}
+            | {"BLOCK_V": LAUNCH.second_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
+            | {"CLIP_ENTRIES": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.stats_warps}
         )  # fmt: skip
         grad.append(
             common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
             | {"offsets_ptr": "*i64:16", "out_ptr": "*bf16:16", "V": I32, "vocab": COUNT} | z
             | {"beta": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
-            | {"BLOCK_V": GRAD_BLOCK, "SOFTCAP_S": everything, "SOFTCAP_T": everything, "CLIP_ENTRIES": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": GRAD_WARPS}
+            | {"BLOCK_V": LAUNCH.grad_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
+            | {"CLIP_ENTRIES": everything}
+            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.grad_warps}
         )  # fmt: skip
     merged = {"partial_ptr": "*fp32:16", "kind_ptr": "*i8:16", "state_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
     tail = {"S": COUNT, "stride_pc": COUNT, "stride_state": COUNT, "BLOCK_S": 8, "num_warps": 1}

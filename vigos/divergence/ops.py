@@ -9,7 +9,8 @@ weights of the supervision and scaled by the upstream of `loss`, or computed aga
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines import choose
+from vigos.divergence.engines.precision import ieee_products
 from vigos.divergence.engines.problem import (
     STATE,
     LinearProblem,
@@ -27,6 +29,9 @@ from vigos.divergence.engines.problem import (
     Statistics,
     live_rows,
 )
+
+# Values are checked, and rows counted, on the host: no operator can be captured in a CUDA graph.
+NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 
 def _check_rows(
@@ -111,9 +116,13 @@ class Call:
 
 
 def _rows(
-    call: Call, supervision: Sequence[Tensor], labels: Tensor | None, sizes: tuple[int, int, int], device: torch.device
-) -> dict[str, Any]:
-    """Return the fields of `Rows`, checked and on the device; `sizes`: student rows, teacher rows, vocabulary here."""
+    call: Call, supervision: Sequence[Tensor], labels: Tensor | None, sizes: tuple[int, int, int],
+    device: torch.device, checked: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the fields of `Rows` on the device; `sizes`: student rows, teacher rows, vocabulary here.
+
+    checked: their values were checked before; on a GPU that is a wait for the device.
+    """
     n, m, v = sizes
     group, start, total = _shard(v, call.group_name, device)
     if call.vocab_size > total:
@@ -121,7 +130,8 @@ def _rows(
     vocab_size = total if call.vocab_size < 0 else call.vocab_size
     names = ("student_row", "teacher_row", "kind", "weight", "clip")
     student_row, teacher_row, kind, _, clip = supervision
-    _check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
+    if not checked:
+        _check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
     return {
         **{name: x.to(device) for name, x in zip(names, supervision, strict=True)},
         "labels": None if labels is None else labels.to(device), "student_transform": call.student,
@@ -156,9 +166,16 @@ def _upstream(rows: Rows, divergence: Tensor, grad_loss: Tensor | None, grad_div
     return g if grad_divergence is None else g + grad_divergence.to(g.dtype)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """Disable autocast: engines choose the precision of their matrix products."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def _engine_runs_on(device: torch.device) -> Iterator[None]:
+    """Set the stage of an engine: no autocast, no gradients, its device current, float32 products in float32.
+
+    Engines choose their own precision: an autocast around the call must not reach their matrix products, nor must the
+    TF32 switches. Triton and CUDA launch on the current device, wherever the tensors lie.
+    """
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.autocast(device.type, enabled=False), torch.no_grad(), guard, ieee_products():
+        yield
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -190,7 +207,7 @@ def _once(*_: Any) -> Any:
 
 def _linear_problem(
     call: Call, student: Sequence[Tensor | None], teacher: Sequence[Tensor | None], supervision: Sequence[Tensor],
-    labels: Tensor | None, need: Sequence[bool],
+    labels: Tensor | None, need: Sequence[bool], *, checked: bool = False,
 ) -> LinearProblem:  # fmt: skip
     tensors = [None if x is None else x.detach() for x in (*student, *teacher)]
     hidden, weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
@@ -201,7 +218,7 @@ def _linear_problem(
         teacher_bias = student_bias
     sizes = (hidden.shape[0], teacher_hidden.shape[0], weight.shape[0])
     return LinearProblem(
-        **_rows(call, supervision, labels, sizes, hidden.device),
+        **_rows(call, supervision, labels, sizes, hidden.device, checked),
         student_hidden=hidden, student_weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias,
         need_dhidden=need[0], need_dweight=need[1], need_dbias=need[2],
@@ -230,7 +247,7 @@ def linear(
     return linear_op(*student, list(teacher), list(supervision), labels, *call.packed(), need)
 
 
-@torch.library.custom_op("vigos::linear_divergence", mutates_args=())
+@torch.library.custom_op("vigos::linear_divergence", mutates_args=(), tags=NOT_CAPTURED)
 def linear_op(
     student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher: list[Tensor | None],
     supervision: list[Tensor], labels: Tensor | None, scalars: list[float], vocab_size: int, group_name: str, impl: str,
@@ -242,7 +259,7 @@ def linear_op(
     call = Call.unpacked(scalars, vocab_size, group_name, impl)
     student = (student_hidden, student_weight, student_bias)
     problem = _linear_problem(call, student, teacher, supervision, labels, need)
-    with _no_autocast(problem.device), torch.no_grad():
+    with _engine_runs_on(problem.device):
         result = choose(impl, problem).forward(problem)
         like = result.statistics.divergence
         d = student_weight.shape[1]
@@ -270,7 +287,7 @@ def _linear_fake(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("vigos::linear_divergence_backward", mutates_args=())
+@torch.library.custom_op("vigos::linear_divergence_backward", mutates_args=(), tags=NOT_CAPTURED)
 def _linear_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student: list[Tensor | None], teacher: list[Tensor | None],
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str, need: list[bool],
@@ -280,11 +297,11 @@ def _linear_backward_op(
     upstream: gradients of loss and divergence, or None; saved: divergence, computed, drow, dweight, dbias of forward.
     """
     problem = _linear_problem(
-        Call.unpacked(scalars, vocab_size, group_name, impl), student, teacher, supervision, None, need
+        Call.unpacked(scalars, vocab_size, group_name, impl), student, teacher, supervision, None, need, checked=True
     )
     (grad_loss, grad_divergence), (divergence, computed, drow, dweight, dbias) = upstream, saved
     hidden, bias = problem.student_hidden, problem.student_bias
-    with _no_autocast(problem.device), torch.no_grad():
+    with _engine_runs_on(problem.device):
         g = _upstream(problem, divergence, grad_loss, grad_divergence)
         head = problem.need_dweight or problem.need_dbias
         if grad_divergence is not None:
@@ -356,10 +373,10 @@ _linear_backward_op.register_autograd(_once)
 
 def _logits_problem(
     call: Call, student_logits: Tensor, teacher_logits: Tensor, supervision: Sequence[Tensor], labels: Tensor | None,
-    inplace: bool = False,
+    *, inplace: bool = False, checked: bool = False,
 ) -> LogitsProblem:  # fmt: skip
     sizes = (student_logits.shape[0], teacher_logits.shape[0], student_logits.shape[1])
-    rows = _rows(call, supervision, labels, sizes, student_logits.device)
+    rows = _rows(call, supervision, labels, sizes, student_logits.device, checked)
     if inplace and rows["student_row"].unique().shape[0] != rows["student_row"].shape[0]:
         raise ValueError("inplace=True needs every student row to be supervised at most once, got repeated rows")
     return LogitsProblem(**rows, student_logits=student_logits.detach(), teacher_logits=teacher_logits.detach())
@@ -376,15 +393,15 @@ def logits(
     return logits_op(student_logits, teacher_logits, list(supervision), labels, *call.packed(), inplace)
 
 
-@torch.library.custom_op("vigos::logits_divergence", mutates_args=())
+@torch.library.custom_op("vigos::logits_divergence", mutates_args=(), tags=NOT_CAPTURED)
 def logits_op(
     student_logits: Tensor, teacher_logits: Tensor, supervision: list[Tensor], labels: Tensor | None,
     scalars: list[float], vocab_size: int, group_name: str, impl: str, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss, divergence, both entropies, lse, log-probabilities, then the engine's state."""
     call = Call.unpacked(scalars, vocab_size, group_name, impl)
-    problem = _logits_problem(call, student_logits, teacher_logits, supervision, labels, inplace)
-    with _no_autocast(problem.device), torch.no_grad():
+    problem = _logits_problem(call, student_logits, teacher_logits, supervision, labels, inplace=inplace)
+    with _engine_runs_on(problem.device):
         result = choose(impl, problem).logits_forward(problem)
         loss = _loss(problem, result.statistics.divergence)
         return (loss, *_flat(result.statistics), result.state)  # type: ignore[return-value]
@@ -403,15 +420,15 @@ def _logits_gradient(
     upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
     supervision: list[Tensor], call: Call, inplace: bool,
 ) -> Tensor:  # fmt: skip
-    problem = _logits_problem(call, student_logits, teacher_logits, supervision, None)
+    problem = _logits_problem(call, student_logits, teacher_logits, supervision, None, checked=True)
     divergence, state = saved
-    with _no_autocast(problem.device), torch.no_grad():
+    with _engine_runs_on(problem.device):
         g = _upstream(problem, divergence, *upstream)
         out = problem.student_logits if inplace else None
         return choose(call.impl, problem).logits_backward(problem, state, g, out=out)
 
 
-@torch.library.custom_op("vigos::logits_divergence_backward", mutates_args=())
+@torch.library.custom_op("vigos::logits_divergence_backward", mutates_args=(), tags=NOT_CAPTURED)
 def _logits_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,
@@ -428,7 +445,7 @@ def _logits_backward_fake(  # type: ignore[no-untyped-def]
     return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("vigos::logits_divergence_backward_", mutates_args=("student_logits",))
+@torch.library.custom_op("vigos::logits_divergence_backward_", mutates_args=("student_logits",), tags=NOT_CAPTURED)
 def _logits_backward_inplace_op(
     upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,

@@ -282,11 +282,11 @@ def _softcap(cap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tens
 def _triton(
     query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    from vigos.kernels.tree_attention import tree_attention
+    from vigos.kernels.tree_attention import Pack, tree_attention
 
-    return tree_attention(
-        query, key, value, plan.subtree_end, scale=scale, window=window, softcap=softcap, positions=plan.depth
-    )
+    if "triton" not in plan._masks:
+        plan._masks["triton"] = Pack(plan.subtree_end, plan.depth)
+    return tree_attention(query, key, value, plan._masks["triton"], scale=scale, window=window, softcap=softcap)
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {

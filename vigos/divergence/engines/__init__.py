@@ -62,6 +62,6 @@ def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
         return module
     for name in AUTO.get(problem.device.type, ("reference",)):
         module = engine(name)
-        if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device)):
+        if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device, problem.dtype)):
             return module
     raise AssertionError("the reference engine runs everything")

@@ -42,13 +42,21 @@ from vigos.divergence.engines.problem import (
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 
 INF = float("inf")
-# Elements of one (chunk, V) tensor; about forty of them come and go. On a CPU they better stay in its cache.
-CHUNK_ELEMENTS = {"cpu": 2**19}
-CHUNK_ELEMENTS_ELSEWHERE = 2**22
 
 
-def _chunk_elements(device: torch.device) -> int:
-    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ELSEWHERE)
+@dataclass(frozen=True)
+class Config:
+    """Elements of one (chunk, V) tensor; about forty of them come and go. On a CPU they better stay in its cache."""
+
+    cpu_elements: int = 2**19
+    elements: int = 2**22
+
+    def on(self, device: torch.device) -> int:
+        """Return the number for a device."""
+        return self.cpu_elements if device.type == "cpu" else self.elements
+
+
+CONFIG = Config()
 
 
 def why_not(problem: LinearProblem) -> str | None:
@@ -74,12 +82,16 @@ class _Pair:
 def _pair(
     rows: Rows, difference: Tensor, raw_s: Tensor, raw_t: Tensor, bias_s: Tensor | None, bias_t: Tensor | None
 ) -> _Pair:
+    v, real = raw_s.shape[-1], rows.local_vocab(raw_s.shape[-1])
+    padding = torch.arange(v, device=raw_s.device) >= real
     if bias_s is not None:
         raw_s = raw_s + bias_s
     if bias_t is not None:
         raw_t = raw_t + bias_t
     if bias_s is not bias_t:
         difference = difference + ((0 if bias_s is None else bias_s) - (0 if bias_t is None else bias_t))  # type: ignore[operator]
+    if real < v:  # whatever lies there
+        raw_s, raw_t, difference = (x.masked_fill(padding, 0.0) for x in (raw_s, raw_t, difference))
     f, f_t = rows.student_transform, rows.teacher_transform
     z_s, z_t = f(raw_s), f_t(raw_t)
     slope: Tensor | float = f.alpha
@@ -94,9 +106,7 @@ def _pair(
         gap = torch.tanh(difference * f.inner) * (1 - tanh_s * tanh_t) * f.height
         infinite = torch.isinf(raw_s) | torch.isinf(raw_t)  # tanh gives those a finite logit
         gap = torch.where(infinite, z_s - z_t, gap)
-    v, real = z_s.shape[-1], rows.local_vocab(z_s.shape[-1])
     if real < v:
-        padding = torch.arange(v, device=z_s.device) >= real
         z_s, z_t = z_s.masked_fill(padding, -INF), z_t.masked_fill(padding, -INF)
     gap = gap.masked_fill((z_s == -INF) & (z_t == -INF), 0.0)
     return _Pair(z_s, z_t, gap, slope)
@@ -254,7 +264,7 @@ def _store(into: Statistics, chunk_slice: slice, chunk: Statistics) -> None:
             getattr(into, name)[chunk_slice] = value[:n]
 
 
-def forward(problem: LinearProblem) -> LinearResult:
+def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     dtype, device, r = problem.compute_dtype, problem.device, problem.n_rows
     v, d = problem.student_weight.shape
@@ -273,9 +283,15 @@ def forward(problem: LinearProblem) -> LinearResult:
     bias_s, bias_t = (None if b is None else b.to(dtype) for b in (problem.student_bias, problem.teacher_bias))
     if problem.teacher_bias is problem.student_bias:
         bias_t = bias_s
+    # Rows of the head past the logical vocabulary may hold anything, and are in no product. At least one column stays.
+    width = chunk_width(r, max(1, config.on(device) // problem.entries_a_rank(v)))
+    v = max(1, problem.local_vocab(v))
+    head_s, head_t = head_s[:v], head_t[:v]
+    one_bias = bias_s is bias_t
+    bias_s, bias_t = (None if b is None else b[:v] for b in (bias_s, bias_t))
+    bias_t = bias_s if one_bias else bias_t
     # The head is used in its own dtype when that is the compute dtype, else converted a block of rows at a time.
-    width = chunk_width(r, max(1, _chunk_elements(problem.device) // v))
-    block = max(1, _chunk_elements(device) // d)
+    block = max(1, config.on(device) // d)
 
     def project(hidden: Tensor, head: Tensor) -> Tensor:
         out = torch.empty(hidden.shape[0], v, dtype=dtype, device=device)
@@ -317,9 +333,9 @@ def forward(problem: LinearProblem) -> LinearResult:
             result.drow[chunk_slice], result.computed[chunk_slice] = drow[:n], live
         weighted = dlogits[:n] * torch.where(live, problem.weight[chunk_slice], 0.0)[:, None].to(dtype)
         if result.dweight is not None:
-            result.dweight.addmm_(weighted.T, hidden[:n].masked_fill(~live[:, None], 0.0))
+            result.dweight[:v].addmm_(weighted.T, hidden[:n].masked_fill(~live[:, None], 0.0))
         if result.dbias is not None:
-            result.dbias += weighted.sum(0)
+            result.dbias[:v] += weighted.sum(0)
     if result.drow is not None:
         all_reduce(result.drow, problem.group)
     return result
@@ -331,12 +347,12 @@ def _logits_pair(problem: LogitsProblem, rows_s: Tensor, rows_t: Tensor) -> _Pai
     return _pair(problem, raw_s - raw_t, raw_s, raw_t, None, None)
 
 
-def logits_forward(problem: LogitsProblem) -> LogitsResult:
+def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsResult:
     """Compute the statistics of every row, chunk by chunk."""
     r, v = problem.n_rows, problem.student_logits.shape[1]
     statistics = Statistics.empty(problem)
     state = torch.zeros(r, STATE, dtype=problem.compute_dtype, device=problem.device)
-    for chunk_slice in chunks(r, max(1, _chunk_elements(problem.device) // v)):
+    for chunk_slice in chunks(r, max(1, config.on(problem.device) // problem.entries_a_rank(v))):
         pair = _logits_pair(problem, problem.student_row[chunk_slice], problem.teacher_row[chunk_slice])
         labels = None if problem.labels is None else problem.labels[chunk_slice]
         measured, state[chunk_slice, :KNOWN] = _measure(problem, pair, problem.kind[chunk_slice], labels)
@@ -344,7 +360,9 @@ def logits_forward(problem: LogitsProblem) -> LogitsResult:
     return LogitsResult(statistics, state)
 
 
-def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+def logits_backward(
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, config: Config = CONFIG
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits, if no row of them is supervised twice. Rows with row_grad 0 are not read.
@@ -356,7 +374,7 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     if not in_place:
         out.zero_()
     active = (row_grad != 0).nonzero().squeeze(1)
-    for chunk_slice in chunks(active.shape[0], max(1, _chunk_elements(problem.device) // v)):
+    for chunk_slice in chunks(active.shape[0], max(1, config.on(problem.device) // v)):
         r = active[chunk_slice]
         pair = _logits_pair(problem, problem.student_row[r], problem.teacher_row[r])
         dlogits = (_dlogits(problem, pair, problem.kind[r], state[r]) * row_grad[r][:, None]).to(out.dtype)

@@ -13,6 +13,7 @@ block at a time on the way in, so logits are float32 whatever the head is.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -34,8 +35,16 @@ from vigos.divergence.engines.problem import (
     chunks,
 )
 
-CHUNK_BYTES = 120 * 2**20  # of a chunk's logits, both sides
-MOST_COLUMNS = 256  # rows of a chunk where the vocabulary is small
+
+@dataclass(frozen=True)
+class Config:
+    """chunk_bytes: of a chunk's logits, both sides. most_columns: rows of a chunk where the vocabulary is small."""
+
+    chunk_bytes: int = 120 * 2**20
+    most_columns: int = 256
+
+
+CONFIG = Config()
 
 
 def _extension() -> ModuleType | None:
@@ -89,8 +98,8 @@ class _Transforms:
         self.native = _c().Transforms(rows.student_transform.constants, rows.teacher_transform.constants, difference)
         if bias_s is not None or bias_t is not None:
             zero = torch.zeros(v)
-            student = zero if bias_s is None else bias_s[:v].float().contiguous()
-            teacher = zero if bias_t is None else bias_t[:v].float().contiguous()
+            student = zero if bias_s is None else _copied(bias_s[:v].float())
+            teacher = zero if bias_t is None else _copied(bias_t[:v].float())
             gap = torch.where((student == teacher), 0.0, student - teacher)  # also where both are -inf
             self.biases = (student, teacher, gap)
             self.native.set_biases(*(x.data_ptr() for x in self.biases))
@@ -101,22 +110,30 @@ def _matrix(x: Tensor) -> object:
     return _c().Matrix(x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape)
 
 
+def _readable(x: Tensor) -> bool:
+    """Return True if C++ can read `x` where it lies: columns contiguous, addresses multiples of an element's size."""
+    return (x.stride(1) == 1 or x.shape[1] == 1) and x.data_ptr() % x.element_size() == 0
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class _Head:
-    """A head's real rows for the products; one whose columns are not contiguous is copied block by block."""
+    """A head's real rows for the products; one that C++ cannot read where it lies is copied block by block."""
 
     BLOCK = 4096
 
     def __init__(self, weight: Tensor, real: int) -> None:
         weight = weight[:real]
-        contiguous = weight.stride(1) == 1 or weight.shape[1] == 1
-        self.parts = [weight] if contiguous else list(weight.split(self.BLOCK))
+        self.parts = [weight] if _readable(weight) else list(weight.split(self.BLOCK))
         self.real, self.d = real, weight.shape[1]
 
     def project(self, x: Tensor, out: Tensor) -> None:
         """Write out (real, n) = head @ x.T for float32 x (n, D) and out, columns contiguous."""
         start = 0
         for part in self.parts:
-            part = part.contiguous() if part.stride(1) != 1 else part
+            part = part if _readable(part) else _copied(part)
             dest = out[start : start + part.shape[0]]
             _c().project(
                 _matrix(part), x.data_ptr(), x.stride(0), x.shape[0], dest.data_ptr(), out.stride(0), _threads()
@@ -127,7 +144,7 @@ class _Head:
         """Write out (l, D) = g.T @ head for float32 g (real, l)."""
         start, rest = 0, out
         for i, part in enumerate(self.parts):
-            part = part.contiguous() if part.stride(1) != 1 else part
+            part = part if _readable(part) else _copied(part)
             if i == 1:
                 rest = torch.empty_like(out)
             rows = g[start : start + part.shape[0]]
@@ -154,7 +171,7 @@ def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
     return lse[0], lse[1], entropy[0], entropy[1], torch.stack([tops[0], log[0], tops[1], log[1], lse_gap])
 
 
-def forward(problem: LinearProblem) -> LinearResult:
+def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     c = _c()
     r, d = problem.n_rows, problem.student_weight.shape[1]
@@ -179,7 +196,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     options = c.Options(problem.beta, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
-    width = chunk_width(r, min(MOST_COLUMNS, CHUNK_BYTES // (8 * v)))
+    width = chunk_width(r, min(config.most_columns, config.chunk_bytes // (8 * problem.entries_a_rank(v))))
     logits = torch.empty(max(real, 1), 2 * width)
     hidden_s = torch.zeros(width, d)
     hidden_t = hidden_s.new_zeros(width, problem.teacher_hidden.shape[1])
@@ -290,28 +307,28 @@ def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, differ
 
 
 def _rows_of(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (a matrix with contiguous columns, row index into it): `x` itself if it has them, else a copy."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
+    """Return (a matrix that C++ can read, row index into it): `x` itself or a copy of the rows."""
+    if _readable(x):
         return x, index
-    return x[index].contiguous(), torch.arange(index.shape[0])
+    return _copied(x[index]), torch.arange(index.shape[0])
 
 
-def _row_blocks(problem: LogitsProblem, rows: Tensor) -> list[Tensor]:
+def _row_blocks(problem: LogitsProblem, rows: Tensor, config: Config) -> list[Tensor]:
     """Return `rows` as one block, or in blocks small enough to be copied."""
     tensors = (problem.student_logits, problem.teacher_logits)
-    if all(x.stride(1) == 1 or x.shape[1] == 1 for x in tensors):
+    if all(_readable(x) for x in tensors):
         return [rows]
-    return list(rows.split(max(1, CHUNK_BYTES // (8 * tensors[0].shape[1]))))
+    return list(rows.split(max(1, config.chunk_bytes // (8 * tensors[0].shape[1]))))
 
 
-def logits_forward(problem: LogitsProblem) -> LogitsResult:
+def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsResult:
     """Compute the statistics of every row; a row is read twice, the second time from a cache."""
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
     out = torch.empty(r, KNOWN + 5, dtype=torch.float64)  # what is known, divergence, entropies, lse
     transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
     kind = problem.kind.int()
-    for rows in _row_blocks(problem, torch.arange(r)):
+    for rows in _row_blocks(problem, torch.arange(r), config):
         student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
         teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
         kinds, part = kind[rows].contiguous(), out[rows[0] : rows[-1] + 1] if len(rows) else out
@@ -348,19 +365,21 @@ def _rounds(index: Tensor) -> list[Tensor]:
     return [order[rank == i] for i in range(int(rank.max()) + 1)]
 
 
-def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+def logits_backward(
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, config: Config = CONFIG
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype. `out` may be the student's logits; row_grad 0: not read."""
     c = _c()
     logits = problem.student_logits
     target = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
-    if target.stride(1) != 1 and target.shape[1] != 1:  # in place over logits that the kernel cannot write
-        target.copy_(logits_backward(problem, state, row_grad))
+    if not _readable(target):  # in place over logits that the kernel cannot write
+        target.copy_(logits_backward(problem, state, row_grad, config=config))
         return target
     active = (row_grad != 0).nonzero().squeeze(1)
     transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
     v = problem.local_vocab(logits.shape[1])
     for i, round_ in enumerate(_rounds(problem.student_row[active])):
-        for rows in _row_blocks(problem, active[round_]):
+        for rows in _row_blocks(problem, active[round_], config):
             student, source_row = _rows_of(logits, problem.student_row[rows])
             teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
             copied = student is not logits

@@ -13,7 +13,7 @@ engine is reached by `impl="cuda"` alone, never by "auto".
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -32,8 +32,16 @@ from vigos.divergence.engines.problem import (
     live_rows,
 )
 
-# Bytes of one chunk's logits and dlogits: 384 rows of 151,936 entries. Rows fill the GEMM's tiles from 256 on.
-CHUNK_BYTES = 600 * 2**20
+
+@dataclass(frozen=True)
+class Config:
+    """chunk_bytes: of a chunk's logits and dlogits; 352 rows of 151,936. Rows fill the GEMM's tiles from 256 on."""
+
+    chunk_bytes: int = 512 * 2**20
+
+
+CONFIG = Config()
+DEPTH = 64  # a product's depth is a multiple of it where padding is left out
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -149,29 +157,38 @@ def _run_rows(
     kind, live, clip = rows.kind.contiguous(), (rows.weight != 0).float(), rows.clip.float().contiguous()
     labels = None if rows.labels is None else rows.labels.contiguous()
     with torch.cuda.device_of(student):
-        module.logits_rows(
+        params = module.LogitsRowsParams(
             student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=_address(dlogits),
             student_row=_address(student_row), teacher_row=_address(teacher_row), kind=kind.data_ptr(),
             weight=live.data_ptr(), clip=clip.data_ptr(), student_bias=_address(bias[0]),
-            teacher_bias=_address(bias[1]), labels=_address(labels),
-            divergence=statistics.divergence.data_ptr(), clipped=clipped.data_ptr(),
-            student_entropy=statistics.student_entropy.data_ptr(),
-            teacher_entropy=statistics.teacher_entropy.data_ptr(),
-            student_lse=statistics.student_lse.data_ptr(), teacher_lse=statistics.teacher_lse.data_ptr(),
-            student_logprob=_address(statistics.student_logprob), teacher_logprob=_address(statistics.teacher_logprob),
-            state=_address(state), rows=rows.n_rows, stride_student=_stride(student), stride_teacher=_stride(teacher),
+            teacher_bias=_address(bias[1]), labels=_address(labels), clipped=clipped.data_ptr(), state=_address(state),
+            **{name: _address(x) for name, x in vars(statistics).items()},
+            rows=rows.n_rows, stride_student=_stride(student), stride_teacher=_stride(teacher),
             stride_dlogits=0 if dlogits is None else _stride(dlogits), **_scalars(rows, student.shape[1]),
-            dtype=_name(student.dtype), gradient_dtype=_name(student.dtype if dlogits is None else dlogits.dtype),
-            stream=_stream(student.device),
         )  # fmt: skip
+        gradient_dtype = student.dtype if dlogits is None else dlogits.dtype
+        module.logits_rows(
+            params, dtype=_name(student.dtype), gradient_dtype=_name(gradient_dtype), stream=_stream(student.device)
+        )
 
 
 # --- from hidden states ----------------------------------------------------------------------------------------------
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply with fp32 accumulation into an fp32 result. fp32 operands follow torch's TF32 setting."""
+    """Multiply with fp32 accumulation into an fp32 result."""
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _backproject(dlogits: Tensor, weight: Tensor, real: int) -> Tensor:
+    """dlogits @ weight over the first `real` entries, as `vigos.divergence.engines.triton.backproject`."""
+    if real == weight.shape[0]:
+        return _mm(dlogits, weight)
+    main = real - real % DEPTH
+    rest = DEPTH - (real - main)
+    tail = torch.nn.functional.pad(weight[main:real], (0, 0, 0, rest))
+    last = _mm(torch.nn.functional.pad(dlogits[:, main:real], (0, rest)), tail)
+    return last + _mm(dlogits[:, :main], weight[:main])
 
 
 def _slice(statistics: Statistics, rows: slice) -> Statistics:
@@ -179,18 +196,18 @@ def _slice(statistics: Statistics, rows: slice) -> Statistics:
     return Statistics(*(None if x is None else x[rows] for x in vars(statistics).values()))  # type: ignore[arg-type]
 
 
-def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor) -> None:
+def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor, config: Config) -> None:
     """Add to dweight (V, D) fp32: dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
 
     The weights go to the narrow operand. Block by block of the vocabulary: no second (V, D) tensor exists.
     """
     v, d = dweight.shape
     weighted = torch.where(live[:, None], hidden.float() * weight[:, None], 0.0).to(hidden.dtype)
-    for block in chunks(v, max(1, CHUNK_BYTES // (4 * d))):
+    for block in chunks(v, max(1, config.chunk_bytes // (4 * d))):
         dweight[block] += _mm(dlogits[:, block].T, weighted)
 
 
-def forward(problem: LinearProblem) -> LinearResult:
+def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     device, r = problem.device, problem.n_rows
     v, d = problem.student_weight.shape
@@ -211,7 +228,7 @@ def forward(problem: LinearProblem) -> LinearResult:
     bias_s, bias_t = (
         None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)
     )
-    width = chunk_width(r, CHUNK_BYTES // ((8 + head_s.element_size()) * v))
+    width = chunk_width(r, config.chunk_bytes // ((8 + head_s.element_size()) * v))
     dlogits = torch.empty(width, v, dtype=head_s.dtype, device=device) if need else None
     for chunk in chunks(r, width):
         n = chunk.stop - chunk.start
@@ -238,12 +255,13 @@ def forward(problem: LinearProblem) -> LinearResult:
             dlogits[n:].zero_()
         live = live_rows(part, into.divergence)
         if result.drow is not None and result.computed is not None:
-            result.drow[chunk], result.computed[chunk] = _mm(dlogits, head_s)[:n], live
+            drow = _backproject(dlogits, head_s, problem.local_vocab(v))
+            result.drow[chunk], result.computed[chunk] = drow[:n], live
         weight = torch.where(live, part.weight, 0.0)
         if result.dbias is not None:
             result.dbias += torch.mv(dlogits[:n].float().T, weight)
         if result.dweight is not None:
-            add_dweight(result.dweight, dlogits[:n], hidden_s[:n], live, part.weight)
+            add_dweight(result.dweight, dlogits[:n], hidden_s[:n], live, part.weight, config)
     return result
 
 
@@ -282,11 +300,11 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     teacher_row, kind = problem.teacher_row.contiguous(), problem.kind.contiguous()
     grads = row_grad.float().contiguous()
     with torch.cuda.device_of(student):
-        module.logits_gradient(
+        params = module.LogitsGradientParams(
             student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=into.data_ptr(), order=order.data_ptr(),
             offsets=offsets.data_ptr(), teacher_row=teacher_row.data_ptr(), kind=kind.data_ptr(),
             row_grad=grads.data_ptr(), state=state.data_ptr(), rows=n, stride_student=_stride(student),
             stride_teacher=_stride(teacher), stride_dlogits=_stride(into), **_scalars(problem, v),
-            dtype=_name(student.dtype), stream=_stream(student.device),
         )  # fmt: skip
+        module.logits_gradient(params, dtype=_name(student.dtype), stream=_stream(student.device))
     return out if into is out else out.copy_(into)

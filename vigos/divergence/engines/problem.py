@@ -102,6 +102,10 @@ class Rows:
         """True if both sides have one transform: z_s - z_t then follows from the difference of raw logits."""
         return self.student_transform == self.teacher_transform
 
+    def entries_a_rank(self, v: int) -> int:
+        """Return `v`, or with a group a rank's mean share: sizes of chunks must be the same on every rank."""
+        return v if self.group is None else math.ceil(self.vocab_size / self.group.size())
+
     def local_vocab(self, v: int) -> int:
         """Return how many of this rank's `v` entries are real ones."""
         return max(0, min(v, self.vocab_size - self.vocab_start))
@@ -135,6 +139,11 @@ class LinearProblem(Rows):
         return torch.float64 if self.student_hidden.dtype == torch.float64 else torch.float32
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the student's head."""
+        return self.student_weight.dtype
+
+    @property
     def device(self) -> torch.device:
         """The device of all tensors."""
         return self.student_hidden.device
@@ -151,6 +160,11 @@ class LogitsProblem(Rows):
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64 logits, else float32."""
         return torch.float64 if self.student_logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the student's logits."""
+        return self.student_logits.dtype
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,8 @@
 """A small case through an engine and through the oracle: what `vigos doctor` prints, and what `auto` asks first.
 
 The kernels for GPUs were checked in Triton's interpreter, in a CUDA emulation and by their compilers, and not yet on a
-GPU. So `auto` takes one only after it has agreed with float64 on the machine at hand: once a process, a second or so.
+GPU. So `auto` takes one only after it has agreed with float64 on the machine at hand, in the dtype of the call: once a
+process and dtype, a second or so.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vigos.divergence.engines.precision import ieee_products
 from vigos.divergence.engines.problem import LinearProblem, LogitTransform
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
 
-# Relative: rounding of float32 operands in products of 64, a teacher 0.02 away; of bfloat16 gradients, 2**-9 each.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+# Relative: rounding of float32 operands in products of 64, a teacher 0.02 away; of 16-bit gradients, 2**-9 each.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,26 @@ def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int,
     )  # fmt: skip
 
 
-def check(module: ModuleType, device: torch.device | str) -> Errors | str:
-    """Run `module`, an engine, on the small case; return its errors, or why it cannot run on this device.
-
-    Float32 operands and all three divergences, or bfloat16 and the two KLs where the engine takes no more.
-    """
+def check(module: ModuleType, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Errors | str:
+    """Run `module`, an engine, on the small case in `dtype`; return its errors, or why it cannot run on this device."""
     from vigos.divergence.engines import chunked
 
-    reasons = []
-    for dtype, kinds in ((torch.float32, (FORWARD_KL, REVERSE_KL, JSD)), (torch.bfloat16, (FORWARD_KL, REVERSE_KL))):
-        problem = small_case(dtype, device, kinds)
-        reason = module.why_not(problem)
-        if reason is not None:
-            reasons.append(reason)
-            continue
+    problem = small_case(dtype, device, (FORWARD_KL, REVERSE_KL, JSD))
+    reason = module.why_not(problem)
+    if reason is not None:
+        return reason
+    tensors = ("student_hidden", "student_weight", "teacher_hidden")
+    with ieee_products():
         got = module.forward(problem)
-        tensors = ("student_hidden", "student_weight", "teacher_hidden")
         exact = chunked.forward(replace(problem, **{name: getattr(problem, name).double() for name in tensors}))
-        assert got.drow is not None
-        assert exact.drow is not None
-        truth = exact.statistics.divergence
-        return Errors(
-            ((got.statistics.divergence.double() - truth).abs().max() / truth.abs().max()).item(),
-            _relative(got.drow, exact.drow),
-            dtype,
-        )
-    return reasons[0]
+    assert got.drow is not None
+    assert exact.drow is not None
+    truth = exact.statistics.divergence
+    return Errors(
+        ((got.statistics.divergence.double() - truth).abs().max() / truth.abs().max()).item(),
+        _relative(got.drow, exact.drow),
+        dtype,
+    )
 
 
 def _relative(x: Tensor, exact: Tensor) -> float:
@@ -88,17 +84,17 @@ def _relative(x: Tensor, exact: Tensor) -> float:
 
 
 @cache
-def agrees(module: ModuleType, device: torch.device) -> bool:
+def agrees(module: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `auto` may take the engine on this device; a disagreement is said once."""
     try:
-        found = check(module, device)
+        found = check(module, device, dtype)
     except Exception as error:  # compilers and drivers fail in many ways, and another engine runs
         found = f"it failed with {type(error).__name__}: {error}"
     if isinstance(found, Errors) and found.ok:
         return True
     name = module.__name__.rpartition(".")[2]
     warnings.warn(
-        f'impl="auto" leaves out the {name!r} engine on {device}: its self-check gave {found}; '
+        f'impl="auto" leaves out the {name!r} engine on {device} in {dtype}: its self-check gave {found}; '
         f"`vigos doctor` repeats it, and impl={name!r} runs it all the same",
         stacklevel=2,
     )

@@ -18,7 +18,7 @@ divided by the weight again.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,13 +40,29 @@ from vigos.divergence.engines.problem import (
 from vigos.divergence.supervision import REVERSE_KL
 
 if TYPE_CHECKING:
-    from vigos.kernels.divergence import Options
+    from vigos.kernels.divergence import Launch, Options
 
-# What the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704 in the first
-# product, enough for it to be bound by arithmetic on an H200, whose ridge lies near 210 operations a byte.
-CHUNK_BYTES = 512 << 20
-# Columns of a product that are converted or accumulated at a time where no kernel takes the operands as they are.
-SLAB_ELEMENTS = 16 << 20
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes that decide speed and memory.
+
+    Attributes:
+        chunk_bytes: what the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704
+            in the first product, enough for it to be bound by arithmetic on an H200, whose ridge lies near 210
+            operations a byte.
+        slab_elements: elements of a product that are converted or accumulated at a time where no kernel takes the
+            operands as they are.
+        launch: of the row kernels; None: theirs.
+    """
+
+    chunk_bytes: int = 512 << 20
+    slab_elements: int = 16 << 20
+    launch: Launch | None = None
+
+
+CONFIG = Config()
+DEPTH = 64  # a product's depth is a multiple of it where padding is left out
 
 
 def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
@@ -82,16 +98,16 @@ def takes_difference(problem: LinearProblem) -> bool:
     return fp32 and problem.teacher_weight is None and problem.alike
 
 
-def options_of(rows: Rows, v: int, *, difference: bool = False) -> Options:
+def options_of(rows: Rows, v: int, config: Config, *, difference: bool = False) -> Options:
     """Return the row kernels' view of `rows`, of which this rank has `v` columns."""
-    from vigos.kernels.divergence import Options
+    from vigos.kernels.divergence import LAUNCH, Options
 
     return Options(
         student_row=rows.student_row.contiguous(), teacher_row=rows.teacher_row.contiguous(),
         kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
         vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, student_transform=rows.student_transform.constants,
         teacher_transform=rows.teacher_transform.constants, beta=rows.beta, entry_clip=rows.entry_clip,
-        difference=difference,
+        difference=difference, launch=config.launch or LAUNCH,
     )  # fmt: skip
 
 
@@ -128,7 +144,7 @@ def measure(
 
     state = torch.zeros(options.n_rows, STATE, dtype=torch.float32, device=student.device)
     partial = kernels.row_partials(student, teacher, options, student_bias, teacher_bias)
-    stats = kernels.finish(of_all_ranks(partial, rows, kernels.slices(rows.vocab_size)), options, state)
+    stats = kernels.finish(of_all_ranks(partial, rows, kernels.slices(rows.vocab_size, options.launch)), options, state)
     second = kernels.second_partials(student, teacher, options, state, student_bias, teacher_bias)
     if rows.group is not None:
         second = all_reduce(second.sum(2, keepdim=True), rows.group)
@@ -142,7 +158,7 @@ def statistics_of(stats: Tensor, labels: bool) -> Statistics:
     return Statistics(*fields[:5], *(fields[5:7] if labels else (None, None)))
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, config: Config) -> None:
     """Write out = a @ b in fp32, whatever the operands are: 16-bit ones of one dtype are not converted on a GPU."""
     if a.dtype == b.dtype == torch.float32:
         torch.mm(a, b, out=out)
@@ -150,8 +166,24 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         a = a.float()
-        for block in chunks(b.shape[1], max(1, SLAB_ELEMENTS // max(1, b.shape[0]))):
+        for block in chunks(b.shape[1], max(1, config.slab_elements // max(1, b.shape[0]))):
             out[:, block] = a @ b[:, block].float()
+
+
+def backproject(dlogits: Tensor, weight: Tensor, real: int, out: Tensor, config: Config) -> None:
+    """out = dlogits @ weight over the first `real` entries: rows past them may hold anything and are in no product.
+
+    The last few entries are multiplied apart, so that the large product's depth stays a multiple of the tensor cores'.
+    """
+    if real == weight.shape[0]:
+        product(dlogits, weight, out, config)
+        return
+    main = real - real % DEPTH
+    tail = torch.nn.functional.pad(weight[main:real], (0, 0, 0, DEPTH - (real - main)))
+    last = torch.empty_like(out)
+    product(torch.nn.functional.pad(dlogits[:, main:real], (0, DEPTH - (real - main))), tail, last, config)
+    product(dlogits[:, :main], weight[:main], out, config)
+    out += last
 
 
 def all_take_part(rows: Rows) -> bool:
@@ -183,10 +215,11 @@ class Gradients:
         dlogits: (width, V), gradients of live rows that wait for their product.
     """
 
-    def __init__(self, problem: LinearProblem, width: int) -> None:
+    def __init__(self, problem: LinearProblem, width: int, config: Config) -> None:
         v, d = problem.student_weight.shape
         r, device = problem.n_rows, problem.device
-        self.problem, self.width = problem, width
+        self.problem, self.width, self.config = problem, width, config
+        self.real = problem.local_vocab(v)
         self.head = problem.need_dweight or problem.need_dbias
         self.drow = torch.zeros(r, d, dtype=torch.float32, device=device) if problem.need_dhidden else None
         self.computed = torch.zeros(r, dtype=torch.bool, device=device)
@@ -241,7 +274,8 @@ class Gradients:
         dlogits = self.dlogits.to(self.dtype)
         if self.drow is not None:
             drow = torch.empty(self.width, self.drow.shape[1], dtype=torch.float32, device=self.drow.device)
-            product(dlogits, problem.student_weight, drow)  # rows past n hold something old: rows do not mix
+            # Rows past n hold something old: rows do not mix.
+            backproject(dlogits, problem.student_weight, self.real, drow, self.config)
             if self.head or self.dtype == torch.float16:
                 drow[:n] = torch.where((factor != 0)[:, None], drow[:n] / factor[:, None], 0.0)
             self.drow[rows] = drow[:n]
@@ -249,7 +283,7 @@ class Gradients:
             hidden = problem.student_hidden.new_zeros(self.width, problem.student_hidden.shape[1])
             hidden[:n] = problem.student_hidden[problem.student_row[rows]].masked_fill((factor == 0)[:, None], 0.0)
             dlogits[n:] = 0
-            add_head_gradient(self.dweight, dlogits, hidden)
+            add_head_gradient(self.dweight, dlogits, hidden, self.config)
         if self.dbias is not None:
             self.dbias += dlogits[:n].sum(0, dtype=torch.float32)
 
@@ -272,23 +306,20 @@ def gradient_dtype(problem: LinearProblem) -> torch.dtype:
     return torch.float32 if head and dtype == torch.float16 else dtype
 
 
-def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, config: Config) -> None:
     """Add dlogits.T @ hidden to dweight (V, D) fp32, a slab of the vocabulary at a time; the sum stays fp32."""
-    slab = max(1, SLAB_ELEMENTS // hidden.shape[1])
+    slab = max(1, config.slab_elements // hidden.shape[1])
     scratch = torch.empty(min(slab, dweight.shape[0]), hidden.shape[1], dtype=torch.float32, device=dweight.device)
     for block in chunks(dweight.shape[0], slab):
         part = scratch[: block.stop - block.start]
-        product(dlogits[:, block].T, hidden, part)
+        product(dlogits[:, block].T, hidden, part, config)
         dweight[block] += part
 
 
-def _width(problem: LinearProblem) -> int:
+def _width(problem: LinearProblem, config: Config) -> int:
     """Return the rows of a chunk; the same on every rank that holds a shard."""
-    v = problem.student_weight.shape[0]
-    if problem.group is not None:
-        v = math.ceil(problem.vocab_size / problem.group.size())
-    row = v * (2 * 4 + gradient_dtype(problem).itemsize)
-    return chunk_width(problem.n_rows, max(1, CHUNK_BYTES // row))
+    row = problem.entries_a_rank(problem.student_weight.shape[0]) * (2 * 4 + gradient_dtype(problem).itemsize)
+    return chunk_width(problem.n_rows, max(1, config.chunk_bytes // row))
 
 
 def padded(index: Tensor, width: int) -> Tensor:
@@ -296,35 +327,35 @@ def padded(index: Tensor, width: int) -> Tensor:
     return torch.cat([index, index[-1:].expand(width - index.shape[0])])
 
 
-def _project(problem: LinearProblem, block: slice, width: int, z: Tensor) -> None:
+def _project(problem: LinearProblem, block: slice, width: int, z: Tensor, config: Config) -> None:
     """Write student logits, or theirs less the teacher's, to z[:width] and teacher logits to z[width:]."""
     student = problem.student_hidden[padded(problem.student_row[block], width)]
     teacher = problem.teacher_hidden[padded(problem.teacher_row[block], width)]
     if takes_difference(problem):
-        product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z)
+        product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z, config)
     elif problem.teacher_weight is None:
-        product(torch.cat([student, teacher]), problem.student_weight.T, z)
+        product(torch.cat([student, teacher]), problem.student_weight.T, z, config)
     else:
-        product(student, problem.student_weight.T, z[:width])
-        product(teacher, problem.teacher_weight.T, z[width:])
+        product(student, problem.student_weight.T, z[:width], config)
+        product(teacher, problem.teacher_weight.T, z[width:], config)
 
 
-def forward(problem: LinearProblem) -> LinearResult:
+def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     r, v, device = problem.n_rows, problem.student_weight.shape[0], problem.device
     labels = problem.labels is not None
     stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
     need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
-    width = _width(problem)
-    gradients = Gradients(problem, width) if need else None
+    width = _width(problem, config)
+    gradients = Gradients(problem, width, config) if need else None
     if r > 0:
-        all_rows = options_of(problem, v, difference=takes_difference(problem))
+        all_rows = options_of(problem, v, config, difference=takes_difference(problem))
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
         index = torch.arange(2 * width, device=device)
         for block in chunks(r, width):
             n = block.stop - block.start
             options = of_rows(all_rows, block, index[:n], index[width : width + n])
-            _project(problem, block, width, z)
+            _project(problem, block, width, z, config)
             stats[:, block], state = measure(problem, options, z, z, problem.student_bias, problem.teacher_bias)
             if gradients is not None:
                 gradients.add(z, options, state, stats[0, block], block)
@@ -334,14 +365,16 @@ def forward(problem: LinearProblem) -> LinearResult:
     return result
 
 
-def logits_forward(problem: LogitsProblem) -> LogitsResult:
+def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsResult:
     """Compute the statistics of every row from logits, in place."""
-    options = options_of(problem, problem.student_logits.shape[1])
+    options = options_of(problem, problem.student_logits.shape[1], config)
     stats, state = measure(problem, options, problem.student_logits, problem.teacher_logits, None, None)
     return LogitsResult(statistics_of(stats, problem.labels is not None), state)
 
 
-def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+def logits_backward(
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, config: Config = CONFIG
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits, repeated rows or not. Rows with row_grad 0 are not read.
@@ -354,7 +387,7 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     order = problem.student_row.argsort(stable=True)
     ends = torch.searchsorted(problem.student_row[order], torch.arange(student.shape[0] + 1, device=student.device))
     kernels.row_grad(
-        student, problem.teacher_logits, options_of(problem, student.shape[1]), state, row_grad.float().contiguous(),
-        order, ends, out, None, None,
+        student, problem.teacher_logits, options_of(problem, student.shape[1], config), state,
+        row_grad.float().contiguous(), order, ends, out, None, None,
     )  # fmt: skip
     return out
