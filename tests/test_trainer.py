@@ -872,7 +872,8 @@ def test_prompts_come_from_the_file_that_is_named(tmp_path: Path) -> None:
     assert engine.prompts.student == "Look. {problem}"
 
 
-def test_head_bias_and_logit_settings_of_the_model_are_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train_head", [False, True], ids=["", "trained"])
+def test_head_bias_and_logit_settings_of_the_model_are_used(train_head: bool, tmp_path: Path) -> None:
     """The divergence is that of the model's own logits, whatever stands between head and softmax."""
     model = tiny_student(torch.float64)
     old = lm_head(model)
@@ -880,10 +881,12 @@ def test_head_bias_and_logit_settings_of_the_model_are_used(tmp_path: Path) -> N
     with torch.no_grad():
         model.lm_head.weight.copy_(old.weight)
         model.lm_head.bias.normal_()
-    args = config(tmp_path, clip_mode="none", per_device_train_batch_size=4)
+    own = {"lora": False, "train_head": True} if train_head else {}  # then the teacher keeps weight and bias
+    args = config(tmp_path, clip_mode="none", per_device_train_batch_size=4, **own)
     data = rows(4)
     engine = trainer(model, args, data, texts=TEXTS)
-    frozen = copy.deepcopy(engine.model).get_base_model().eval()
+    frozen = copy.deepcopy(engine.model).eval()
+    frozen = frozen if train_head else frozen.get_base_model()
     _move(engine)
     expected = straight_line(engine.model, frozen, args, data)
     engine.train()

@@ -361,8 +361,8 @@ def _logprobs(
     settings = {"temperature": config.divergence_temperature, "impl": config.impl}
     shared = lm_head(student) is lm_head(scorer.model)
     with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:
-        kept = teacher.head_weight(lm_head(student)) if teacher and shared else None  # a head that trains keeps a copy
-        teacher_head = teacher_head if kept is None else replace(teacher_head, weight=kept)
+        if teacher and shared:  # a head that trains keeps a copy
+            teacher_head = teacher.head(teacher_head)
         student_hidden, hidden = (x.to(head.weight.dtype) for x in (student_hidden, hidden))
         found = _of_labels(batch, swapped, student_hidden, hidden, (head, teacher_head), settings)
     reshard(student)

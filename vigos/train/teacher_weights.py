@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vigos.divergence.head import Head
 from vigos.models.parts import lm_head, unwrap
 from vigos.models.sharding import gather, local_shard, reshard, shard_of, sharding_of
 
@@ -47,15 +49,14 @@ class TeacherWeights:
         self.copies: dict[str, Tensor] = {}  # this rank's shards
         self.parameters: dict[str, nn.Parameter] = {}
         self._sharded: nn.Module | None = None
-        self._head: str | None = None
+        self._head: dict[str, str] = {}  # "weight", "bias" of a head that trains -> its parameter's name
         if kind == "live":
             return
-        in_adapter, head = _adapter_parameters(core), lm_head(core).weight
+        in_adapter, head = _adapter_parameters(core), lm_head(core)._parameters
         for name, parameter in core.named_parameters():
             if parameter.requires_grad and not (self.adapter == "off" and id(parameter) in in_adapter):
                 self.parameters[name] = parameter
-                if parameter is head:
-                    self._head = name
+                self._head |= {part: name for part, value in head.items() if value is parameter}
         if not deferred:
             self._copy()
 
@@ -121,11 +122,13 @@ class TeacherWeights:
                 for name, values in students.items():
                     local_shard(self.parameters[name]).copy_(values)
 
-    def head_weight(self, head: Any) -> Tensor | None:
-        """Return the gathered head (V, D) of the teacher's hidden states; None: it is the student's."""
-        if self._head is None:
-            return None
-        return gather(self.copies[self._head].to(head.weight.dtype), self.parameters[self._head])
+    def head(self, student: Head) -> Head:
+        """Return the teacher's gathered head, given the student's: a weight or bias that trains is replaced."""
+        kept = {
+            part: gather(self.copies[name].to(student.weight.dtype), self.parameters[name])
+            for part, name in self._head.items()
+        }
+        return replace(student, weight=kept.get("weight", student.weight), bias=kept.get("bias", student.bias))
 
     @torch.no_grad()
     def update(self) -> None:

@@ -23,7 +23,6 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
 from vigos.models.logits import logit_transform
-from vigos.models.parts import base_model, lm_head
+from vigos.models.parts import base_model
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
@@ -243,8 +242,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
                 token_budget=self.scorer.token_budget, vision=vision, dummy=dummy,
             )[: None if batch.student_sequences else 0]  # fmt: skip
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
-            kept = self.teacher.head_weight(lm_head(model))
-            teacher_head = head if kept is None else replace(head, weight=kept)
+            teacher_head = self.teacher.head(head)
             student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
             out = linear_divergence(
                 student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
