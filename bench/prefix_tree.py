@@ -158,8 +158,8 @@ def kl_deviations(
 
 def run_released(model: torch.nn.Module, batches: list[list[ScoredSequence]]) -> None:
     for batch in batches:
-        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
-        model(**padded_batch(model, members, None), use_cache=False).logits  # noqa: B018
+        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s.prompt) for s in batch]
+        model(**padded_batch(model, members), use_cache=False).logits  # noqa: B018
 
 
 def cpu_flash(query, key, *_, **__):
@@ -253,13 +253,13 @@ def counts(
     model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]]
 ) -> dict[str, int]:
     """Tokens the language model reads, padding included."""
-    from vigos.scoring.forwards import plan_passes
+    from vigos.scoring.forwards import plan_forwards
 
     longest = [max(len(s.prompt.ids) + len(s.completion_ids) for s in batch) for batch in released]
     return {
         "released": sum(len(batch) * n for batch, n in zip(released, longest, strict=True)),
         **{
-            scheme: sum(each.tokens for each in plan_passes(model, routed, scheme, 16_384, "auto", None))
+            scheme: sum(each.tokens for each in plan_forwards(model, routed, scheme, 16_384, "auto", None))
             for scheme in ("separate", "tree")
         },
     }

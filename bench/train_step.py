@@ -53,8 +53,8 @@ def theirs(
     model: torch.nn.Module, routed: list[ScoredSequence], released: list[list[ScoredSequence]], clock: Clock
 ) -> Tensor:
     def logits(batch: list[ScoredSequence]) -> Tensor:
-        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s) for s in batch]
-        out = model(**padded_batch(model.get_base_model(), members, None), use_cache=False).logits
+        members = [(torch.cat([s.prompt.ids, s.completion_ids]), s.prompt) for s in batch]
+        out = model(**padded_batch(model.get_base_model(), members), use_cache=False).logits
         starts = [len(s.prompt.ids) - 1 for s in batch]
         return torch.stack([row[start : start + COMPLETION] for row, start in zip(out, starts, strict=True)])
 

@@ -181,7 +181,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _backproject(dlogits: Tensor, weight: Tensor, real: int) -> Tensor:
-    """dlogits @ weight over the first `real` entries, as `vigos.divergence.engines.triton.backproject`."""
+    """Return dlogits @ weight over the first `real` entries, as `triton.backproject` computes it."""
     if real == weight.shape[0]:
         return _mm(dlogits, weight)
     main = real - real % DEPTH
