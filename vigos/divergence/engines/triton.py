@@ -171,7 +171,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, config: Config) -> None:
 
 
 def backproject(dlogits: Tensor, weight: Tensor, real: int, out: Tensor, config: Config) -> None:
-    """Compute out = dlogits @ weight over the first `real` entries: rows past them may hold anything and are in no product.
+    """Compute out = dlogits @ weight over the first `real` entries; weight rows past them are in no product.
 
     The last few entries are multiplied apart, so that the large product's depth stays a multiple of the tensor cores'.
     """
