@@ -550,3 +550,17 @@ def test_examples_name_their_images(folder):
     named = [{"path": "b.jpg", "bytes": None}, "a.png", encoded(picture())]
     (row,) = load_rows([record(0, named)], data_root=folder)
     assert row["image_paths"] == ["b.jpg", "a.png", None]
+
+
+def test_images_and_ids_that_only_later_lines_have(tmp_path):
+    """Columns are known from the first hundred records; the default names hold for all."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    line = {"problem": "q", "answer": "a"}
+    lines = [line] * 150 + [line | {"images": ["a.png"], "problem_id": "late"}, line | {"image": "a.png"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    for streaming in (False, True):
+        got = list(load_rows(path, streaming=streaming, bad_rows="return"))
+        assert (got[0]["problem_id"], len(got[0]["images"])) == ("0", 0)
+        assert (got[150]["problem_id"], len(got[150]["images"])) == ("late", 1)
+        assert got[151].reason == "image_column", "an image under another name is not dropped without a word"

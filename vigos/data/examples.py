@@ -68,9 +68,9 @@ class BadExample(ValueError):
 @dataclass(frozen=True)
 class _Columns:
     problem: str
-    images: str | None
+    images: str | None  # None: the data has no images
     answer: str
-    id: str | None
+    id: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Reader:
     image_placeholder: str | None
 
     def row_id(self, record: Mapping[str, Any], number: int | str) -> str:
-        value = record.get(self.columns.id) if self.columns.id else None
+        value = record.get(self.columns.id)
         return str(number if value is None else value)
 
     def read(self, record: Any, number: int | str) -> Example:
@@ -98,6 +98,9 @@ class _Reader:
         _check_text(problem, columns.problem, MAX_PROBLEM, row_id)
         answer = self._answer(record[columns.answer], row_id)
         entries = record.get(columns.images) if columns.images else None
+        other = next((name for name in _IMAGE_NAMES if record.get(name)), None)
+        if columns.images == "images" and "images" not in record and other is not None:
+            raise BadExample(row_id, "image_column", f"it has {other!r}; name the column: images_column={other!r}")
         if entries is None:
             entries = []
         elif not isinstance(entries, list | tuple):
@@ -336,10 +339,8 @@ def _match_columns(
             hint = f"; did you mean images_column={others[0]!r}? images_column=None if the rows have no images"
             has = f"{name_of(source)} has {', '.join(columns)}"
             raise ValueError(f"images_column 'images' is not in the data: {has}{hint}")
-        images = others[0] if others else None  # `datasets` calls the images of a folder file_name; else text only
-    found_id: str | None = row_id
-    if row_id not in columns:
-        if row_id != "problem_id":
-            raise missing("id_column", row_id)
-        found_id = None
-    return _Columns(problem, images, answer, found_id)
+        images = others[0] if others else images  # `datasets` calls the images of a folder file_name
+    if row_id not in columns and row_id != "problem_id":
+        raise missing("id_column", row_id)
+    # The default names hold also where the first records, from which `columns` are, have no images and no ids.
+    return _Columns(problem, images, answer, row_id)
