@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers.training import processor
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.world import world_prompts
@@ -81,3 +82,21 @@ def test_a_failing_processor_is_left_as_it_was() -> None:
     with pytest.raises(ValueError, match="aspect ratio"):
         encode_prompt(own, world_prompts(), "student", "What?", "", [Image.new("RGB", (4000, 4))])
     assert "preprocess" not in vars(own.image_processor)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_template_that_writes_bos_gets_one(images):
+    """Gemma's, Llama's and Mistral's templates write it, and their tokenizers add one to any text."""
+    made = deepcopy(processor())
+    tokenizer = made.tokenizer
+    bos = next(token for token in tokenizer.all_special_tokens if "im" not in token and "vision" not in token)
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    for template, count in ((bos + TEMPLATE, 1), (TEMPLATE, 1)):
+        made.chat_template = tokenizer.chat_template = template
+        asked = [picture(seed) for seed in range(images)]
+        ids = encode_prompt(made, world_prompts(), "student", "What?", images=asked).ids.tolist()
+        assert ids.count(tokenizer.bos_token_id) == count
+        assert ids[0] == tokenizer.bos_token_id

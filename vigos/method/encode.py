@@ -102,12 +102,17 @@ def encode_prompt(
     if not hasattr(processor, "image_processor"):  # a tokenizer: its templates expect plain strings
         messages = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefill
+    tokenizer = getattr(processor, "tokenizer", processor)
+    # A template that writes BOS (Gemma, Llama, Mistral) would get a second one from the tokenizer.
+    special = {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
     processed: list[Any] = []
     if images:
         with _processing_once(processor.image_processor, like.processed if like else (), processed):
-            batch = processor(text=[text], images=[list(images)], return_tensors="pt", return_mm_token_type_ids=True)
+            batch = processor(
+                text=[text], images=[list(images)], return_tensors="pt", return_mm_token_type_ids=True, **special
+            )
     else:
-        batch = processor(text=[text], return_tensors="pt")
+        batch = processor(text=[text], return_tensors="pt", **special)
     tensors = {k: v for k, v in batch.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
     types = batch.get("mm_token_type_ids") if images else None
     return EncodedPrompt(
