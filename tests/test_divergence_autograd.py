@@ -47,7 +47,7 @@ def test_second_derivatives_raise(name):
 
 
 def test_a_teacher_of_inference_mode():
-    """What was computed under inference_mode is read where it lies."""
+    """Read a teacher computed under inference_mode where it lies."""
     student, head, teacher = tensors()
     expected = [CALLS[name](student, head, teacher) for name in ("linear", "logits")]
     with torch.inference_mode():

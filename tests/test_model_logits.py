@@ -1,4 +1,4 @@
-"""What a model does to its logits after the head, against the model's own forward, for families that do something."""
+"""Compare our reading of what a model does to its logits after the head with its own forward, for families that do."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What several test files share: tiny models, hostile inputs, real processes. Programs here are started by path."""
+"""Share between test files: tiny models, hostile inputs, real processes. Programs here are started by path."""

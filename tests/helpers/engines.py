@@ -18,7 +18,7 @@ GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Profile:
-    """What an ordinary case is for an engine.
+    """Size an ordinary case for an engine.
 
     Attributes:
         n, d, v: rows, width and vocabulary: small where Triton's interpreter or the emulation of CUDA runs the kernels.
