@@ -73,7 +73,7 @@ def test_an_evaluation_asks_as_the_model_was_trained_and_skips_what_is_too_long(
         found[name] = json.loads((tmp_path / f"eval-{name}" / "summary.json").read_text())
     assert found["asked"] == found["builtin"]
     assert found["asked"]["valid_rate"] > 0.8 > found["unasked"]["valid_rate"], "other words, other answers"
-    assert (found["asked"]["rows"], found["asked"]["skipped_reasons"]) == (30, {"prompt_too_long": 1})
+    assert (found["asked"]["examples"], found["asked"]["skipped_reasons"]) == (30, {"prompt_too_long": 1})
     assert " % (" in capsys.readouterr().out
 
     record = json.loads((tmp_path / "eval-asked" / "records.jsonl").read_text().splitlines()[1])

@@ -145,7 +145,7 @@ def test_rollouts_come_from_the_weights_of_one_step_before(ran: tuple[Watched, E
         assert engine.written[step] == sampled_here(engine, step, engine.weights[old]), step
         differ += not first and engine.written[step] != sampled_here(engine, step, engine.weights[step])
         mine = [entry for entry in asked if entry["seed"] in engine.requests[step].seeds]
-        assert len(mine) == len(engine.requests[step].rows)
+        assert len(mine) == len(engine.requests[step].examples)
         names = {entry["model"] for entry in mine}
         assert len(names) == 1, "from one set of weights, never from two"
         assert names.pop().startswith(f"vigos-{old}" if old else "base")
@@ -153,7 +153,7 @@ def test_rollouts_come_from_the_weights_of_one_step_before(ran: tuple[Watched, E
             assert all(entry["begin"] < ends.at[step - 1] for entry in mine), "beside the step before"
             assert all(entry["begin"] > ends.at[step - 2] for entry in mine if step > 1), "after the one before that"
     assert differ >= 3, "a step changes what is sampled, or this test would see nothing"
-    assert len(asked) == sum(len(request.rows) for request in engine.requests.values()), "nothing past the end"
+    assert len(asked) == sum(len(request.examples) for request in engine.requests.values()), "nothing past the end"
     assert not [t for t in threading.enumerate() if t.name.startswith("vigos-")]
 
 
@@ -166,7 +166,7 @@ def test_the_same_run_twice_is_the_same_run(ran: tuple[Watched, Ends, Path], ser
     again.train()
     assert again.written == engine.written
     assert logs_of(again) == logs_of(engine)
-    assert any(log.get("rows/skipped") == 1 for log in logs_of(engine))
+    assert any(log.get("examples/skipped") == 1 for log in logs_of(engine))
     skipped = [[json.loads(line) for line in (folder / run / "skipped.jsonl").open()] for run in ("run", "again")]
     assert skipped[0] == skipped[1]
     assert [record["step"] // EPOCH for record in skipped[0]] == [0, 1][: len(skipped[0])]

@@ -144,8 +144,8 @@ def test_parquet_as_published(name: str, tmp_path: Path) -> None:
     for source in (file, tmp_path):
         rows = {row["problem_id"]: row for row in load_benchmark(name, source)}
         assert list(rows) == list(WANTED[name])
-        for row_id, (problem, answer, images, extra) in WANTED[name].items():
-            row = rows[row_id]
+        for example_id, (problem, answer, images, extra) in WANTED[name].items():
+            row = rows[example_id]
             assert (row["problem"], row["answer"], len(row["images"])) == (problem, answer, images)
             assert {key: row["extra"][key] for key in extra} == extra
     colors = [row["images"][0].getpixel((3, 3)) for row in load_benchmark(name, file)]
@@ -170,7 +170,7 @@ def rows_of(name: str, folder: Path, *records: dict[str, Any]) -> list[Any]:
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     found: Any = load_benchmark(name, file)
-    found.bad_rows = "return"
+    found.bad_examples = "return"
     return list(found)
 
 
@@ -279,7 +279,7 @@ def test_eval_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         main([*command, "--output-dir", str(tmp_path / "out")])
     assert not stop.value.code
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["rows"], summary["score_rows"], summary["prior_rows"]) == (6, 4, 2)
+    assert (summary["examples"], summary["score_examples"], summary["prior_examples"]) == (6, 4, 2)
     again = [*command, "--output-dir", str(tmp_path / "b"), "--baseline", str(tmp_path / "out" / "records.jsonl")]
     with pytest.raises(SystemExit) as stop:
         main(again)

@@ -19,7 +19,7 @@ from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN, after_training, check_t
 from vigos.cli.doctor import examine
 from vigos.cli.folders import RUN, output_folder
 from vigos.cli.options import UsageError, declared
-from vigos.data.examples import load_rows
+from vigos.data.examples import load_examples
 from vigos.divergence.engines import IMPLS
 from vigos.launch import Source, run_facts
 from vigos.system.files import owned
@@ -202,8 +202,8 @@ def test_world_generate_eval_and_compare(tmp_path, capsys):
         sampling = ["--temperature", "1", "--max-new-tokens", "48", "--seed", seed]
         assert run("eval", "--model", "builtin", *paths, *sampling) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["rows"] == 9
-    assert summary["score_rows"] == 6
+    assert summary["examples"] == 9
+    assert summary["score_examples"] == 6
     capsys.readouterr()
     assert run("compare", *(str(tmp_path / name / "records.jsonl") for name in "ab")) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_python_m_vigos_and_the_version():
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
     assert vigos.__version__ == importlib.metadata.version("vigos")
-    assert vigos.load_rows is load_rows
+    assert vigos.load_examples is load_examples
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_imported(tmp_path):
@@ -281,7 +281,7 @@ def test_demo_yaml_is_the_demo(tmp_path):
     file = Path(__file__).parents[1] / "configs" / "demo.yaml"
     source, config = TRAIN.parse(file, ["--data", str(data), "--output-dir", str(tmp_path / "run")])
     assert source.model == "builtin"
-    sizes = {"max_steps": FULL.steps, "per_device_train_batch_size": FULL.rows_a_step}
+    sizes = {"max_steps": FULL.steps, "per_device_train_batch_size": FULL.examples_a_step}
     demo = world_config(tmp_path / "run", seed=0, completion_steps=5, completion_top_k=5, **sizes)
     mine, theirs = config.to_dict(), demo.to_dict()
     differing = {name for name in theirs if mine[name] != theirs[name]}

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 import vigos
 from vigos.method.objective import PRESETS, choices_of
-from vigos.train.config import RENAMED, ViGOSConfig
+from vigos.train.config import ViGOSConfig
 
 OWN = [f for f in fields(ViGOSConfig) if f.name in ViGOSConfig.__annotations__]
 
@@ -95,13 +95,6 @@ def test_number_out_of_range_is_named(tmp_path: Path, options: dict[str, object]
         ValueError, match=rf"(?:{name}|n) must .*got {'none' if value == [] else re.escape(str(value))}"
     ):
         make(tmp_path, **options)
-
-
-def test_an_option_that_was_renamed_says_its_name(tmp_path: Path) -> None:
-    for old, name in RENAMED.items():
-        assert name in {f.name for f in OWN}
-        with pytest.raises(ValueError, match=f"unknown option '{old}': it is called '{name}'"):
-            make(tmp_path, **{old: None})
 
 
 def test_combinations_that_cannot_run(tmp_path: Path) -> None:

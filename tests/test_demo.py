@@ -11,7 +11,7 @@ from vigos.study import demo
 
 @pytest.mark.slow
 def test_demo_writes_what_it_promises_and_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(steps=3, rows_a_step=8, triplets=6))
+    monkeypatch.setattr(demo, "QUICK", demo.DemoSize(steps=3, examples_a_step=8, triplets=6))
     first, second = (demo.run_demo(tmp_path / name, quick=True, console=Console(quiet=True)) for name in "ab")
     saved = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert saved == json.loads(json.dumps(first))

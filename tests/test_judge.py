@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.processes import HELPERS
 
-from vigos.data.examples import load_rows
+from vigos.data.examples import load_examples
 from vigos.eval.evaluate import evaluate
 from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError, verdict
 from vigos.rollout.engine import RolloutEngine
@@ -123,7 +123,7 @@ def test_rows_that_were_not_judged_are_not_wrong(address: str, tmp_path: Path) -
     from vigos.world import load_base
 
     tokenizer = load_base()[1].tokenizer
-    rows = load_rows([{"problem": "Which?", "answer": "red", "problem_id": str(i)} for i in range(6)])
+    rows = load_examples([{"problem": "Which?", "answer": "red", "problem_id": str(i)} for i in range(6)])
     engine, records = Says(tokenizer, r"\boxed{it is red}"), tmp_path / "records.jsonl"
 
     def found(judge: Judge | None, **options: Any) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_rows_that_were_not_judged_are_not_wrong(address: str, tmp_path: Path) -
 
     assert found(None)["accuracy"] == 0.0
     sometimes = found(asked(address, "sometimes", retries=0), records=records)
-    assert (sometimes["rows"], sometimes["accuracy"]) == (3, 1.0)
+    assert (sometimes["examples"], sometimes["accuracy"]) == (3, 1.0)
     assert sometimes["skipped_reasons"] == {"judge_failed": 3}
     with pytest.raises(ValueError, match="judge 'judge' there, None here"):
         found(None, records=records)

@@ -224,12 +224,12 @@ def test_headline_is_paired_and_has_intervals(run: Path) -> None:
     assert score.before is not None
     assert score.after is not None
     assert score.comparison is not None
-    assert (round(score.before[0]), round(score.after[0]), score.comparison.rows) == (25, 75, 12)
+    assert (round(score.before[0]), round(score.after[0]), score.comparison.examples) == (25, 75, 12)
     assert score.before[1] < score.before[0] < score.before[2]
     assert (score.comparison.better, score.comparison.worse) == (6, 0)
     text = render([loaded])
     assert "+50.0" in text
-    assert "12 rows" in text
+    assert "12 examples" in text
 
 
 def test_evaluations_of_other_rows_are_not_paired(run: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_older_and_emptier_runs(tmp_path: Path, run: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 0.5, "kl/perception": 0.1, "rows/skipped": 2}\n{"step": 2, "lo'
+        '{"step": 1, "loss": 0.5, "kl/perception": 0.1, "examples/skipped": 2}\n{"step": 2, "lo'
     )
     text = write_report(bare, tmp_path / "bare.html").read_text()
     assert "Divergence before the clip" in text

@@ -42,7 +42,7 @@ from vigos.train.config import ViGOSConfig
 from vigos.world import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = Plan("tiny", arms=("base", "vigos"), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)
+TINY = Plan("tiny", arms=("base", "vigos"), steps=2, examples_a_step=4, triplets=2, palr_examples=4, check_triplets=1)
 
 
 # --- Plan -------------------------------------------------------------------------------------------------------------
@@ -302,7 +302,8 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     afterwards."""
     script = (
         "from vigos.study.plan import Plan\nfrom vigos.study.run import run_study\n"
-        "plan = Plan('tiny', arms=('base',), steps=2, rows_a_step=4, triplets=2, palr_rows=4, check_triplets=1)\n"
+        "plan = Plan('tiny', arms=('base',), steps=2, examples_a_step=4, triplets=2,"
+        " palr_examples=4, check_triplets=1)\n"
         f"if __name__ == '__main__': run_study(plan, {str(tmp_path / 'study')!r})\n"
     )
     file = tmp_path / "run.py"

@@ -28,7 +28,7 @@ from helpers.training import (
 )
 from torch import Tensor
 
-from vigos.data.examples import ImageLimits, load_rows
+from vigos.data.examples import ImageLimits, load_examples
 from vigos.models.parts import lm_head
 from vigos.train.adapters import build_lora, merged_copy, prepare_model
 from vigos.train.config import ViGOSConfig
@@ -570,7 +570,7 @@ def test_metrics_of_a_known_step(tmp_path: Path) -> None:
     assert "rollout/invalid/no_box" not in log
     assert log["length/completion"] == sum(lengths) / 4
     assert log["token_share/reference"] == pytest.approx((lengths[1] + lengths[3]) / sum(lengths))
-    assert log["rows/skipped"] == 0
+    assert log["examples/skipped"] == 0
     assert 0 < log["clipped_kl/reference"] < 1
     assert log["kl/reference"] > log["loss/reference"] > 0
     for name in (
@@ -705,11 +705,11 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     lines = [json.dumps(r | {"problem_id": f"r{i}"}) for i, r in enumerate(records)]
     (folder / "train.jsonl").write_text("\n".join(lines))
     args = config(tmp_path / "run", per_device_train_batch_size=4, max_steps=2, max_prompt_length=100)
-    engine = trainer(tiny_student(), args, load_rows(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
+    engine = trainer(tiny_student(), args, load_examples(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, logger="vigos.train.rollouts"):
         engine.train()
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    reasons = {s["row"]: s["reason"] for s in skipped}
+    reasons = {s["example"]: s["reason"] for s in skipped}
     assert reasons == {
         "r1": "missing_image",
         "r2": "unreadable_image",
@@ -718,9 +718,9 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
         "r5": "unbalanced_answer",
         "r6": "prompt_too_long",
     }
-    assert "max_prompt_length is 100" in next(s["detail"] for s in skipped if s["row"] == "r6")
+    assert "max_prompt_length is 100" in next(s["detail"] for s in skipped if s["example"] == "r6")
     logs = [log for log in engine.state.log_history if "loss" in log]
-    assert [log["rows/skipped"] for log in logs] == [3, 3]
+    assert [log["examples/skipped"] for log in logs] == [3, 3]
     assert engine.rollouts.examples_used == 2
     assert engine.rollouts.skipped.total() == 6
     assert all(f"skipped row r{i}:" in caplog.text for i in range(1, 7))
@@ -728,13 +728,13 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
 
 def test_row_that_the_processor_refuses_is_skipped(tmp_path: Path) -> None:
     strip = {"problem": "Which ink?", "images": [picture(0, 4000, 8)], "answer": "red", "problem_id": "strip"}
-    data = load_rows([strip, *rows(1)])
+    data = load_examples([strip, *rows(1)])
     images = replace(data.reader.images, limits=ImageLimits(max_aspect=1e9))
     data.reader = replace(data.reader, images=images)  # type: ignore[union-attr]
     engine = trainer(tiny_student(), config(tmp_path), data, texts=[VALID_A])  # type: ignore[arg-type]
     engine.train()
     (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert (skipped["row"], skipped["reason"]) == ("strip", "not_encodable")
+    assert (skipped["example"], skipped["reason"]) == ("strip", "not_encodable")
     assert "aspect ratio" in skipped["detail"]
     assert engine.rollouts.examples_used == 1
 
@@ -750,7 +750,7 @@ def test_a_step_of_bad_rows_alone_goes_by(tmp_path: Path) -> None:
 
 def test_dataset_without_a_usable_row(tmp_path: Path) -> None:
     data = [{**row, "answer": ""} for row in rows(3)]
-    with pytest.raises(ValueError, match=r"none of the 3 rows read is usable \(empty_answer 3\); the first: row row-0"):
+    with pytest.raises(ValueError, match=r"none of the 3 examples read .*\(empty_answer 3\); the first: example row-0"):
         trainer(tiny_student(), config(tmp_path), data).train()
     with pytest.raises(ValueError, match=r"none of the 2 examples .* is usable \(prompt_too_long 2\)"):
         trainer(tiny_student(), config(tmp_path, max_prompt_length=8), rows(2)).train()
@@ -802,7 +802,7 @@ def test_streamed_rows(tmp_path: Path) -> None:
     picture(0).save(folder / "a.png")
     record = json.dumps({"problem": "Which ink?", "images": ["a.png"], "answer": "red"})
     (folder / "train.jsonl").write_text("\n".join([record] * 5))
-    stream = load_rows(folder / "train.jsonl", streaming=True)
+    stream = load_examples(folder / "train.jsonl", streaming=True)
     args = config(tmp_path / "run", max_steps=3, clip_mode="none")
     engine = ViGOSTrainer(tiny_student(), args, processor(), stream, prompts=PROMPTS)
     engine.train()

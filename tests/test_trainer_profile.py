@@ -46,7 +46,7 @@ def test_images_are_decoded_in_other_processes(tmp_path: Path) -> None:
         engine.train()
         found.append([{k: v for k, v in log.items() if "perf/" not in k} for log in engine.state.log_history[:3]])
     assert found[0] == found[1]
-    assert sum(log["rows/skipped"] for log in found[0]) == 1
+    assert sum(log["examples/skipped"] for log in found[0]) == 1
 
 
 def test_profile_needs_its_steps(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def compare(
         low, high = c.interval
         rows.append(
             (
-                metric, str(c.rows), per_cent(c.a), per_cent(c.b), f"{100 * c.difference:+.1f}",
+                metric, str(c.examples), per_cent(c.a), per_cent(c.b), f"{100 * c.difference:+.1f}",
                 f"{100 * low:+.1f} to {100 * high:+.1f}", f"{c.better} / {c.worse}", f"{c.p_value:.2g}",
                 "yes" if c.differs else "no",
             )

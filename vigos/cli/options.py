@@ -175,10 +175,7 @@ def check_value(option: Option, value: Any, where: str) -> None:
 
 def unknown(key: str, known: Mapping[str, Option], where: str) -> UsageError:
     """Return an error that names the nearest known option."""
-    from vigos.train.config import RENAMED
-
-    name = key.replace("-", "_")
-    near = [RENAMED[name]] if RENAMED.get(name) in known else difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
     hint = f"; did you mean {known[near[0]].flag if where == 'command line' else near[0]!r}?" if near else ""
     return UsageError(f"{where}: unknown option {key!r}{hint}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from vigos.data.examples import ExampleDataset, ExampleStream, load_rows
+from vigos.data.examples import ExampleDataset, ExampleStream, load_examples
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ def _is_empty(image: Any) -> bool:
 
 
 def _row(
-    record: Record, row_id: Any, problem: str, answer: Any, images: Sequence[Any], *keep: str, **extra: Any
+    record: Record, example_id: Any, problem: str, answer: Any, images: Sequence[Any], *keep: str, **extra: Any
 ) -> dict[str, Any]:
     """Return an example; if all of `images` are null it holds a null, so that it is skipped and not asked blindly."""
     shown = [image for image in images if not _is_empty(image)] or [None] * bool(images)
     kept = {name: record[name] for name in keep if record.get(name) is not None}
     answer = None if answer is None else str(answer)
-    return {"problem": problem, "images": shown, "answer": answer, "problem_id": str(row_id)} | kept | extra
+    return {"problem": problem, "images": shown, "answer": answer, "problem_id": str(example_id)} | kept | extra
 
 
 def _vilp(record: Record, n: int) -> Iterator[dict[str, Any]]:
@@ -210,7 +210,7 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
         name: a key of BENCHMARKS.
         path: a .parquet, .json (a list, or records by id) or .jsonl file, or a folder whose files of one of these
             kinds are read in the order of their names. Image paths are relative to the folder.
-        allow_outside_root: as in `load_rows`, whose bounds hold here too.
+        allow_outside_root: as in `load_examples`, whose bounds hold here too.
 
     A record that cannot be read, or lacks its answer or its image, is a `BadExample`.
 
@@ -239,7 +239,7 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
             rows.append({"problem": "?", "images": [], "answer": None, "problem_id": f"record {n}"})
     if failure and not any(row["answer"] is not None for row in rows):
         raise ValueError(failure)
-    return load_rows(
+    return load_examples(
         rows, data_root=path if path.is_dir() else path.parent, image_placeholder=None,
         allow_outside_root=allow_outside_root,
     )  # fmt: skip

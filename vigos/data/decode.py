@@ -198,8 +198,8 @@ class _TooLargeHere(Exception):
 class _ClockedFile:
     """A file whose `read` raises once this thread has worked for `seconds` since it was made.
 
-    Processor time: a busy machine or slow storage must not change which rows a run uses. Without a `fileno`, so that
-    no decoder goes around it.
+    Processor time: a busy machine or slow storage must not change which examples a run uses. Without a `fileno`, so
+    that no decoder goes around it.
     """
 
     def __init__(self, file: BinaryIO, seconds: float) -> None:

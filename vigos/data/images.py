@@ -66,7 +66,7 @@ class ImageLoader:
 
     def _path(self, text: str) -> Path:
         if self.root is None and not self.allow_outside_root:
-            raise BadImage("outside_root", f"image path {text!r} needs data_root: these rows come from no folder")
+            raise BadImage("outside_root", f"image path {text!r} needs data_root: these examples come from no folder")
         try:
             path = (Path(text) if self.root is None else self.root / text).resolve()
             inside = self.root is not None and path.is_relative_to(self.root.resolve())

@@ -76,7 +76,7 @@ class EvaluationResult:
             found.append(f"only {len(shared)} of {fewest} examples are in both")
         return found
 
-    def rows_of(self, metric: Metric) -> list[dict[str, Any]]:
+    def examples_of(self, metric: Metric) -> list[dict[str, Any]]:
         """Return the records that a metric is taken over."""
         role = {"score": CONFLICT, "prior": PRIOR}.get(metric)
         return [r for r in self.answered if role is None or r["extra"].get(ROLE) == role]
@@ -85,7 +85,7 @@ class EvaluationResult:
         """Return a metric's mean over the samples of each example it is taken over, by the example's key."""
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
-        return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.rows_of(metric)}
+        return {r["key"]: _mean([_counts(s, metric) for s in r["samples"]]) for r in self.examples_of(metric)}
 
     def summary(self, group_by: str | None = None) -> dict[str, Any]:
         """Return shares in [0, 1] and, under `<name>_interval`, the 95 % interval of each over examples.
@@ -96,7 +96,7 @@ class EvaluationResult:
         n, k = self.settings["n"], self.settings["k"]
         answered = self.answered
         samples = [s for r in answered for s in r["samples"]]
-        found: dict[str, Any] = {"rows": len(answered), "samples": n, "skipped": len(self.records) - len(answered)}
+        found: dict[str, Any] = {"examples": len(answered), "samples": n, "skipped": len(self.records) - len(answered)}
         if self.damaged:
             found["damaged_lines"] = self.damaged
 
@@ -112,7 +112,7 @@ class EvaluationResult:
             values = self.values(metric)
             if values:
                 report(metric, list(values.values()))
-                found[f"{metric}_rows"] = len(values)
+                found[f"{metric}_examples"] = len(values)
         report("valid_rate", list(self.values("valid_rate").values()))
         report("unparseable", list(self.values("unparseable").values()))
         found["unfinished"] = _mean([float(not s["finished"]) for s in samples])
@@ -135,7 +135,7 @@ class EvaluationResult:
             if not groups:
                 raise ValueError(f"group_by must be a field of the examples, got {group_by!r}")
             found["groups"] = {
-                level: {"accuracy": _mean(v), "accuracy_interval": list(mean_interval(v)), "rows": len(v)}
+                level: {"accuracy": _mean(v), "accuracy_interval": list(mean_interval(v)), "examples": len(v)}
                 for level, v in groups.items()
             }
         return found
@@ -170,7 +170,7 @@ class Comparison:
 
     Attributes:
         metric: the metric that is compared.
-        rows: number of examples that both runs answered.
+        examples: number of examples that both runs answered.
         a, b: the metric's mean over them.
         difference: b − a.
         interval: its 95 % bootstrap interval, over examples, or over triplets where the examples have them.
@@ -180,7 +180,7 @@ class Comparison:
     """
 
     metric: str
-    rows: int
+    examples: int
     a: float
     b: float
     difference: float
@@ -222,7 +222,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
     better, worse = sum(sign * d > 0 for d in differences), sum(sign * d < 0 for d in differences)
     return Comparison(
         metric=metric,
-        rows=len(keys),
+        examples=len(keys),
         a=_mean([in_a[key] for key in keys]),
         b=_mean([in_b[key] for key in keys]),
         difference=_mean(differences),
@@ -276,7 +276,7 @@ def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any
 
 
 def resume_records(
-    path: Path, settings: dict[str, Any], resume: bool, rows_a_batch: int, total: int | None
+    path: Path, settings: dict[str, Any], resume: bool, examples_a_batch: int, total: int | None
 ) -> list[dict[str, Any]]:
     """Return the records that `path` holds already, and leave the file ready to be appended to.
 
@@ -294,7 +294,7 @@ def resume_records(
             if damaged:
                 logger.warning("%s has %d damaged lines; evaluating anew from the first of them", path, damaged)
                 records = records[: len(offsets) - 1]
-            kept = len(records) if len(records) == total else len(records) // rows_a_batch * rows_a_batch
+            kept = len(records) if len(records) == total else len(records) // examples_a_batch * examples_a_batch
             with path.open("r+b") as file:
                 file.truncate(offsets[kept])
             return records[:kept]

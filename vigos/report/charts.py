@@ -70,8 +70,9 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
                     _reasons(logs), share=True,
                 ),
                 lines(
-                    "left_out", "Left out", "Rows that could not be used, and steps whose loss was not finite.", logs,
-                    _happened(logs, [("rows/skipped", "rows", SERIES[1]), ("steps/dropped", "steps", SERIES[2])]),
+                    "left_out", "Left out", "Unusable examples, and steps whose loss was not finite.", logs,
+                    _happened(logs, [("examples/skipped", "examples", SERIES[1]),
+                                      ("steps/dropped", "steps", SERIES[2])]),
                 ),
                 lines(
                     "valid", "Valid rollouts", "Share in the asked format, and share ended by an end token.", logs,

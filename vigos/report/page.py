@@ -38,7 +38,7 @@ _MEDIA = {"png": "image/png", "webp": "image/webp"}
 HEADLINE: tuple[tuple[Metric, str, str], ...] = (
     ("score", "Score", "right where the image contradicts the prior"),
     ("prior", "Prior", "right where the image agrees with it"),
-    ("accuracy", "Accuracy", "right over all rows"),
+    ("accuracy", "Accuracy", "right over all examples"),
     ("valid_rate", "In format", "outputs in the asked format, right or wrong"),
 )
 
@@ -197,7 +197,7 @@ def _preferring(
 
 @dataclass(frozen=True)
 class Number:
-    """One line of the headline: shares in per cent, with 95 % intervals; the difference is paired by row."""
+    """One line of the headline: shares in per cent, with 95 % intervals; the difference is paired by example."""
 
     label: str
     meaning: str
@@ -217,13 +217,13 @@ def headline(before: EvaluationResult | None, after: EvaluationResult | None) ->
             (100 * s[metric], *(100 * v for v in s[f"{metric}_interval"])) if metric in s else None for s in summaries
         ]
         if any(values):
-            both = before is not None and after is not None and all(values) and _same_rows(before, after)
+            both = before is not None and after is not None and all(values) and _same_examples(before, after)
             paired = compare(before, after, metric=metric) if both else None  # type: ignore[arg-type]
             found.append(Number(label, meaning, values[0], values[1], paired))  # type: ignore[arg-type]
     return found
 
 
-def _same_rows(a: EvaluationResult, b: EvaluationResult) -> bool:
+def _same_examples(a: EvaluationResult, b: EvaluationResult) -> bool:
     """Return True if two evaluations share examples, and agree on the answers of those they share."""
     answers = {r["key"]: r["answer"] for r in a.answered}
     shared = [r for r in b.answered if r["key"] in answers]
@@ -373,7 +373,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         letters="AB",
         opsd=any((run.config.get("vigos") or {}).get("method") == "opsd" for run in runs),
-        facts=_fact_rows(runs),
+        facts=_fact_examples(runs),
         headlines=[headline(run.before, run.after) for run in runs],
         versus=headline(runs[0].after, runs[1].after) if len(runs) == 2 and runs[0].after and runs[1].after else [],
         sections=[(key, title, [(c, Markup(c.svg)) for c in charts]) for key, title, charts in sections],
@@ -399,7 +399,7 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def _fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _fact_examples(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return (run, facts): of two runs first the facts they share, then those of each."""
     facts = [_facts(run) for run in runs]
     if len(facts) == 1:

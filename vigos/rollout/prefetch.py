@@ -17,8 +17,8 @@ prefix counts; there are none. So one step off-policy shifts the mixture of pref
 changes, and moves no token's target. Metrics of the rollouts (valid, accuracy, lengths) speak of the student of one
 step before.
 
-Exactly one step: except in the first step of an epoch, whose rows nobody knows before it begins. Its rollouts are its
-own, as in the first step of a run.
+Exactly one step: except in the first step of an epoch, whose examples nobody knows before it begins. Its rollouts are
+its own, as in the first step of a run.
 
 The engine must own its weights (`update_weights` moves them on): server and vLLM do. One that samples from the model
 that the optimizer is stepping would mix weights of two steps within a completion, and is refused.
@@ -51,21 +51,21 @@ class Request:
     Attributes:
         step: optimizer steps before it.
         micro_batches: their number; 0: there is no such step.
-        rows: those that can be used: micro-batch, row, the student's prompt.
-        seeds: one for each of `rows`.
+        examples: those that can be used: micro-batch, example, the student's prompt.
+        seeds: one for each of `examples`.
         bad: those that cannot.
     """
 
     step: int
     micro_batches: int
-    rows: Sequence[tuple[int, Example, EncodedPrompt]]
+    examples: Sequence[tuple[int, Example, EncodedPrompt]]
     seeds: Sequence[int]
     bad: Sequence[BadExample]
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
-        """Return the prompts of `rows`."""
-        return [prompt for _, _, prompt in self.rows]
+        """Return the prompts of `examples`."""
+        return [prompt for _, _, prompt in self.examples]
 
     def identity(self, sampling: Sampling) -> str:
         """Return a digest, equal where the same prompts and images are asked for with the same seeds and options."""
@@ -153,7 +153,7 @@ class RolloutsAhead:
             return None
         if saved["identity"] != request.identity(sampling):
             logger.warning(
-                "step %d samples its rollouts now: those in the checkpoint are of other rows, prompts or options",
+                "step %d samples its rollouts now: those in the checkpoint are of other examples, prompts or options",
                 request.step + 1,
             )
             return None

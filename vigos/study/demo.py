@@ -18,12 +18,12 @@ class DemoSize:
     """Size of a demo: training steps, examples a step, triplets of the evaluation."""
 
     steps: int
-    rows_a_step: int
+    examples_a_step: int
     triplets: int  # one image that agrees with the prior and two that contradict it, each
 
 
-QUICK = DemoSize(steps=120, rows_a_step=32, triplets=100)
-FULL = DemoSize(steps=240, rows_a_step=32, triplets=200)
+QUICK = DemoSize(steps=120, examples_a_step=32, triplets=100)
+FULL = DemoSize(steps=240, examples_a_step=32, triplets=200)
 
 
 def run_demo(
@@ -35,7 +35,7 @@ def run_demo(
         `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their Wilson intervals,
         and `seconds`.
     """
-    from vigos.data.examples import load_rows
+    from vigos.data.examples import load_examples
     from vigos.study.plan import world_config
     from vigos.system.files import replace_json
     from vigos.system.screen import make_console, per_cent, print_table
@@ -50,7 +50,7 @@ def run_demo(
     started = time.perf_counter()
 
     console.print("[bold]1/4[/] writing the world: handwritten digits in inks")
-    train = write_world(output_dir / "world", "train", size.steps * size.rows_a_step, seed, conflict=0.5)
+    train = write_world(output_dir / "world", "train", size.steps * size.examples_a_step, seed, conflict=0.5)
     test = write_world(output_dir / "world", "test", size.triplets, seed)
 
     model, processor = load_base()
@@ -58,16 +58,16 @@ def run_demo(
     console.print(f"[bold]2/4[/] evaluating the base on {3 * size.triplets} held-out questions")
     before = _evaluate(model, processor, test, prompts, output_dir / "before.jsonl", seed, console)
 
-    console.print(f"[bold]3/4[/] ViGOS: {size.steps} steps of {size.rows_a_step} rollouts")
+    console.print(f"[bold]3/4[/] ViGOS: {size.steps} steps of {size.examples_a_step} rollouts")
     options = world_config(
-        output_dir / "train", max_steps=size.steps, per_device_train_batch_size=size.rows_a_step, seed=seed,
+        output_dir / "train", max_steps=size.steps, per_device_train_batch_size=size.examples_a_step, seed=seed,
         completion_steps=5, completion_top_k=5,
     )  # fmt: skip
     trainer = ViGOSTrainer(
         model=model,
         args=options,
         processing_class=processor,
-        train_dataset=load_rows(train),
+        train_dataset=load_examples(train),
     )
     Watch.attach(trainer, console, every=20)
     trainer.train()

@@ -129,17 +129,17 @@ class Plan:
     bases: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
     steps: int = 100
-    rows_a_step: int = 32
+    examples_a_step: int = 32
     learning_rate: float = 6e-4
     triplets: int = 200  # of the test rows: one image that agrees with the prior and two that do not
-    palr_rows: int = 64
+    palr_examples: int = 64
     check_triplets: int = 100
 
     def __post_init__(self) -> None:
         for name in (*self.arms, *(arm for axis in self.axes for arm in axis.arms)):
             if name not in ARM:
                 raise ValueError(f"arms must be among {', '.join(ARM)}, got {name!r}")
-        for name in ("steps", "rows_a_step", "triplets", "check_triplets"):
+        for name in ("steps", "examples_a_step", "triplets", "check_triplets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.bases or not self.seeds:
@@ -161,7 +161,7 @@ class Plan:
         return list(found.values())
 
 
-_SIZES = ("steps", "rows_a_step", "learning_rate", "triplets", "palr_rows")
+_SIZES = ("steps", "examples_a_step", "learning_rate", "triplets", "palr_examples")
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,6 @@ from transformers import TrainingArguments
 from vigos.method.objective import PRESETS, Objective, check_choices
 from vigos.rollout.engine import Sampling
 
-# Options that had another name before 0.1.0.
-RENAMED = {
-    "rollout_url": "vllm_server_base_url",
-    "rollout_memory": "vllm_gpu_memory_utilization",
-    "invalid_rows": "invalid_rollouts",
-}
-
 
 def _option(default: Any, help: str) -> Any:
     """Return a dataclass field with its line of help, which must not hold a per cent sign: argparse reads it."""
@@ -197,12 +190,6 @@ class ViGOSConfig(TrainingArguments):
     logging_steps: float = _option(1, "Log every N optimizer steps.")
     remove_unused_columns: bool = _option(False, "Must stay false: examples are not model inputs.")
     dataloader_pin_memory: bool = _option(False, "Examples hold images, not tensors: nothing to pin.")
-
-    def __new__(cls, *args: Any, **options: Any) -> ViGOSConfig:
-        for name in options:
-            if name in RENAMED:
-                raise ValueError(f"unknown option {name!r}: it is called {RENAMED[name]!r}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_choices(self, unset=PRESETS["paper"])

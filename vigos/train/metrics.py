@@ -26,7 +26,7 @@ PER_ROLLOUT = (
     "rollout/valid", "rollout/finished", "rollout/tagless", "rollout/accuracy",
     *(f"rollout/invalid/{reason}" for reason in REASONS),
     "length/completion", "length/description", "length/reasoning", "length/answer",
-    "rows/skipped", "steps/dropped",
+    "examples/skipped", "steps/dropped",
     "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
     "perf/tflops", "perf/mfu",
     "perf/rollout_wait_s",  # with async_rollout: the part of perf/rollout_s for which the step was blocked
@@ -36,7 +36,7 @@ PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{te
 # Added up over ranks, averaged over optimizer steps.
 PER_STEP = (
     *(f"loss/{term}" for term in TERMS),
-    "rows/skipped", "steps/dropped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
+    "examples/skipped", "steps/dropped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
 )  # fmt: skip
 NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
 

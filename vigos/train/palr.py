@@ -4,7 +4,7 @@ A rollout is held fixed. For each supervised token y, with p the student and q t
 
     s    = |log q(y) - log p(y)|                                        how far the teacher moves the student
     c_A  = [log q(y) - log mean_k q(y | wrong answer k)]+               what knowing the answer buys
-    c_I  = [log q(y) - log q(y | the image of another row)]+            what seeing the image buys
+    c_I  = [log q(y) - log q(y | image of another example)]+           what seeing the image buys
     PALR = sum s c_A / sum s (c_A + c_I)
 
 c_A is exactly 0 for a teacher that reads no answer. Only the log-probability of the token that was written is needed,

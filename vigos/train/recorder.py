@@ -62,7 +62,7 @@ class Recorder(TrainerCallback):
 
     def skipped(self, bad: BadExample, step: int) -> None:
         """Record an example that was left out after `step` steps."""
-        self.metrics.add("rows/skipped", 1.0, 0.0)  # a count for each step
+        self.metrics.add("examples/skipped", 1.0, 0.0)  # a count for each step
         self.folder.write_skipped(step, bad)
 
     def sampled(self, rollouts: Sequence[Rollout], sampling_s: float) -> None:

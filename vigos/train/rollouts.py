@@ -198,7 +198,7 @@ class RolloutLoader:
         """Parse the completions; return the rollouts of each micro-batch."""
         groups: list[list[Rollout]] = [[] for _ in range(request.micro_batches)]
         n = self.sampling.n
-        for i, (k, example, prompt) in enumerate(request.rows):
+        for i, (k, example, prompt) in enumerate(request.examples):
             try:
                 rollouts = self._parse(example, prompt, completions[i * n : (i + 1) * n])
             except BadExample as bad:

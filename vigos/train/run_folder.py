@@ -88,7 +88,9 @@ class RunFolder:
 
     def write_skipped(self, step: int, bad: BadExample) -> None:
         """Append an example that was left out to `skipped.jsonl`."""
-        self._append("skipped.jsonl", [{"step": step, "row": bad.row_id, "reason": bad.reason, "detail": bad.detail}])
+        self._append(
+            "skipped.jsonl", [{"step": step, "example": bad.example_id, "reason": bad.reason, "detail": bad.detail}]
+        )
 
     def write_completions(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Append the records of a step's rollouts on this rank to `completions/`."""
