@@ -199,17 +199,18 @@ def points(found: Difference | None) -> str:
 def study_arms() -> str:
     """Every arm of the default world."""
     from vigos.study.plan import ARMS
-    from vigos.study.results import by_base, difference, in_world
+    from vigos.study.results import against_vigos, by_base, in_world
 
     own = in_world(study_rows())
+    against = against_vigos(own)
     lines = []
     for arm in ARMS:
         names = ("score", "prior", "valid_rate", "description", "palr_all")
-        against = "" if arm.name == "vigos" else points(difference(own, arm.name, "vigos"))
-        lines.append([f"`{arm.name}`", *(percent(by_base(own, arm.name, n).values()) for n in names), against])
-    return table(
-        ["arm", "Score", "Prior", "in the format", "description right", "PALR", "Score against `vigos`"], lines
-    )
+        gap, p = against.get(arm.name, (None, None))
+        shares = (percent(by_base(own, arm.name, n).values()) for n in names)
+        lines.append([f"`{arm.name}`", *shares, points(gap), "" if p is None else f"{p:.2g}"])
+    measures = ["Score", "Prior", "in the format", "description right", "PALR"]
+    return table(["arm", *measures, "Score against `vigos`", "p (Holm)"], lines)
 
 
 def study_axes() -> str:
@@ -239,14 +240,15 @@ def study_axes() -> str:
 
 def study_findings() -> str:
     """H1 to H3, base by base."""
+    from vigos.eval.statistics import holm
     from vigos.study.results import findings
 
+    tested = [f for f in findings(study_rows()) if f.difference and f.difference.p_value is not None]
     lines = []
-    for finding in findings(study_rows()):
-        each = " / ".join(f"{100 * v:+.1f}" for v in finding.difference.by_base.values()) if finding.difference else ""
-        p = f"{finding.difference.p_value:.2g}" if finding.difference and finding.difference.p_value is not None else ""
-        lines.append([f"{finding.name}: {finding.says}", each, points(finding.difference), p])
-    return table(["above 0 is what was expected", "base by base", "mean (95 % interval)", "p"], lines)
+    for finding, p in zip(tested, holm([f.difference.p_value for f in tested]), strict=True):
+        each = " / ".join(f"{100 * v:+.1f}" for v in finding.difference.by_base.values())
+        lines.append([f"{finding.name}: {finding.says}", each, points(finding.difference), f"{p:.2g}"])
+    return table(["above 0 is what was expected", "base by base", "mean (95 % interval)", "p (Holm)"], lines)
 
 
 def study_preconditions() -> str:

@@ -5,9 +5,10 @@ import math
 import random
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from PIL import Image
 from vigos.data.examples import load_examples
 from vigos.eval.evaluate import evaluate, model_fingerprint
 from vigos.eval.results import EvaluationResult, compare
-from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test, wilson_interval
+from vigos.eval.statistics import bootstrap_interval, holm, mean_interval, pass_at_k, sign_flip_test, wilson_interval
 from vigos.method.prompts import Prompts
 from vigos.rollout.engine import RolloutEngine
 
@@ -51,13 +52,48 @@ def test_wilson_interval():
         assert 0.92 < covered / 2000 < 0.98
 
 
-def test_sign_test_is_the_exact_binomial():
+def test_sign_flip_test_is_mcnemar_on_single_examples():
     for better, worse in ((0, 0), (1, 0), (5, 0), (3, 9), (40, 61), (7, 7)):
         n = better + worse
         tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2**n
-        assert sign_test(better, worse) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
-        assert sign_test(worse, better) == sign_test(better, worse)
-    assert 0 <= sign_test(20_000, 20_500) < 0.02  # no overflow where coefficients pass 1e308
+        differences = [1.0] * better + [0.0] * 5 + [-1.0] * worse
+        assert sign_flip_test(differences) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert 0 <= sign_flip_test([1.0] * 20_000 + [-1.0] * 20_500) < 0.02  # no overflow where coefficients pass 1e308
+
+
+def test_sign_flip_test_counts_every_sign_of_every_cluster():
+    differences = [1, 1, -1, 0.25, 0.5, 0, 1, -0.75, 1 / 3, 1 / 3]
+    clusters = "aabbccdefg"
+    sums = [sum(d for d, name in zip(differences, clusters, strict=True) if name == c) for c in "abcdefg"]
+    flipped = [abs(sum(s * v for s, v in zip(signs, sums, strict=True))) for signs in product((1, -1), repeat=7)]
+    exact = sum(f >= abs(sum(sums)) - 1e-9 for f in flipped) / 2**7
+    assert sign_flip_test(differences, clusters) == pytest.approx(exact, rel=1e-12)
+    # Two images that always fall together are one observation: the same question of each does not halve the chance.
+    assert sign_flip_test([1.0] * 10, [i // 2 for i in range(10)]) == pytest.approx(2 / 2**5)
+
+
+def test_holm():
+    assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_intervals_and_tests_hold_under_correlated_examples(correlation):
+    """The truth lies in 93 to 97 % of the intervals, and a test at 5 % raises a false alarm in no more than that."""
+    rng = np.random.default_rng(3)
+    clusters = [i // 2 for i in range(200)]
+
+    def outcomes(p):
+        shared = rng.random((400, 100, 1)) < correlation
+        return np.where(shared, rng.random((400, 100, 1)) < p, rng.random((400, 100, 2)) < p).astype(float)
+
+    a, b = outcomes(0.75), outcomes(0.75)
+    intervals = [mean_interval(run.ravel().tolist(), clusters) for run in a]
+    covered = sum(low <= 0.75 <= high for low, high in intervals) / 400
+    assert 0.925 <= covered <= 0.98  # 400 draws: a standard error of 1.1 points
+    alarms = sum(sign_flip_test((x - y).ravel().tolist(), clusters) < 0.05 for x, y in zip(a, b, strict=True)) / 400
+    assert alarms <= 0.07
 
 
 def test_bootstrap_interval():
@@ -147,7 +183,8 @@ def test_score_and_prior_come_from_their_rows():
     summary = result_of(outcomes, extras).summary(group_by="role")
     assert (summary["score"], summary["score_examples"]) == (1 / 8, 8)
     assert (summary["prior"], summary["prior_examples"]) == (1.0, 4)
-    assert summary["score_interval"] == list(wilson_interval(1, 8))
+    assert summary["score_interval"] == list(mean_interval([1.0] + [0.0] * 7, [0, 0, 1, 1, 2, 2, 3, 3]))
+    assert summary["prior_interval"] == list(wilson_interval(4, 4))  # one image a triplet
     assert summary["variants"] == {"F": {"score": 0.25, "prior": 1.0}, "P": {"score": 0.0, "prior": 1.0}}
     groups = summary["groups"]
     assert {name: (g["accuracy"], g["examples"]) for name, g in groups.items()} == {
@@ -165,7 +202,7 @@ def test_compare_is_mcnemar_on_single_samples():
     found = compare(a, b)
     assert (found.examples, found.a, found.b, found.better, found.worse) == (100, 0.3, 0.45, 20, 5)
     assert found.difference == pytest.approx(0.15)
-    assert found.p_value == sign_test(20, 5)
+    assert found.p_value == sign_flip_test([1.0] * 20 + [-1.0] * 5)
     assert found.interval[0] < 0.15 < found.interval[1]
     assert found.interval[0] > 0  # as the p-value of .004 says
     back = compare(b, a)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_test
+from vigos.eval.statistics import bootstrap_interval, mean_interval, pass_at_k, sign_flip_test
 from vigos.system.files import parsed, replace_file
 
 logger = logging.getLogger(__name__)
@@ -100,21 +100,23 @@ class EvaluationResult:
         if self.damaged:
             found["damaged_lines"] = self.damaged
 
-        def report(name: str, values: list[float]) -> None:
-            found[name] = _mean(values)
-            found[f"{name}_interval"] = list(mean_interval(values))
+        triplets = {r["key"]: r["extra"].get(TRIPLET, r["key"]) for r in answered}
 
-        report("accuracy", list(self.values("accuracy").values()))
+        def report(name: str, values: dict[str, float]) -> None:
+            found[name] = _mean(list(values.values()))
+            found[f"{name}_interval"] = list(mean_interval(list(values.values()), [triplets[key] for key in values]))
+
+        report("accuracy", self.values("accuracy"))
         if n > 1:
-            report(f"pass@{k}", [pass_at_k(n, sum(s["correct"] for s in r["samples"]), k) for r in answered])
+            report(f"pass@{k}", {r["key"]: pass_at_k(n, sum(s["correct"] for s in r["samples"]), k) for r in answered})
             found[f"avg@{n}"] = found["accuracy"]
         for metric in ("score", "prior"):
             values = self.values(metric)
             if values:
-                report(metric, list(values.values()))
+                report(metric, values)
                 found[f"{metric}_examples"] = len(values)
-        report("valid_rate", list(self.values("valid_rate").values()))
-        report("unparseable", list(self.values("unparseable").values()))
+        report("valid_rate", self.values("valid_rate"))
+        report("unparseable", self.values("unparseable"))
         found["unfinished"] = _mean([float(not s["finished"]) for s in samples])
         found["tokens_mean"] = _mean([s["tokens"] for s in samples])
         found["invalid_reasons"] = dict(Counter(s["reason"] for s in samples if s["reason"]).most_common())
@@ -174,7 +176,7 @@ class Comparison:
         a, b: the metric's mean over them.
         difference: b − a.
         interval: its 95 % bootstrap interval, over examples, or over triplets where the examples have them.
-        p_value: exact two-sided sign test on the examples where they differ; with one sample each, McNemar's test.
+        p_value: exact two-sided test of flipped signs over examples or triplets; McNemar's for single examples.
         better, worse: examples where b does better than a, and worse: above and below, but for unparseable answers.
         differs: p_value below `LEVEL`.
     """
@@ -227,7 +229,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, metric: Metric = "accur
         b=_mean([in_b[key] for key in keys]),
         difference=_mean(differences),
         interval=bootstrap_interval(differences, clusters, seed=seed),
-        p_value=sign_test(better, worse),
+        p_value=sign_flip_test(differences, clusters),
         better=better,
         worse=worse,
     )

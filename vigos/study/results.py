@@ -1,8 +1,9 @@
 """Tables and figures of the study, from `results.csv` and `preconditions.csv` alone.
 
-Two levels are kept apart. *Within* one base and seed, two arms answer the same test rows: exact McNemar test and a
-bootstrap over triplets say whether these two models differ. *Between* bases, each base gives one difference (the mean
-over its training seeds), and a t interval over bases says whether the arms differ; one base gives no such interval.
+Two levels are kept apart. *Within* one base and seed, two arms answer the same test rows: an exact test of flipped
+signs and a bootstrap, both over triplets, say whether these two models differ. *Between* bases, each base gives one
+difference (the mean over its training seeds), and a t interval over bases says whether the arms differ; one base gives
+no such interval. Where several p values stand in one table they are corrected for that (Holm); intervals are not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vigos.eval.statistics import bootstrap_interval, sign_test
+from vigos.eval.statistics import bootstrap_interval, holm, sign_flip_test
 from vigos.study.plan import ARMS, World
 
 if TYPE_CHECKING:
@@ -124,6 +125,15 @@ def difference(rows: Sequence[Row], arm: str, other: str, metric: str = "score")
     return Difference(mean, interval, p, shared)
 
 
+def against_vigos(rows: Sequence[Row]) -> dict[str, tuple[Difference, float | None]]:
+    """Return, for every other arm, its Score minus that of ViGOS, and the p value corrected for their number."""
+    found = {arm.name: difference(rows, arm.name, "vigos") for arm in ARMS if arm.name != "vigos"}
+    shown = {name: d for name, d in found.items() if d is not None}
+    tested = {name: d.p_value for name, d in shown.items() if d.p_value is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {name: (d, corrected.get(name)) for name, d in shown.items()}
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two models on the same test rows: one base and seed."""
@@ -138,7 +148,7 @@ class Pair:
 
 
 def pairs(rows: Sequence[Row], arm: str, other: str, metric: str = "score") -> list[Pair]:
-    """Compare two arms by McNemar's exact test and a bootstrap over triplets, for each base and seed.
+    """Compare two arms by an exact test of flipped signs and a bootstrap, both over triplets, for each base and seed.
 
     The untrained arm is compared with each seed.
     """
@@ -154,9 +164,10 @@ def pairs(rows: Sequence[Row], arm: str, other: str, metric: str = "score") -> l
         gaps = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
         size = 2 if metric == "score" else 1  # conflicting images a triplet, side by side
         better, worse = gaps.count(1), gaps.count(-1)
-        interval = bootstrap_interval(gaps, [i // size for i in range(len(gaps))])
+        triplets = [i // size for i in range(len(gaps))]
+        interval, p = bootstrap_interval(gaps, triplets), sign_flip_test(gaps, triplets)
         mean = sum(gaps) / len(gaps)
-        found.append(Pair(row["base"], row["seed"], mean, interval, better, worse, sign_test(better, worse)))
+        found.append(Pair(row["base"], row["seed"], mean, interval, better, worse, p))
     return found
 
 
@@ -199,8 +210,10 @@ def print_results(results: str | Path, console: Console) -> None:
         "in format",
         "PALR",
         "Score against vigos",
+        "p (Holm)",
         "within: p < 0.01",
     )
+    against = against_vigos(default)
     lines: list[Any] = []
     for arm in ARMS:
         mine = [r for r in default if r["arm"] == arm.name]
@@ -208,10 +221,10 @@ def print_results(results: str | Path, console: Console) -> None:
             continue
         shares = [by_base(mine, arm.name, m) for m in ("score", "prior", "description", "valid_rate", "palr_all")]
         cells = [f"{100 * math.fsum(v.values()) / len(v):.1f}" if v else "–" for v in shares]
-        against = None if arm.name == "vigos" else difference(default, arm.name, "vigos")
+        gap, p = against.get(arm.name, (None, None))
         tested = [] if arm.name == "vigos" else pairs(default, arm.name, "vigos")
         clear = f"{sum(p.p_value < 0.01 for p in tested)} of {len(tested)}" if tested else "–"
-        lines.append((arm.name.replace("_", " "), *cells, _words(against), clear))
+        lines.append((arm.name.replace("_", " "), *cells, _words(gap), "–" if p is None else f"{p:.2g}", clear))
     print_table(console, columns, lines)
     lines = [(finding.name, finding.says, _words(finding.difference)) for finding in findings(rows)]
     print_table(console, ("", "expected", "points"), lines, title="expectations of docs/study.md")
