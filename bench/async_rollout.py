@@ -27,7 +27,7 @@ from typing import Any
 from measure import RESULTS, Table, machine
 from PIL import Image
 
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path, load_base, world_prompts, write_world
@@ -91,7 +91,7 @@ def train(folder: Path, port: int, steps: int, rows: int, ahead: int) -> list[di
         async_rollout=bool(ahead),
         rollout_engine="server", vllm_server_base_url=f"http://127.0.0.1:{port}/v1", rollout_model="base",
     )  # fmt: skip
-    data = list(load_examples(write_world(folder / "world", "train", n=rows, seed=0))) * (steps + 2)
+    data = list(load_rows(write_world(folder / "world", "train", n=rows, seed=0))) * (steps + 2)
     trainer = ViGOSTrainer(model, config, processor, data, prompts=world_prompts())
     trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log][2:]

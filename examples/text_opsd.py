@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import vigos
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.method.encode import encode_prompt
 from vigos.method.prompts import Prompts, Role
 
@@ -119,11 +119,11 @@ def main() -> None:
         if not args.data:
             parser.error("--model needs --data")
         model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-        everything = train = load_examples(args.data, images_column=None)
+        everything = train = load_rows(args.data, images_column=None)
     else:
         model, tokenizer = subject()
         warm_up(model, tokenizer, args.warm_up, args.seed)
-        everything, train = (load_examples(rows, images_column=None) for rows in sums(args.seed))
+        everything, train = (load_rows(rows, images_column=None) for rows in sums(args.seed))
 
     config = vigos.ViGOSConfig(
         output_dir=str(args.out), method="opsd", clip_mode="none", lora=bool(args.model), learning_rate=args.lr,

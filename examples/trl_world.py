@@ -23,7 +23,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import pad
 
 import vigos
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.integrations import trl as trl_patch
 from vigos.rollout.engine import placeholder_ids
 from vigos.world import load_base, world_prompts, write_world
@@ -128,7 +128,7 @@ def main() -> None:
         template, processor.chat_template = processor.chat_template, untouched
         try:
             student.eval()
-            result = vigos.evaluate(student, processor, load_examples(test), prompts=PROMPTS, max_new_tokens=96)
+            result = vigos.evaluate(student, processor, load_rows(test), prompts=PROMPTS, max_new_tokens=96)
             print(when, {name: x for name, x in result.summary().items() if isinstance(x, float)})
         finally:
             processor.chat_template = template

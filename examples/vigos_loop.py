@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from vigos import Head, Prompts, load_examples
+from vigos import Head, Prompts, load_rows
 from vigos.data.examples import Example
 from vigos.divergence.api import linear_divergence
 from vigos.method.encode import EncodedPrompt, encode_prompt
@@ -135,7 +135,7 @@ def main() -> None:
         data = options.data or write_world(folder, n=options.steps * options.batch_size)
         model, processor = load_base()
         train(
-            adapted(model), processor, load_examples(str(data)), world_prompts(),
+            adapted(model), processor, load_rows(str(data)), world_prompts(),
             objective=Objective(clip_mode="none"), sampling=Sampling(1.0, 1.0, 0, max_new_tokens=96),
             steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
         )  # fmt: skip

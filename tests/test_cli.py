@@ -19,7 +19,7 @@ from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN, after_training, check_t
 from vigos.cli.doctor import examine
 from vigos.cli.folders import RUN, output_folder
 from vigos.cli.options import UsageError, declared
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.divergence.engines import IMPLS
 from vigos.launch import Source, run_facts
 from vigos.system.files import owned
@@ -216,7 +216,7 @@ def test_python_m_vigos_and_the_version():
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
     assert vigos.__version__ == importlib.metadata.version("vigos")
-    assert vigos.load_examples is load_examples
+    assert vigos.load_rows is load_rows
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_imported(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vigos.data.decode import ImageLimits
-from vigos.data.examples import BadExample, ExampleDataset, ExampleStream, check_usable, load_examples
+from vigos.data.examples import BadExample, ExampleDataset, ExampleStream, check_usable, load_rows
 
 SIZE = (24, 16)
 
@@ -50,7 +50,7 @@ def folder(tmp_path):
 def one(folder, **changes):
     """The single row of a JSONL file in `folder`."""
     options = changes.pop("options", {})
-    return load_examples(write_jsonl(folder / "one.jsonl", [record(**changes)]), **options)[0]
+    return load_rows(write_jsonl(folder / "one.jsonl", [record(**changes)]), **options)[0]
 
 
 def reason_of(folder, **changes):
@@ -114,7 +114,7 @@ def test_every_source_gives_the_same_rows(folder, tmp_path_factory, monkeypatch)
     seen = []
     for name, source, options in sources(folder):
         for streaming in {options.get("streaming", False), True}:
-            rows = load_examples(source, **(options | {"streaming": streaming}))
+            rows = load_rows(source, **(options | {"streaming": streaming}))
             assert isinstance(rows, ExampleStream if streaming else ExampleDataset)
             got = list(rows)
             assert [r["problem_id"] for r in got] == ["r0", "r1", "r2"], name
@@ -141,14 +141,14 @@ def test_splits_of_a_saved_dict_and_of_an_image_folder(folder):
     for r in rows:
         del r["images"]
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:1])).save_to_disk(folder / "d")
-    assert len(load_examples(folder / "d", split="test")) == 1
+    assert len(load_rows(folder / "d", split="test")) == 1
     with pytest.raises(ValueError, match="split must be one of train, test, got 'dev'"):
-        load_examples(folder / "d", split="dev")
+        load_rows(folder / "d", split="dev")
     (folder / "images" / "test").mkdir(parents=True)
     picture().save(folder / "images" / "test" / "x.png")
     metadata = {"file_name": "x.png", "problem": "What?", "answer": "7"}  # as `datasets` names it
     write_jsonl(folder / "images" / "test" / "metadata.jsonl", [metadata])
-    row = load_examples(folder / "images", split="test")[0]
+    row = load_rows(folder / "images", split="test")[0]
     assert (row["problem_id"], len(row["images"]), row["extra"]) == ("0", 1, {})
 
 
@@ -164,13 +164,13 @@ def test_hub_names_go_to_datasets(folder, monkeypatch):
         return datasets.Dataset.from_list([record(0, [])])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = load_examples("somebody/set", split="validation")
+    rows = load_rows("somebody/set", split="validation")
     assert rows[0]["problem_id"] == "r0"
     assert asked == [(("somebody/set",), {"split": "validation", "streaming": False})]
     with pytest.raises(ValueError, match=r"no file or folder 'nobody/nothing', and as a dataset on the hub: .*exist"):
-        load_examples("nobody/nothing")
+        load_rows("nobody/nothing")
     with pytest.raises(ValueError, match=r"there is no 'data/train.jsonl'"):
-        load_examples("data/train.jsonl")  # a file that is missing is never looked up on the hub
+        load_rows("data/train.jsonl")  # a file that is missing is never looked up on the hub
     assert len(asked) == 2
 
 
@@ -186,10 +186,10 @@ def test_images_as_bytes_objects_addresses_and_single_values(folder):
     }
     for name, entry in kinds.items():
         for images in (entry, [entry]):
-            (row,) = load_examples([record(0) | {"images": images}], data_root=folder)
+            (row,) = load_rows([record(0) | {"images": images}], data_root=folder)
             assert [i.size for i in row["images"]] == [SIZE], name
     for nothing in (None, []):
-        assert load_examples([record(0) | {"images": nothing}])[0]["images"] == []
+        assert load_rows([record(0) | {"images": nothing}])[0]["images"] == []
 
 
 def test_modes_become_rgb():
@@ -206,30 +206,30 @@ def test_modes_become_rgb():
         "gif": (encoded(picture(), "GIF"), (3, 3), (255, 0, 0)),
     }
     for name, (content, at, color) in images.items():
-        image = load_examples([record(0) | {"images": [content]}])[0]["images"][0]
+        image = load_rows([record(0) | {"images": [content]}])[0]["images"][0]
         assert (image.mode, image.getpixel(at)) == ("RGB", color), name
 
 
 def test_photographs_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # held on its side
-    image = load_examples([record(0) | {"images": [encoded(picture(), "JPEG", exif=exif)]}])[0]["images"][0]
+    image = load_rows([record(0) | {"images": [encoded(picture(), "JPEG", exif=exif)]}])[0]["images"][0]
     assert image.size == SIZE[::-1]
 
 
 def test_other_column_names_and_numbers_as_answers(folder):
     path = write_jsonl(folder / "x.jsonl", [{"q": "What?", "pics": "a.png", "gold": 3.5, "uid": 17, "more": [1]}])
-    row = load_examples(path, problem_column="q", images_column="pics", answer_column="gold", id_column="uid")[0]
+    row = load_rows(path, problem_column="q", images_column="pics", answer_column="gold", id_column="uid")[0]
     assert (row["problem"], row["answer"], row["problem_id"], row["extra"]) == ("What?", "3.5", "17", {"more": [1]})
     assert row["images"][0].size == SIZE
-    assert "pics" in load_examples(path, problem_column="q", images_column=None, answer_column="gold")[0]["extra"]
+    assert "pics" in load_rows(path, problem_column="q", images_column=None, answer_column="gold")[0]["extra"]
 
 
 def test_rows_without_an_id_are_numbered_and_blank_lines_skipped(folder):
     lines = [json.dumps({"problem": "p", "answer": "a"}), "", "   ", json.dumps({"problem": "q", "answer": "b"})]
     (folder / "x.jsonl").write_text("\n".join(lines))
     for streaming in (False, True):
-        rows = list(load_examples(folder / "x.jsonl", streaming=streaming))
+        rows = list(load_rows(folder / "x.jsonl", streaming=streaming))
         assert [(r["problem_id"], r["problem"], r["images"]) for r in rows] == [("0", "p", []), ("1", "q", [])]
 
 
@@ -321,7 +321,7 @@ def test_damaged_files_are_bad_rows_and_nothing_else(kind, data):
         place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 60).map(lambda i: i % len(content)))
         content[place] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(1, len(content)) | st.just(len(content)))]
-    (row,) = load_examples([record(0) | {"images": [bytes(content)]}], bad_examples="return")
+    (row,) = load_rows([record(0) | {"images": [bytes(content)]}], bad_examples="return")
     assert isinstance(row, BadExample) or row["images"][0].mode == "RGB"
 
 
@@ -340,9 +340,9 @@ def test_paths_outside_the_root_can_be_allowed(folder, tmp_path_factory):
     assert one(folder, images=[str(outside)], options={"allow_outside_root": True})["images"]
     assert one(folder, images=["x.png"], options={"data_root": outside.parent})["images"]
     with pytest.raises(BadExample, match="needs data_root"):
-        load_examples([record(0, [str(outside)])])[0]
+        load_rows([record(0, [str(outside)])])[0]
     with pytest.raises(ValueError, match=r"data_root must be a folder, got '.*gone'"):
-        load_examples([record()], data_root=folder / "gone")
+        load_rows([record()], data_root=folder / "gone")
 
 
 def test_broken_lines_and_records_cost_one_row(folder):
@@ -351,7 +351,7 @@ def test_broken_lines_and_records_cost_one_row(folder):
         b"\n".join(line.encode("utf-8", "surrogatepass") for line in lines) + b"\n\xff\xfe{}\n" + b'{"a":1}'
     )
     for streaming in (False, True):
-        got = list(load_examples(folder / "x.jsonl", bad_examples="return", streaming=streaming))
+        got = list(load_rows(folder / "x.jsonl", bad_examples="return", streaming=streaming))
         assert got[0]["problem_id"] == "r0"
         assert [r.reason for r in got[1:]] == ["malformed_record"] * 2 + ["missing_field"] + [
             "malformed_record"
@@ -360,13 +360,13 @@ def test_broken_lines_and_records_cost_one_row(folder):
         assert "has problem" not in got[1].detail
         assert "no field 'answer'; it has problem" in got[3].detail
     with pytest.raises(BadExample, match="example 1: malformed_record"):
-        load_examples(folder / "x.jsonl")[1]
+        load_rows(folder / "x.jsonl")[1]
 
 
 def test_bad_rows_travel_through_data_loader_workers(folder):
     path = write_jsonl(folder / "x.jsonl", [record(i, ["a.png" if i % 3 else "gone.png"]) for i in range(10)])
     for streaming in (False, True):
-        rows = load_examples(path, bad_examples="return", streaming=streaming)
+        rows = load_rows(path, bad_examples="return", streaming=streaming)
         loader = DataLoader(rows, batch_size=2, num_workers=2, collate_fn=list)
         got = [row for batch in loader for row in batch]
         bad = [row for row in got if isinstance(row, BadExample)]
@@ -387,7 +387,7 @@ def test_workers_of_a_datasets_stream_name_rows_apart():
     from datasets import Dataset
 
     table = Dataset.from_list([{"problem": "p", "answer": str(i)} for i in range(8)]).to_iterable_dataset(num_shards=2)
-    loader = DataLoader(load_examples(table, streaming=True), batch_size=None, num_workers=2)
+    loader = DataLoader(load_rows(table, streaming=True), batch_size=None, num_workers=2)
     rows = list(loader)
     assert sorted(r["answer"] for r in rows) == [str(i) for i in range(8)]
     assert len({r["problem_id"] for r in rows}) == 8
@@ -398,7 +398,7 @@ def test_images_are_opened_when_asked_for(folder, monkeypatch):
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a[0]) or original(*a, **k))
-    rows = load_examples(path)
+    rows = load_rows(path)
     assert (len(rows), opened) == (5, [])
     rows[3]
     assert len(opened) == 1
@@ -431,7 +431,7 @@ def test_unknown_columns_are_named_with_what_is_there(folder, columns, options, 
     path = write_jsonl(folder / "x.jsonl", [dict.fromkeys(columns, "x")])
     for streaming in (False, True):
         with pytest.raises(ValueError, match=message):
-            load_examples(path, streaming=streaming, **options)
+            load_rows(path, streaming=streaming, **options)
 
 
 def test_sources_that_are_none(folder):
@@ -450,30 +450,30 @@ def test_sources_that_are_none(folder):
     }
     for source, message in cases.items():
         with pytest.raises(ValueError, match=message):
-            load_examples(source)
+            load_rows(source)
     with pytest.raises(ValueError, match="the list has no records"):
-        load_examples([])
+        load_rows([])
     with pytest.raises(ValueError, match=r"source must be a path, .* got int"):
-        load_examples(3)
+        load_rows(3)
     with pytest.raises(ValueError, match="bad_examples must be one of raise, return, got 'skip'"):
-        load_examples([record()], bad_examples="skip")
+        load_rows([record()], bad_examples="skip")
 
 
 def test_a_stream_of_datasets_needs_streaming():
     from datasets import Dataset
 
     with pytest.raises(ValueError, match="pass streaming=True"):
-        load_examples(Dataset.from_list([record(0, [])]).to_iterable_dataset())
+        load_rows(Dataset.from_list([record(0, [])]).to_iterable_dataset())
 
 
 def test_check_usable(folder):
     good, bad = record(0), record(1, ["gone.png"])
     path = write_jsonl(folder / "x.jsonl", [good, bad] * 50)
     for streaming in (False, True):
-        rows = load_examples(path, streaming=streaming)
+        rows = load_rows(path, streaming=streaming)
         assert check_usable(rows, probe=10).total() == 10
         assert check_usable(rows, probe=1000) == Counter(ok=50, missing_image=50)
-        nothing = load_examples(write_jsonl(folder / "y.jsonl", [bad, bad | {"answer": ""}]), streaming=streaming)
+        nothing = load_rows(write_jsonl(folder / "y.jsonl", [bad, bad | {"answer": ""}]), streaming=streaming)
         with pytest.raises(
             ValueError, match=r"none of the 2 examples read is usable \(.*missing_image 1.*; the first: example r1"
         ):
@@ -513,14 +513,14 @@ def test_json_nested_without_end_costs_one_example(folder):
     deep = '{"problem": "p", "answer": "a", "extra": ' + "[" * 100_000 + "]" * 100_000 + "}"
     path.write_text(json.dumps(record(0)) + "\n" + deep + "\n" + json.dumps(record(2)) + "\n")
     for streaming in (False, True):
-        found = list(load_examples(path, bad_examples="return", streaming=streaming))
+        found = list(load_rows(path, bad_examples="return", streaming=streaming))
         assert [getattr(row, "reason", "ok") for row in found] == ["ok", "malformed_record", "ok"]
 
 
 def test_foreign_text_in_a_reason_obeys_no_terminal(folder):
     path = write_jsonl(folder / "rows.jsonl", [record(0, problem_id="\x1b[2J\nerror: forged", answer="")])
     with pytest.raises(BadExample) as caught:
-        load_examples(path)[0]
+        load_rows(path)[0]
     assert str(caught.value).isprintable()
     assert caught.value.example_id == "\x1b[2J\nerror: forged"
 
@@ -529,30 +529,30 @@ def test_foreign_text_in_a_reason_obeys_no_terminal(folder):
 @given(st.text("ab \t\n", max_size=12), st.text("ab \t\n", max_size=12), st.text("ab \t\n", max_size=12))
 def test_marks_are_taken_out_as_a_regular_expression_would(a, b, c):
     problem = f"x{a}<image>{b}<image>{c}x"
-    (row,) = load_examples([record(0, [picture(), picture()], problem=problem)])
+    (row,) = load_rows([record(0, [picture(), picture()], problem=problem)])
     assert row["problem"] == re.sub(r"[ \t]*\n?<image>\n?[ \t]*", " ", problem).strip()
 
 
 def test_a_question_of_tabs_takes_no_quadratic_time(folder):
     tabs = "\t" * 100_000
-    (row,) = load_examples([record(0, [picture()], problem=f"x{tabs}y<image>{tabs}")])
+    (row,) = load_rows([record(0, [picture()], problem=f"x{tabs}y<image>{tabs}")])
     assert row["problem"] == f"x{tabs}y"
 
 
 def test_the_first_examples(folder):
     path = write_jsonl(folder / "rows.jsonl", [record(i) for i in range(5)])
     for streaming in (False, True):
-        rows = load_examples(path, streaming=streaming).first(2)
+        rows = load_rows(path, streaming=streaming).first(2)
         assert [row["problem_id"] for row in rows] == ["r0", "r1"]
         assert [row["problem_id"] for row in rows] == ["r0", "r1"]
         assert [row["problem_id"] for row in rows.first(9)][:2] == ["r0", "r1"]
-    rows = load_examples(path)
+    rows = load_rows(path)
     assert (len(rows.first(2)), len(rows.first(9)), rows.first(2)[-1]["problem_id"]) == (2, 5, "r1")
 
 
 def test_examples_name_their_images(folder):
     named = [{"path": "b.jpg", "bytes": None}, "a.png", encoded(picture())]
-    (row,) = load_examples([record(0, named)], data_root=folder)
+    (row,) = load_rows([record(0, named)], data_root=folder)
     assert row["image_paths"] == ["b.jpg", "a.png", None]
 
 
@@ -564,7 +564,7 @@ def test_images_and_ids_that_only_later_lines_have(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     for streaming in (False, True):
-        got = list(load_examples(path, streaming=streaming, bad_examples="return"))
+        got = list(load_rows(path, streaming=streaming, bad_examples="return"))
         assert (got[0]["problem_id"], len(got[0]["images"])) == ("0", 0)
         assert (got[150]["problem_id"], len(got[150]["images"])) == ("late", 1)
         assert got[151].reason == "image_column", "an image under another name is not dropped without a word"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.eval.evaluate import evaluate, model_fingerprint
 from vigos.eval.results import EvaluationResult, compare
 from vigos.eval.statistics import bootstrap_interval, holm, mean_interval, pass_at_k, sign_flip_test, wilson_interval
@@ -290,7 +290,7 @@ def test_samples_are_graded_under_the_structured_prompt(base, world, tmp_path):
     engine = Scripted(processor.tokenizer, say)
     progress = []
     result = evaluate(
-        model, processor, load_examples(world), prompts=Prompts(system="Look."), engine=engine, k=2, n=3,
+        model, processor, load_rows(world), prompts=Prompts(system="Look."), engine=engine, k=2, n=3,
         temperature=1.0, batch_size=9, records=tmp_path / "deep" / "r.jsonl",
         progress=lambda *counts: progress.append(counts),
     )  # fmt: skip
@@ -314,24 +314,24 @@ def test_samples_are_graded_under_the_structured_prompt(base, world, tmp_path):
 
 def test_the_seed_decides_and_the_other_rows_do_not(base, world, tmp_path):
     model, processor = base
-    everything = evaluate(model, processor, load_examples(world), records=tmp_path / "a.jsonl", **SHORT)
-    evaluate(model, processor, load_examples(world), records=tmp_path / "b.jsonl", **SHORT)
+    everything = evaluate(model, processor, load_rows(world), records=tmp_path / "a.jsonl", **SHORT)
+    evaluate(model, processor, load_rows(world), records=tmp_path / "b.jsonl", **SHORT)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     lines = world.read_text().splitlines(keepends=True)
     some = world.parent / "some.jsonl"
     some.write_text("".join(lines[7:2:-1]))
-    part = evaluate(model, processor, load_examples(some), **(SHORT | {"batch_size": 3}))
+    part = evaluate(model, processor, load_rows(some), **(SHORT | {"batch_size": 3}))
     texts = {r["key"]: [s["text"] for s in r["samples"]] for r in everything.records}
     assert [texts[r["key"]] for r in part.records] == [[s["text"] for s in r["samples"]] for r in part.records]
-    other = evaluate(model, processor, load_examples(some), **(SHORT | {"seed": 6}))
+    other = evaluate(model, processor, load_rows(some), **(SHORT | {"seed": 6}))
     assert [r["samples"] for r in other.records] != [r["samples"] for r in part.records]
-    streamed = evaluate(model, processor, load_examples(some, streaming=True), **(SHORT | {"batch_size": 3}))
+    streamed = evaluate(model, processor, load_rows(some, streaming=True), **(SHORT | {"batch_size": 3}))
     assert streamed.records == part.records
 
 
 def test_resuming_gives_the_file_of_an_uninterrupted_run(base, world, tmp_path):
     model, processor = base
-    evaluate(model, processor, load_examples(world), records=tmp_path / "whole.jsonl", **SHORT)
+    evaluate(model, processor, load_rows(world), records=tmp_path / "whole.jsonl", **SHORT)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     ends = [i + 1 for i, b in enumerate(whole) if b == ord("\n")]
     path = tmp_path / "cut.jsonl"
@@ -339,9 +339,7 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(base, world, tmp_path):
     for cut in (0, 5, ends[0], ends[0] + 9, ends[4], ends[6], len(whole) - 3, len(whole)):
         path.write_bytes(whole[:cut])
         batches = []
-        evaluate(
-            model, processor, load_examples(world), records=path, progress=lambda *c, b=batches: b.append(c), **SHORT
-        )
+        evaluate(model, processor, load_rows(world), records=path, progress=lambda *c, b=batches: b.append(c), **SHORT)
         assert path.read_bytes() == whole, cut
         assert len(batches) == 3 - (sum(e <= cut for e in ends[1:]) // 4)
     assert EvaluationResult.load(path).summary()["examples"] == 12
@@ -350,32 +348,32 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(base, world, tmp_path):
 def test_records_of_another_evaluation_are_not_mixed(base, world, tmp_path):
     model, processor = base
     path = tmp_path / "r.jsonl"
-    evaluate(model, processor, load_examples(world), records=path, **SHORT)
+    evaluate(model, processor, load_rows(world), records=path, **SHORT)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"come from another evaluation \(seed 5 there, 6 here\); resume=False"):
-        evaluate(model, processor, load_examples(world), records=path, **(SHORT | {"seed": 6}))
+        evaluate(model, processor, load_rows(world), records=path, **(SHORT | {"seed": 6}))
     with pytest.raises(ValueError, match=r"prompts '.*' there, '.*' here"):
-        evaluate(model, processor, load_examples(world), records=path, prompts=Prompts(student="{problem}"), **SHORT)
+        evaluate(model, processor, load_rows(world), records=path, prompts=Prompts(student="{problem}"), **SHORT)
     other = world.parent / "other.jsonl"
     other.write_text("".join(reversed(world.read_text().splitlines(keepends=True))))
     with pytest.raises(
         ValueError, match="belong to other examples: example 0 is 'test-00000' there and 'test-00011' here"
     ):
-        evaluate(model, processor, load_examples(other), records=path, **SHORT)
+        evaluate(model, processor, load_rows(other), records=path, **SHORT)
     weight = model.get_input_embeddings().weight
     kept = weight.detach().clone()
     try:
         weight.data += 0.01
         with pytest.raises(ValueError, match=r"model '.*' there"):
-            evaluate(model, processor, load_examples(world), records=path, **SHORT)
+            evaluate(model, processor, load_rows(world), records=path, **SHORT)
     finally:
         weight.data.copy_(kept)
     assert path.read_bytes() == before
-    evaluate(model, processor, load_examples(world), records=path, resume=False, **(SHORT | {"seed": 6}))
+    evaluate(model, processor, load_rows(world), records=path, resume=False, **(SHORT | {"seed": 6}))
     assert path.read_bytes() != before
     path.write_text("something else\n")
     with pytest.raises(ValueError, match="is not a records file"):
-        evaluate(model, processor, load_examples(world), records=path, **SHORT)
+        evaluate(model, processor, load_rows(world), records=path, **SHORT)
     with pytest.raises(ValueError, match="its first line holds no settings"):
         EvaluationResult.load(path)
 
@@ -404,7 +402,7 @@ def test_rows_that_cannot_be_used_are_counted(base, world, tmp_path):
     lines[6]["problem_id"] = lines[7]["problem_id"]  # two rows of one name
     path = world.parent / "bad.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:8]))
-    rows = load_examples(path)
+    rows = load_rows(path)
     result = evaluate(model, processor, rows, records=tmp_path / "r.jsonl", **SHORT)
     assert rows.bad_examples == "raise"  # the caller's dataset is left as it was
     summary = result.summary()
@@ -415,7 +413,7 @@ def test_rows_that_cannot_be_used_are_counted(base, world, tmp_path):
     assert (skipped["problem_id"], skipped["skipped"]["reason"]) == ("test-00001", "missing_image")
     path.write_text("".join(json.dumps(line | {"answer": ""}) + "\n" for line in lines[:8]))
     with pytest.raises(ValueError, match=r"none of the 8 could be used \(empty_answer 8\)"):
-        evaluate(model, processor, load_examples(path), **SHORT)
+        evaluate(model, processor, load_rows(path), **SHORT)
 
 
 def test_a_lone_surrogate_costs_an_example(base, tmp_path):
@@ -423,13 +421,11 @@ def test_a_lone_surrogate_costs_an_example(base, tmp_path):
     rows = [{"problem": p, "answer": a, "problem_id": str(i)}
             for i, (p, a) in enumerate([("What \ud800?", "7"), ("What?", "a\ud800b"), ("What?", "7")])]  # fmt: skip
     engine, path = Scripted(processor.tokenizer, lambda prompt, n: ["\\boxed{7}"] * n), tmp_path / "r.jsonl"
-    result = evaluate(None, processor.tokenizer, load_examples(rows), engine=engine, records=path)
+    result = evaluate(None, processor.tokenizer, load_rows(rows), engine=engine, records=path)
     assert "skipped" in result.records[0]
     assert result.records[2]["samples"][0]["correct"]
     assert EvaluationResult.load(path) == result
-    assert (
-        evaluate(None, processor.tokenizer, load_examples(rows), engine=engine, records=path).records == result.records
-    )
+    assert evaluate(None, processor.tokenizer, load_rows(rows), engine=engine, records=path).records == result.records
 
 
 def test_options_accepted_answers_and_precision_are_graded_with(base):
@@ -441,7 +437,7 @@ def test_options_accepted_answers_and_precision_are_graded_with(base):
         {"problem": "How long?", "answer": "2.5", "precision": 1.0},
     ]
     engine = Scripted(processor.tokenizer, lambda prompt, n: ["\\boxed{9} so \\boxed{blue}"])
-    found = evaluate(None, processor.tokenizer, load_examples(rows), engine=engine).records
+    found = evaluate(None, processor.tokenizer, load_rows(rows), engine=engine).records
     assert [r["samples"][0]["correct"] for r in found] == [True, True, False]
     assert found[0]["samples"][0]["prediction"] == "blue"
 
@@ -460,16 +456,16 @@ def test_limits_of_the_image_processor_cost_a_row(base, world):
         __call__ = staticmethod(refuse)
 
     with pytest.raises(ValueError, match=r"none of the 12 could be used \(not_encodable 12\)"):
-        evaluate(model, Refusing(), load_examples(world), **SHORT)
+        evaluate(model, Refusing(), load_rows(world), **SHORT)
     assert len(seen) == 12
 
 
 def test_text_only_rows_and_a_tokenizer(base):
     model, processor = base
-    rows = load_examples([{"problem": "What?", "answer": "7", "problem_id": str(i)} for i in range(3)])
+    rows = load_rows([{"problem": "What?", "answer": "7", "problem_id": str(i)} for i in range(3)])
     result = evaluate(model, processor.tokenizer, rows, **SHORT)
     assert result.summary()["examples"] == 3
-    with_image = load_examples([{"problem": "What?", "answer": "7", "images": [Image.new("RGB", (20, 20))]}])
+    with_image = load_rows([{"problem": "What?", "answer": "7", "images": [Image.new("RGB", (20, 20))]}])
     with pytest.raises(
         ValueError, match=r"processor must have an image processor for example 0, which has 1 image\(s\)"
     ):
@@ -503,7 +499,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers, vigos.rollout.generate, vigos.eval.evaluate
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.world import load_base
 
 torch.set_num_threads(1)
@@ -513,7 +509,7 @@ options = {"temperature": 1.0, "max_new_tokens": 12, "batch_size": 2, "seed": 5}
 
 
 def child():  # nothing was computed before the fork, so no thread of the parent's is missed
-    vigos.eval.evaluate.evaluate(model, processor, load_examples(rows), records=path, **options)
+    vigos.eval.evaluate.evaluate(model, processor, load_rows(rows), records=path, **options)
 
 
 rng = random.Random(0)
@@ -547,7 +543,7 @@ def test_killed_for_real_ten_times(base, tmp_path):
     model, processor = base
     rows = write_world(tmp_path / "world", "test", 16, seed=4)  # 48 rows, 24 batches
     options = SHORT | {"batch_size": 2}
-    evaluate(model, processor, load_examples(rows), records=tmp_path / "whole.jsonl", **options)
+    evaluate(model, processor, load_rows(rows), records=tmp_path / "whole.jsonl", **options)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     done = subprocess.run(

@@ -45,7 +45,7 @@ def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
     """The loop in plain PyTorch and `ViGOSTrainer`: same rollouts, same losses to 1e-6 over four steps."""
     from torch.utils.data import SequentialSampler
 
-    from vigos import ViGOSConfig, ViGOSTrainer, load_examples
+    from vigos import ViGOSConfig, ViGOSTrainer, load_rows
     from vigos.world import load_base, world_prompts, write_world
 
     sys.path.insert(0, str(EXAMPLES))
@@ -63,12 +63,12 @@ def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
         report_to=[], use_cpu=True, save_strategy="no", save_merged=False, disable_tqdm=True,
     )  # fmt: skip
     model, processor = load_base()
-    trainer = InOrder(model, args, processor, load_examples(data), prompts=world_prompts())
+    trainer = InOrder(model, args, processor, load_rows(data), prompts=world_prompts())
     trainer.train()
     wanted = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     model, processor = load_base()
     losses = train(
-        adapted(model, seed=7), processor, load_examples(data), world_prompts(), objective=args.objective,
+        adapted(model, seed=7), processor, load_rows(data), world_prompts(), objective=args.objective,
         sampling=args.sampling, steps=4, batch_size=8, learning_rate=3e-4, seed=7,
     )  # fmt: skip
     assert losses == pytest.approx(wanted, rel=1e-6)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vigos.data import decode as decoding
 from vigos.data.benchmarks import load_benchmark
 from vigos.data.decode import MAX_EXIF, WEBP_HERE, ImageLimits, decode, to_rgb
-from vigos.data.examples import BadExample, load_examples
+from vigos.data.examples import BadExample, load_rows
 from vigos.data.images import BadImage, ImageLoader
 
 # Each would take between 3 s and a minute.
@@ -86,7 +86,7 @@ def test_rows_that_take_too_long_are_counted_in_workers_too(tmp_path: Path) -> N
     good = Image.new("RGB", (32, 32), "red")
     images = [HOSTILE["JPEG of 2,000 scans"](), encoded(good, "TIFF"), HOSTILE["TIFF of progressive strips"](), good]
     records = [{"problem": "p", "answer": "a", "problem_id": str(i), "images": [x]} for i, x in enumerate(images * 2)]
-    rows = load_examples(records, bad_examples="return", limits=ImageLimits(decode_seconds=0.3))
+    rows = load_rows(records, bad_examples="return", limits=ImageLimits(decode_seconds=0.3))
     wanted = ["decode_too_slow", (255, 0, 0), "decode_too_slow", (255, 0, 0)] * 2
     for workers in (0, 2):
         found = [row for batch in DataLoader(rows, batch_size=2, num_workers=workers, collate_fn=list) for row in batch]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.processes import HELPERS
 
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.eval.evaluate import evaluate
 from vigos.eval.judge import KEY_VARIABLE, Judge, JudgeError, verdict
 from vigos.rollout.engine import RolloutEngine
@@ -123,7 +123,7 @@ def test_rows_that_were_not_judged_are_not_wrong(address: str, tmp_path: Path) -
     from vigos.world import load_base
 
     tokenizer = load_base()[1].tokenizer
-    rows = load_examples([{"problem": "Which?", "answer": "red", "problem_id": str(i)} for i in range(6)])
+    rows = load_rows([{"problem": "Which?", "answer": "red", "problem_id": str(i)} for i in range(6)])
     engine, records = Says(tokenizer, r"\boxed{it is red}"), tmp_path / "records.jsonl"
 
     def found(judge: Judge | None, **options: Any) -> dict[str, Any]:

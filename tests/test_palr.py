@@ -30,7 +30,7 @@ from test_trainer import chat, full_log_probs
 from torch import Tensor
 
 from vigos.cli import main
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.launch import PalrSource, palr_from_source
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import TERMS, Rollout, supervise
@@ -43,7 +43,7 @@ WRONG = [["blue", "12"], ["a dark green", "red", "blue"], ["7"], ["red", "green"
 
 
 def rollouts_of(made: ViGOSTrainer, data: list[dict[str, Any]]) -> list[Rollout]:
-    return made.sample_rollouts(list(load_examples(data)))
+    return made.sample_rollouts(list(load_rows(data)))
 
 
 def trained(folder: Path, data: list[dict[str, Any]], texts: Sequence[str], **options: Any) -> ViGOSTrainer:
@@ -192,7 +192,7 @@ def in_the_world(tmp_path: Path, data: list[dict[str, Any]], prompts: Prompts) -
         prompts=prompts, rollout_engine=ScriptedEngine(texts),
     )  # fmt: skip
     moved(made, 0.1)
-    return measured(made, made.sample_rollouts(list(load_examples(data))))
+    return measured(made, made.sample_rollouts(list(load_rows(data))))
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from helpers.training import picture, rows
 from PIL import Image
 
 from vigos.cli import main
-from vigos.data.examples import BadExample, ExampleDataset, load_examples
+from vigos.data.examples import BadExample, ExampleDataset, load_rows
 from vigos.eval.probes import PROBES, ProbedExamples, blurred, probe
 from vigos.world import load_base, world_prompts, write_world
 
 
 def dataset(n: int = 6) -> ExampleDataset:
-    found = load_examples(rows(n))
+    found = load_rows(rows(n))
     assert isinstance(found, ExampleDataset)
     return found
 
@@ -42,12 +42,12 @@ def test_images_alone_are_changed() -> None:
 def test_a_swap_needs_another_row_with_as_many_images() -> None:
     pair = rows(2)
     pair[0]["images"] = [picture(1), picture(2)]
-    data = load_examples(pair)
+    data = load_rows(pair)
     assert isinstance(data, ExampleDataset)
     with pytest.raises(BadExample, match=r"no other example has 2 image\(s\) to swap in"):
         ProbedExamples(data, "swapped")[0]
     same = [row | {"answer": "red"} for row in rows(2)]
-    data = load_examples(same)
+    data = load_rows(same)
     assert isinstance(data, ExampleDataset)
     assert ProbedExamples(data, "swapped")[0]["images"][0].tobytes() == data[1]["images"][0].tobytes()
 
@@ -56,7 +56,7 @@ def test_wrong_names_and_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="probe must be one of removed, blurred, swapped, got 'mirrored'"):
         ProbedExamples(dataset(), "mirrored")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"examples must be an ExampleDataset from load_examples \(not a stream\), got list"
+        ValueError, match=r"examples must be an ExampleDataset from load_rows \(not a stream\), got list"
     ):
         probe(None, None, rows(2))  # type: ignore[arg-type]
 
@@ -72,7 +72,7 @@ def test_the_builtin_model_looks(tmp_path: Path) -> None:
     """The right image is worth much; where every row has the same picture, a swap is worth exactly nothing."""
     path = write_world(tmp_path / "w", "test", n=24)
     model, processor = load_base()
-    data = load_examples(path)
+    data = load_rows(path)
     assert isinstance(data, ExampleDataset)
     options = {"prompts": world_prompts(), "max_new_tokens": 64, "batch_size": 72}
     intact, found = probe(model, processor, data, folder=tmp_path, probes=("removed", "swapped"), **options)
@@ -84,9 +84,7 @@ def test_the_builtin_model_looks(tmp_path: Path) -> None:
     )
     assert swapped.comparison.difference < -0.3
     grey = Image.new("RGB", data[0]["images"][0].size, (128, 128, 128))
-    blind = load_examples(
-        [{k: row[k] for k in ("problem", "answer", "problem_id")} | {"images": [grey]} for row in data]
-    )
+    blind = load_rows([{k: row[k] for k in ("problem", "answer", "problem_id")} | {"images": [grey]} for row in data])
     assert isinstance(blind, ExampleDataset)
     same = probe(model, processor, blind, probes=("swapped",), **options)[1]["swapped"].comparison
     assert (same.difference, same.better, same.worse, same.p_value) == (0.0, 0, 0, 1.0)

@@ -23,7 +23,7 @@ import pytest
 import requests
 import torch
 
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling
@@ -55,7 +55,7 @@ def prompts(base: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     rows = write_world(tmp_path_factory.mktemp("world"), "train", n=8, seed=3)
     return [
         encode_prompt(base[1], world_prompts(), "student", row["problem"], row["answer"], row["images"])
-        for row in list(load_examples(rows))[:4]
+        for row in list(load_rows(rows))[:4]
     ]
 
 
@@ -341,7 +341,7 @@ def train(folder: Path, rows: Path, **options: Any) -> tuple[list[dict[str, Any]
         save_merged=False, lr_scheduler_type="constant", **options,
     )  # fmt: skip
     trainer = ViGOSTrainer(
-        model=model, args=config, processing_class=processor, train_dataset=load_examples(rows), prompts=world_prompts()
+        model=model, args=config, processing_class=processor, train_dataset=load_rows(rows), prompts=world_prompts()
     )
     trainer.train()
     frozen = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.processes import HELPERS
 
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling
@@ -64,7 +64,7 @@ def prompts(base: tuple[Any, Any], rows: Path) -> list[EncodedPrompt]:
     _, processor = base
     return [
         encode_prompt(processor, world_prompts(), "student", row["problem"], row["answer"], row["images"])
-        for row in list(load_examples(rows))[:3]
+        for row in list(load_rows(rows))[:3]
     ]
 
 
@@ -220,7 +220,7 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
             model=model,
             args=config,
             processing_class=processor,
-            train_dataset=load_examples(rows),
+            train_dataset=load_rows(rows),
             prompts=world_prompts(),
         )
         trainer.train()

@@ -19,7 +19,7 @@ from helpers.hostile_images import jpeg_of_scans, tiff_of_scans
 from helpers.training import VALID_A, VALID_B, config, rows, tiny_student, trainer
 
 from vigos.data.decode import ImageLimits
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.launch import load_model
 from vigos.world import checkpoint_path
 
@@ -93,7 +93,7 @@ def test_hostile_images_cost_their_rows_and_no_more(tmp_path: Path) -> None:
     images = [jpeg_of_scans((8000, 8000), 2000), tiff_of_scans(4000, 99, 4), "../secret.png", "http://127.0.0.1/a.png"]
     hostile = [rows(1)[0] | {"images": [image], "problem_id": f"bad-{i}"} for i, image in enumerate(images)]
     mixed = [row for pair in zip(rows(4), hostile, strict=True) for row in pair]
-    data = load_examples(mixed, data_root=tmp_path, limits=ImageLimits(decode_seconds=0.2))
+    data = load_rows(mixed, data_root=tmp_path, limits=ImageLimits(decode_seconds=0.2))
     for workers in (0, 1):
         folder = tmp_path / f"run-{workers}"
         options = config(folder, max_steps=4, dataloader_num_workers=workers)

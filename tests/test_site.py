@@ -29,7 +29,7 @@ def test_every_page_is_there(site):
 @pytest.mark.slow
 def test_api_page_has_the_docstrings(site):
     page = (site / "api.html").read_text(encoding="utf-8")
-    for name in ("linear_divergence", "Supervision.from_mask", "load_examples", "ViGOSTrainer", "evaluate"):
+    for name in ("linear_divergence", "Supervision.from_mask", "load_rows", "ViGOSTrainer", "evaluate"):
         assert re.search(rf'id="vigos\.[\w.]*{re.escape(name)}"', page), name
     assert "student_hidden" in page
 

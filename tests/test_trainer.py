@@ -28,7 +28,7 @@ from helpers.training import (
 )
 from torch import Tensor
 
-from vigos.data.examples import ImageLimits, load_examples
+from vigos.data.examples import ImageLimits, load_rows
 from vigos.models.parts import lm_head
 from vigos.train.adapters import build_lora, merged_copy, prepare_model
 from vigos.train.config import ViGOSConfig
@@ -705,7 +705,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
     lines = [json.dumps(r | {"problem_id": f"r{i}"}) for i, r in enumerate(records)]
     (folder / "train.jsonl").write_text("\n".join(lines))
     args = config(tmp_path / "run", per_device_train_batch_size=4, max_steps=2, max_prompt_length=100)
-    engine = trainer(tiny_student(), args, load_examples(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
+    engine = trainer(tiny_student(), args, load_rows(folder / "train.jsonl"), texts=[VALID_A])  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, logger="vigos.train.rollouts"):
         engine.train()
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
@@ -728,7 +728,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.L
 
 def test_row_that_the_processor_refuses_is_skipped(tmp_path: Path) -> None:
     strip = {"problem": "Which ink?", "images": [picture(0, 4000, 8)], "answer": "red", "problem_id": "strip"}
-    data = load_examples([strip, *rows(1)])
+    data = load_rows([strip, *rows(1)])
     images = replace(data.reader.images, limits=ImageLimits(max_aspect=1e9))
     data.reader = replace(data.reader, images=images)  # type: ignore[union-attr]
     engine = trainer(tiny_student(), config(tmp_path), data, texts=[VALID_A])  # type: ignore[arg-type]
@@ -802,7 +802,7 @@ def test_streamed_rows(tmp_path: Path) -> None:
     picture(0).save(folder / "a.png")
     record = json.dumps({"problem": "Which ink?", "images": ["a.png"], "answer": "red"})
     (folder / "train.jsonl").write_text("\n".join([record] * 5))
-    stream = load_examples(folder / "train.jsonl", streaming=True)
+    stream = load_rows(folder / "train.jsonl", streaming=True)
     args = config(tmp_path / "run", max_steps=3, clip_mode="none")
     engine = ViGOSTrainer(tiny_student(), args, processor(), stream, prompts=PROMPTS)
     engine.train()

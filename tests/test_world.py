@@ -89,9 +89,9 @@ def test_files_are_png_and_jsonl_as_a_user_brings_them(tmp_path):
         with Image.open(tmp_path / row["images"][0]) as image:
             assert (image.format, image.mode) == ("PNG", "RGB")
             assert image.size == (CELL * len(row["digits"]), CELL)
-    from vigos.data.examples import load_examples
+    from vigos.data.examples import load_rows
 
-    loaded = next(iter(load_examples(path)))
+    loaded = next(iter(load_rows(path)))
     assert loaded["problem"] == rows[0]["problem"]
     assert loaded["answer"] == rows[0]["answer"]
 

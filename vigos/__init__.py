@@ -23,7 +23,7 @@ _EXPORTS = {  # name -> module
     "ViGOSConfig": "vigos.train.config",
     "ViGOSTrainer": "vigos.train.trainer",
     "Prompts": "vigos.method.prompts",
-    "load_examples": "vigos.data.examples",
+    "load_rows": "vigos.data.examples",
     "parse_rollout": "vigos.method.spans",
     "evaluate": "vigos.eval.evaluate",
 }

@@ -106,14 +106,14 @@ class EvalSource(_ModelAndData):
             raise ValueError(f"adapter must be loaded by the server, and server_model its name; got {self.adapter!r}")
 
     def examples(self) -> ExampleDataset | ExampleStream:
-        """Open the data: in the layout of `benchmark`, or any that `load_examples` reads."""
+        """Open the data: in the layout of `benchmark`, or any that `load_rows` reads."""
         from vigos.data.benchmarks import load_benchmark
-        from vigos.data.examples import load_examples
+        from vigos.data.examples import load_rows
 
         if self.benchmark is not None:
             return self.head_of(load_benchmark(self.benchmark, self.data, allow_outside_root=self.allow_outside_root))
         return self.head_of(
-            load_examples(
+            load_rows(
                 self.data,
                 problem_column=self.problem_column,
                 images_column=self.images_column,
@@ -276,7 +276,7 @@ def _changed_options(config: ViGOSConfig) -> list[str]:
 
 def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
     """Build a trainer from model, data and prompts of `source`; `adapter` is put on the model and trained on."""
-    from vigos.data.examples import load_examples
+    from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
 
     model: Any
@@ -290,7 +290,7 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    examples = load_examples(
+    examples = load_rows(
         source.data,
         problem_column=config.problem_column,
         images_column=config.images_column,

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from helpers.restart_cases import At, child, resume, step_of, until, wait
-from vigos.data.examples import load_examples
+from vigos.data.examples import load_rows
 from vigos.errors import TrainingStopped, end_process
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.prefetch import Request
@@ -45,7 +45,7 @@ ROUNDED: dict[str, Any] = {
 @cache
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Of the built-in world; the fourth cannot be used."""
-    made: list[dict[str, Any]] = [dict(row) for row in load_examples(write_world(folder, "train", n=ROWS, seed=3))]
+    made: list[dict[str, Any]] = [dict(row) for row in load_rows(write_world(folder, "train", n=ROWS, seed=3))]
     made[3]["answer"] = ""
     return made
 

@@ -83,7 +83,7 @@ def picture(seed: int, width: int = 32, height: int = 32) -> Image.Image:
 
 
 def rows(n: int, *, start: int = 0) -> list[dict[str, Any]]:
-    """Rows as `load_examples` takes them, with images of different sizes."""
+    """Rows as `load_rows` takes them, with images of different sizes."""
     inks = ("red", "blue", "green")
     return [
         {

@@ -19,7 +19,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from vigos.data.examples import ExampleDataset, ExampleStream, load_examples
+from vigos.data.examples import ExampleDataset, ExampleStream, load_rows
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
         name: a key of BENCHMARKS.
         path: a .parquet, .json (a list, or records by id) or .jsonl file, or a folder whose files of one of these
             kinds are read in the order of their names. Image paths are relative to the folder.
-        allow_outside_root: as in `load_examples`, whose bounds hold here too.
+        allow_outside_root: as in `load_rows`, whose bounds hold here too.
 
     A record that cannot be read, or lacks its answer or its image, is a `BadExample`.
 
@@ -239,7 +239,7 @@ def load_benchmark(name: str, path: str | Path, *, allow_outside_root: bool = Fa
             rows.append({"problem": "?", "images": [], "answer": None, "problem_id": f"record {n}"})
     if failure and not any(row["answer"] is not None for row in rows):
         raise ValueError(failure)
-    return load_examples(
+    return load_rows(
         rows, data_root=path if path.is_dir() else path.parent, image_placeholder=None,
         allow_outside_root=allow_outside_root,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Examples of a dataset: problem, images, answer, problem_id, from the files people have.
 
-    examples = load_examples("train.jsonl")  # also .json, .parquet, a folder, a `datasets` folder or hub name
+    examples = load_rows("train.jsonl")  # also .json, .parquet, a folder, a `datasets` folder or hub name
     examples[0]  # {"problem": …, "images": [PIL.Image], "answer": …, "problem_id": …, "extra": {…}}
 
 Images are opened when an example is asked for, within bounds. An example that cannot be used is a `BadExample` that
@@ -232,7 +232,7 @@ def _read(reader: _Reader, record: Any, number: int | str, bad_examples: OnBadEx
         return error
 
 
-def load_examples(
+def load_rows(
     source: Any,
     *,
     problem_column: str = "problem",

@@ -143,7 +143,7 @@ def name_of(source: Any) -> str:
 
 
 def open_source(source: Any, split: str, streaming: bool) -> Opened:
-    """Open what `load_examples` takes; raises ValueError for anything else."""
+    """Open what `load_rows` takes; raises ValueError for anything else."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_dir():

@@ -1,6 +1,6 @@
 """Evaluate a model under the student's structured prompt: accuracy, format, Score and Prior, with intervals.
 
-    result = evaluate(model, processor, load_examples("test.jsonl"), k=5, temperature=1.0, records="records.jsonl")
+    result = evaluate(model, processor, load_rows("test.jsonl"), k=5, temperature=1.0, records="records.jsonl")
     result.summary()                       # {"accuracy": …, "accuracy_interval": […], "pass@5": …, "valid_rate": …, …}
     compare(EvaluationResult.load("a/records.jsonl"), result, metric="score")  # difference, interval, exact p
 
@@ -30,7 +30,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, load_examples
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, load_rows
 from vigos.eval.config import EvalConfig
 from vigos.eval.grading import grade, hints
 from vigos.eval.judge import Judge, JudgeError
@@ -60,7 +60,7 @@ def evaluate(
     Args:
         model: a transformers model; None where `engine` holds it.
         processor: a transformers processor, or a tokenizer for a text-only model.
-        examples: an `ExampleDataset` or `ExampleStream`, or whatever `load_examples` opens.
+        examples: an `ExampleDataset` or `ExampleStream`, or whatever `load_rows` opens.
         config: how answers are sampled and counted.
         prompts: default `Prompts()`; only the student's is used.
         engine: a `RolloutEngine`; None: `TransformersEngine` on `model`.
@@ -212,7 +212,7 @@ class _KeyMaker:
 
 def _with_bad_examples(examples: Any) -> tuple[Iterator[Example | BadExample], int | None]:
     """Iterate over the examples, a `BadExample` in place of each that cannot be used; also their number, if known."""
-    dataset = copy.copy(examples) if isinstance(examples, ExampleDataset | ExampleStream) else load_examples(examples)
+    dataset = copy.copy(examples) if isinstance(examples, ExampleDataset | ExampleStream) else load_rows(examples)
     dataset.bad_examples = "return"
     return iter(dataset), len(dataset) if isinstance(dataset, ExampleDataset) else None
 

@@ -1,6 +1,6 @@
 """Measure how much accuracy depends on the image: remove it, blur it, or swap it for another example's.
 
-    intact, found = probe(model, processor, load_examples("test.jsonl"), folder="probes", temperature=1.0)
+    intact, found = probe(model, processor, load_rows("test.jsonl"), folder="probes", temperature=1.0)
     found["swapped"].comparison.difference     # how much accuracy the right image is worth
 
 A model that answers as well without the image does not look at it. The questions, the prompts and the random numbers of
@@ -112,7 +112,7 @@ def probe(
     """Evaluate a model on examples as they are, then under each probe; return the intact result and the probes'.
 
     Args:
-        examples: from `load_examples`, not a stream.
+        examples: from `load_rows`, not a stream.
         config: as in `evaluate`; its seed also draws the swaps.
         folder: gets `intact.jsonl` and `<probe>.jsonl`; a probe that was stopped goes on where it stopped.
         progress: called with (name, examples done, examples in all).
@@ -120,7 +120,7 @@ def probe(
     """
     if not isinstance(examples, ExampleDataset):
         raise ValueError(
-            f"examples must be an ExampleDataset from load_examples (not a stream), got {type(examples).__name__}"
+            f"examples must be an ExampleDataset from load_rows (not a stream), got {type(examples).__name__}"
         )
     for name in probes:
         if name not in PROBES:

@@ -24,7 +24,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
     """Train the cell's arm in the folder `scratch` and measure it; return the measured columns of results.csv."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from vigos.data.examples import load_examples
+    from vigos.data.examples import load_rows
     from vigos.eval.evaluate import evaluate
     from vigos.train.trainer import ViGOSTrainer
     from vigos.world import load_base, world_prompts, write_world
@@ -48,11 +48,11 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
                 trainer.remove_callback(printer)
             trainer.train()
             model = trainer.model
-            rollouts = trainer.sample_rollouts(list(islice(load_examples(train), plan.palr_examples)))
+            rollouts = trainer.sample_rollouts(list(islice(load_rows(train), plan.palr_examples)))
             groups = trainer.measure_palr(rollouts).summary(resamples=1)["groups"]
             found = {f"palr_{name}": groups.get(name, {}).get("palr") for name in ("all", "description", "reasoning")}
     result = evaluate(
-        model, processor, load_examples(test), prompts=world_prompts(), temperature=1.0, max_new_tokens=MAX_TOKENS,
+        model, processor, load_rows(test), prompts=world_prompts(), temperature=1.0, max_new_tokens=MAX_TOKENS,
         batch_size=150, seed=TEST_SEED + cell.seed,
     )  # fmt: skip
     return found | outcomes(result)
@@ -123,7 +123,7 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
     """Train by the mean cross-entropy of a step's tokens; LoRA, optimizer, schedule and data are the other arms'."""
     from transformers import get_linear_schedule_with_warmup, set_seed
 
-    from vigos.data.examples import load_examples
+    from vigos.data.examples import load_rows
     from vigos.method.encode import ScoredSequence, encode_prompt
     from vigos.models.parts import lm_head
     from vigos.models.vision_cache import VisionCache
@@ -138,7 +138,7 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
     optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, int(options.warmup_steps), options.max_steps)
     records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
-    rows: Any = load_examples(train)
+    rows: Any = load_rows(train)
     head: Any = lm_head(adapted)
     adapted.train()
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(options.seed)).tolist()

@@ -35,7 +35,7 @@ def run_demo(
         `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their Wilson intervals,
         and `seconds`.
     """
-    from vigos.data.examples import load_examples
+    from vigos.data.examples import load_rows
     from vigos.study.plan import world_config
     from vigos.system.files import replace_json
     from vigos.system.screen import make_console, per_cent, print_table
@@ -67,7 +67,7 @@ def run_demo(
         model=model,
         args=options,
         processing_class=processor,
-        train_dataset=load_examples(train),
+        train_dataset=load_rows(train),
     )
     Watch.attach(trainer, console, every=20)
     trainer.train()

@@ -1,13 +1,13 @@
 """`ViGOSTrainer`: visually grounded on-policy self-distillation on top of `transformers.Trainer`.
 
-    from vigos import ViGOSConfig, ViGOSTrainer, load_examples
+    from vigos import ViGOSConfig, ViGOSTrainer, load_rows
     from vigos.world import load_base, world_prompts
 
     model, processor = load_base()  # or any transformers image-text model and its processor
     config = ViGOSConfig(output_dir="runs/first", max_steps=50, learning_rate=3e-4, per_device_train_batch_size=16,
                          gradient_accumulation_steps=1, max_completion_length=96)
     trainer = ViGOSTrainer(model=model, args=config, processing_class=processor,
-                           train_dataset=load_examples("data/train.jsonl"), prompts=world_prompts())
+                           train_dataset=load_rows("data/train.jsonl"), prompts=world_prompts())
     trainer.train()  # metrics.jsonl, completions/, checkpoint-*/, adapter/ and merged/ in the run folder
 
 One optimizer step, in the order of the code below: all its rollouts, parsed (`get_batch_samples`); the supervised
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_examples
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
 from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.asking import Asking
@@ -84,7 +84,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             already carries a peft adapter trains that adapter.
         args: every option, see `ViGOSConfig`.
         processing_class: the model's processor, or the tokenizer of a text-only model.
-        train_dataset: from `vigos.load_examples`, or anything that it opens (a path, a list of dicts, a
+        train_dataset: from `vigos.load_rows`, or anything that it opens (a path, a list of dicts, a
             `datasets.Dataset`).
         prompts: templates of the four roles; None takes `args.prompts_file`, or the built-in wording.
         rollout_engine: samples the completions; None makes the one that `args` name.
@@ -433,7 +433,7 @@ def _as_examples(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStr
         examples = copy.copy(dataset)
         examples.bad_examples = "return"
         return examples
-    return load_examples(
+    return load_rows(
         dataset,
         problem_column=args.problem_column,
         images_column=args.images_column,
