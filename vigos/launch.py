@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vigos.system.files import replace_json
 
 if TYPE_CHECKING:
@@ -146,9 +144,9 @@ class EvalSource(_ModelAndData):
         model: Any
         model, processor = load_model(self.model, dtype=self.dtype)
         if self.adapter:
-            from peft import PeftModel
+            from vigos.models.load import load_adapter
 
-            model = PeftModel.from_pretrained(model, self.adapter)
+            model = load_adapter(model, self.adapter)
         return model, processor, None
 
 
@@ -157,27 +155,17 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor (a tokenizer for text-only models) from a folder or hub name, or "builtin".
 
-    Weights come from safetensors alone: a pickle is never loaded.
+    See `vigos.models.load`: no code of the model's own unless `trust_remote_code` is set, no pickle.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from vigos.models import load
 
     if name == "builtin":
         from vigos.world import load_base
 
         return load_base()
-    if dtype not in ("float32", "float16", "bfloat16", "auto"):
-        raise ValueError(f"dtype must be float32, float16, bfloat16 or auto, got {dtype!r}")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    has_vision = getattr(config, "vision_config", None) is not None
-    family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    model = family.from_pretrained(
-        name,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
+    return load.load_model(
+        name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def train_from_source(source: Source, config: ViGOSConfig, *, console: Console | None = None) -> ViGOSTrainer:
@@ -287,9 +275,9 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         trust_remote_code=source.trust_remote_code,
     )
     if adapter is not None:
-        from peft import PeftModel
+        from vigos.models.load import load_adapter
 
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = load_adapter(model, adapter, trainable=True)
     examples = load_rows(
         source.data,
         problem_column=config.problem_column,
@@ -370,8 +358,9 @@ def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple
         model: folder or hub name that configuration and processor come from.
         url: up to and including /v1. served: the model's name there, or an adapter's.
     """
-    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+    from transformers import GenerationConfig
 
+    from vigos.models.load import load_config, load_processor
     from vigos.rollout.engine import eos_ids, placeholder_ids
     from vigos.rollout.server import ServerEngine
 
@@ -379,7 +368,7 @@ def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple
         from vigos.world import checkpoint_path
 
         model = str(checkpoint_path())
-    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    config, processor = load_config(model), load_processor(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     try:
         generation: Any = GenerationConfig.from_pretrained(model)

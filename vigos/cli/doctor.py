@@ -103,9 +103,8 @@ def examine_model(model: str) -> dict[str, str]:
     Args:
         model: folder, hub name, or "builtin".
     """
-    from transformers import AutoConfig
-
     from vigos.models.families import describe
+    from vigos.models.load import load_config
     from vigos.world import checkpoint_path
 
-    return describe(AutoConfig.from_pretrained(str(checkpoint_path()) if model == "builtin" else model))
+    return describe(load_config(str(checkpoint_path()) if model == "builtin" else model))

@@ -39,6 +39,7 @@ from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
+from vigos.models.load import check_adapter_file
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
@@ -71,7 +72,7 @@ from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
 from vigos.train.run_folder import RunFolder
 from vigos.train.teacher_weights import TeacherWeights
 from vigos.train.top_tokens import top_tokens
-from vigos.train.weights import check_adapter_file, load_model
+from vigos.train.weights import load_model
 
 logger = logging.getLogger(__name__)
 

@@ -35,22 +35,3 @@ def load_model(model: nn.Module, folder: str | Path) -> None:
             )
     core.load_state_dict(loaded.state_dict(), strict=True)
     logger.info("took all %d tensors of %s", len(core.state_dict()), folder)
-
-
-def check_adapter_file(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError unless a checkpoint's adapter holds every tensor of the model's adapter and no other."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    core: Any = unwrap(model)
-    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-        found = set(file.keys())
-    wanted = get_peft_model_state_dict(core, adapter_name=core.active_adapters[0]).keys()
-    if found != wanted:
-        missing, unexpected = sorted(wanted - found), sorted(found - wanted)
-        raise ValueError(
-            f"{folder} must hold the {len(wanted)} tensors of this run's adapter, got {len(found)}: {len(missing)} "
-            f"missing, {len(unexpected)} unexpected, such as {(missing + unexpected)[0]}; resume with the lora_ "
-            "options that it was trained with"
-        )
-    logger.info("took all %d tensors of the adapter in %s", len(wanted), folder)

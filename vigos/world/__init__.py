@@ -26,5 +26,7 @@ def load_base(folder: str | Path | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = checkpoint_path() if folder is None else Path(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
+    return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
