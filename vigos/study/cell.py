@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
         )  # fmt: skip
         options = cell_config(cell, scratch / "run")
         if arm.kind == "sft":
-            model = train_sft(model, processor, train, options)
+            records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
+            model = train_sft(model, processor, load_rows(train), [stated(r) for r in records], options)
         else:
             trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=train)
             for printer in (ProgressCallback, PrinterCallback):  # the study says where it is
@@ -119,11 +121,12 @@ def stated(row: dict[str, Any]) -> str:
     return completion(describe(scene, override), reason(scene, question, answer), answer)
 
 
-def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfig) -> nn.Module:
-    """Train by the mean cross-entropy of a step's tokens; LoRA, optimizer, schedule and data are the other arms'."""
+def train_sft(
+    model: nn.Module, processor: Any, examples: Any, completions: Sequence[str], options: ViGOSConfig
+) -> nn.Module:
+    """Train by the mean cross-entropy of the examples' completions; LoRA, optimizer, schedule are the other arms'."""
     from transformers import get_linear_schedule_with_warmup, set_seed
 
-    from vigos.data.examples import load_rows
     from vigos.method.encode import ScoredSequence, encode_prompt
     from vigos.models.parts import lm_head
     from vigos.models.vision_cache import VisionCache
@@ -137,17 +140,16 @@ def train_sft(model: nn.Module, processor: Any, train: Path, options: ViGOSConfi
     weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, int(options.warmup_steps), options.max_steps)
-    records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
-    rows: Any = load_rows(train)
     head: Any = lm_head(adapted)
     adapted.train()
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    order = torch.randperm(len(completions), generator=torch.Generator().manual_seed(options.seed)).tolist()
     size = options.per_device_train_batch_size
     for step in range(options.max_steps):
         sequences = []
         for i in order[step * size : (step + 1) * size]:
-            prompt = encode_prompt(processor, prompts, "student", rows[i]["problem"], images=rows[i]["images"])
-            ids = [*tokenizer(stated(records[i]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            row = examples[i]
+            prompt = encode_prompt(processor, prompts, "student", row["problem"], images=row["images"])
+            ids = [*tokenizer(completions[i], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             sequences.append(ScoredSequence(prompt, torch.tensor(ids), torch.arange(len(ids))))
         hidden = hidden_states(adapted, sequences, scoring="separate", vision=VisionCache.for_model(model))
         targets = torch.cat([s.completion_ids for s in sequences])

@@ -92,7 +92,13 @@ def damage(rng: np.random.Generator, text: str) -> str:
 
 
 class Mixture:
-    """Draw scenes and the examples of every context."""
+    """Draw scenes and the examples of every context.
+
+    Attributes:
+        words: those whose first tokens count `content_weight` times in the loss.
+    """
+
+    words: tuple[str, ...] = (*INK_NAMES, *map(str, range(18)))
 
     def __init__(self, encoder: FastEncoder, recipe: Recipe, rng: np.random.Generator, split: Split = "train") -> None:
         self.encoder, self.recipe, self.rng, self.split = encoder, recipe, rng, split
@@ -293,8 +299,7 @@ def learn(
     optimizer = _optimizer(parameters, recipe.learning_rate)
     grid = (recipe.cell // encoder.patch, recipe.cell * recipe.digits // encoder.patch)
     weight = torch.ones(model.config.text_config.vocab_size)
-    words = (*INK_NAMES, *map(str, range(18)))
-    weight[[encoder.text(space + word)[0] for word in words for space in ("", " ")]] = recipe.content_weight
+    weight[[encoder.text(space + word)[0] for word in mixture.words for space in ("", " ")]] = recipe.content_weight
     metrics: dict[str, float] = {}
     for step in range(steps):
         scenes = [mixture.scene() for _ in range(recipe.scenes)]
