@@ -73,3 +73,26 @@ def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
     )  # fmt: skip
     assert losses == pytest.approx(wanted, rel=1e-6)
     assert len({round(loss, 6) for loss in losses}) == 4, "no two steps alike"
+
+
+def test_own_data_answers_as_the_package_does(tmp_path: Path) -> None:
+    """What the warm-up believes about scenes and questions gives the package's own answers, wherever an image's scene is known."""
+    sys.path.insert(0, str(EXAMPLES))
+    from own_data import Question, infer_scene, read_package
+
+    checked = 0
+    for split in ("train", "test"):
+        for _, asked in read_package(split).values():
+            if scene := infer_scene(asked):
+                assert [Question(text).answer(scene) for text, _ in asked] == [answer for _, answer in asked]
+                checked += len(asked)
+    assert checked == 44_043  # of 48,248
+
+
+def test_own_data(tmp_path: Path) -> None:
+    out = run("own_data.py", "--warm-up", "6", "--steps", "2", "--questions", "10", "--output-dir", str(tmp_path))
+    for method in ("vigos", "opsd", "sft"):
+        assert re.search(rf"{method} +right [\d.]+ % .* against the warm-up", out), out[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"colour", "shape", "presence"}
+    assert len(rows) == 30
