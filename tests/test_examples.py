@@ -76,7 +76,7 @@ def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
 
 
 def test_own_data_answers_as_the_package_does(tmp_path: Path) -> None:
-    """What the warm-up believes about scenes and questions gives the package's own answers, wherever an image's scene is known."""
+    """The warm-up's reading of scenes and questions gives the package's answers, wherever the scene is known."""
     sys.path.insert(0, str(EXAMPLES))
     from own_data import Question, infer_scene, read_package
 
