@@ -23,8 +23,8 @@ from vigos.cli import main
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import assign
-from vigos.study.cell import cell_config, measure, stated
-from vigos.study.plan import ARM, ARMS, FULL, QUICK, Axis, Cell, Plan, World, reduced
+from vigos.study.cell import cell_config, change_references, measure, stated
+from vigos.study.plan import ARM, ARMS, CONTROL, FULL, QUICK, Axis, Cell, Plan, World, reduced
 from vigos.study.results import (
     by_base,
     difference,
@@ -144,6 +144,23 @@ def test_stated_completions_are_valid_and_say_the_reference(tmp_path: Path) -> N
         kinds.add(row["kind"])
     assert kinds == {"ink", "which", "larger", "sum", "count"}
     assert lies > 5
+
+
+@pytest.mark.parametrize("reference", ["other", "wrong", "none"])
+def test_controls_tell_the_teachers_something_else(tmp_path: Path, reference: str) -> None:
+    path = write_world(tmp_path, "train", n=80)
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    change_references(path, reference, seed=0)
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r | {"answer": ""} for r in before] == [r | {"answer": ""} for r in after]  # nothing else changes
+    kept = sum(a["answer"] == b["answer"] for a, b in zip(before, after, strict=True))
+    if reference == "other":
+        assert sorted((r["kind"], r["answer"]) for r in before) == sorted((r["kind"], r["answer"]) for r in after)
+        assert 0 < kept < 40
+    else:
+        assert kept == 0
+        assert {r["answer"] for r in after} == {"?"} or reference == "wrong"
+    assert len(CONTROL.cells()) == 5 * (1 + 2 * 8)
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

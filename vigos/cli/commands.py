@@ -361,6 +361,9 @@ def report(
 def study(
     output_dir: Annotated[Path, typer.Option(help="Where cells, CSV files and figures go.")] = Path("runs/study"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed of every arm on the base that ships.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Teachers that are told another's answer, a wrong one, or none.")
+    ] = False,
     bases: Annotated[int | None, typer.Option(help="How many bases; default: the plan's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many training seeds of each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")] = None,
@@ -369,7 +372,7 @@ def study(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
-    from vigos.study.plan import FULL, QUICK, reduced
+    from vigos.study.plan import CONTROL, FULL, QUICK, reduced
     from vigos.study.results import draw, print_results
     from vigos.study.run import run_study
 
@@ -378,7 +381,8 @@ def study(
 
     results = output_dir / "results.csv"
     if not draw_only:
-        plan = reduced(QUICK if quick else FULL, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
+        plan = QUICK if quick else CONTROL if controls else FULL
+        plan = reduced(plan, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
         with output_folder(output_dir, "vigos study"):
             run_study(plan, output_dir, jobs=jobs, progress=tell)
     elif not results.is_file():

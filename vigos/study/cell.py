@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,6 +41,8 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
             scratch / "train", "train", plan.steps * plan.examples_a_step, cell.seed, conflict=world.conflict,
             label_bias=world.label_bias, noise=world.noise,
         )  # fmt: skip
+        if arm.reference != "own":
+            change_references(train, arm.reference, cell.seed)
         options = cell_config(cell, scratch / "run")
         if arm.kind == "sft":
             records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
@@ -89,6 +92,24 @@ def _asked(record: dict[str, Any]) -> int:
     """Return the digit that an ink question names: the one in the image whose ink is the answer."""
     return next(d for d, ink in zip(record["extra"]["digits"], record["extra"]["inks"], strict=True)
                 if ink == record["answer"])  # fmt: skip
+
+
+def change_references(path: Path, reference: str, seed: int) -> None:
+    """Replace the answer of every line of the world's JSONL by "?", or by an answer of the same kind of question.
+
+    "wrong" draws one that the line's own is not; "other" takes that of another line, which may be right by chance.
+    """
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    answers = [record["answer"] for record in records]
+    rng = np.random.default_rng([seed, 41])
+    for kind in sorted({record["kind"] for record in records}):
+        places = [i for i, record in enumerate(records) if record["kind"] == kind]
+        shuffled = rng.permutation(places).tolist()
+        for place, other in zip(shuffled, shuffled[1:] + shuffled[:1], strict=True):
+            wrong = sorted({answers[i] for i in places} - {answers[place]})
+            told = {"other": answers[other], "wrong": str(rng.choice(wrong or ["?"])), "none": "?"}
+            records[place]["answer"] = told[reference]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def cell_config(cell: Cell, folder: Path) -> ViGOSConfig:

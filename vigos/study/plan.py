@@ -61,6 +61,9 @@ def world_config(output_dir: str | Path, *, seed: int, **changes: Any) -> ViGOSC
 # --- What is compared -------------------------------------------------------------------------------------------------
 
 
+Reference = Literal["own", "other", "wrong", "none"]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train.
@@ -68,12 +71,15 @@ class Arm:
     Attributes:
         kind: "base": not trained, under the same prompt; "sft": cross-entropy on completions that state the reference;
             "trainer": `ViGOSTrainer` with `options`.
+        reference: what the privileged teachers are told: the example's own answer, that of another example of the same
+            kind, a wrong one of the same kind, or "?". Evaluation knows the true answers.
     """
 
     name: str
     what: str
     kind: Literal["base", "sft", "trainer"] = "trainer"
     options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Reference = "own"
 
 
 ARMS: tuple[Arm, ...] = (
@@ -90,7 +96,13 @@ ARMS: tuple[Arm, ...] = (
     Arm("clip_entry", "ViGOS, vocabulary entries clipped at 0.05", options={"clip_mode": "entry", "entry_clip": 0.05}),
     Arm("teacher_ema", "ViGOS, moving-average teacher", options={"teacher": "ema", "ema_decay": 0.99}),
 )
-ARM = {arm.name: arm for arm in ARMS}
+_TOLD: Mapping[Reference, str] = {"other": "another example's answer", "wrong": "a wrong answer", "none": "nothing"}
+CONTROLS: tuple[Arm, ...] = tuple(
+    Arm(f"{method}_{reference}", f"{title}, told {what}", options=options, reference=reference)
+    for method, title, options in (("opsd", "OPSD", {"method": "opsd"}), ("vigos", "ViGOS", {}))
+    for reference, what in _TOLD.items()
+)
+ARM = {arm.name: arm for arm in (*ARMS, *CONTROLS)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ class Plan:
     """A study: arms, axes, bases, seeds and sizes."""
 
     name: str
-    arms: tuple[str, ...] = tuple(ARM)
+    arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
     axes: tuple[Axis, ...] = ()
     bases: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
@@ -178,7 +190,10 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Everything its result depends on."""
         sizes = {name: getattr(self.plan, name) for name in _SIZES}
-        how = {"kind": ARM[self.arm].kind, "options": dict(ARM[self.arm].options)}
+        arm = ARM[self.arm]
+        how: dict[str, Any] = {"kind": arm.kind, "options": dict(arm.options)}
+        if arm.reference != "own":
+            how["reference"] = arm.reference
         where = {**asdict(self.world), "base": self.base, "seed": self.seed}
         return {"format": FORMAT, "arm": self.arm, **how, **where, **sizes}
 
@@ -207,6 +222,8 @@ FULL = Plan(
 )
 # One seed of every arm on the base that ships, and what H1 is about.
 QUICK = replace(FULL, name="quick", axes=(Axis("label_bias", (1.0,)),), bases=(0,), seeds=(0,))
+# What is left of either method where its privilege is worth nothing.
+CONTROL = replace(FULL, name="controls", arms=("base", "opsd", "vigos", *(arm.name for arm in CONTROLS)), axes=())
 
 
 def reduced(

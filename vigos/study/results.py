@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vigos.eval.statistics import bootstrap_interval, holm, sign_flip_test
-from vigos.study.plan import ARMS, World
+from vigos.study.plan import ARM, World
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def difference(rows: Sequence[Row], arm: str, other: str, metric: str = "score")
 
 def against_vigos(rows: Sequence[Row]) -> dict[str, tuple[Difference, float | None]]:
     """Return, for every other arm, its Score minus that of ViGOS, and the p value corrected for their number."""
-    found = {arm.name: difference(rows, arm.name, "vigos") for arm in ARMS if arm.name != "vigos"}
+    found = {arm.name: difference(rows, arm.name, "vigos") for arm in ARM.values() if arm.name != "vigos"}
     shown = {name: d for name, d in found.items() if d is not None}
     tested = {name: d.p_value for name, d in shown.items() if d.p_value is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
@@ -215,7 +215,7 @@ def print_results(results: str | Path, console: Console) -> None:
     )
     against = against_vigos(default)
     lines: list[Any] = []
-    for arm in ARMS:
+    for arm in ARM.values():
         mine = [r for r in default if r["arm"] == arm.name]
         if not mine:
             continue
@@ -284,7 +284,7 @@ def _arms(rows: Sequence[Row], checks: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     default = in_world(rows)
-    shown = [arm.name for arm in ARMS if any(r["arm"] == arm.name for r in default)]
+    shown = [name for name in ARM if any(r["arm"] == name for r in default)]
     figure = Figure(figsize=(8, 0.42 * len(shown) + 1.7), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     titles = (("score", "Score"), ("prior", "Prior"), ("description", "description right"))
