@@ -17,12 +17,12 @@ import pytest
 from vigos.cli import main
 from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN, after_training, check_trackers
 from vigos.cli.doctor import examine
-from vigos.cli.folders import RUN, output_folder
+from vigos.cli.folders import output_folder
 from vigos.cli.options import UsageError, declared
 from vigos.data.examples import load_rows
 from vigos.divergence.engines import IMPLS
 from vigos.launch import Source, run_facts
-from vigos.system.files import owned
+from vigos.system.files import RUN, owned
 from vigos.system.screen import make_console, print_table
 from vigos.train.run_folder import RunFolder
 from vigos.train.watch import Watch, duration

@@ -265,6 +265,7 @@ def bomb(width, height):
         ({"answer": None}, "empty_answer"),
         ({"answer": float("nan")}, "empty_answer"),
         ({"answer": ["1", "2"]}, "bad_answer"),
+        ({"answer": float("inf")}, "bad_answer"),
         ({"answer": r"\frac{1}{2"}, "unbalanced_answer"),
         ({"answer": "}{"}, "unbalanced_answer"),
         ({"answer": "x\\"}, "unbalanced_answer"),  # it would swallow the brace that closes \boxed{
@@ -568,3 +569,15 @@ def test_images_and_ids_that_only_later_lines_have(tmp_path):
         assert (got[0]["problem_id"], len(got[0]["images"])) == ("0", 0)
         assert (got[150]["problem_id"], len(got[150]["images"])) == ("late", 1)
         assert got[151].reason == "image_column", "an image under another name is not dropped without a word"
+
+
+def test_a_replaced_parquet_file_gives_its_own_rows_whatever_its_time_stamp(tmp_path):
+    from datasets import Dataset
+
+    path = tmp_path / "rows.parquet"
+    for answer in ("red", "tan"):
+        new = tmp_path / "new.parquet"
+        Dataset.from_list([{"problem": "Which ink?", "answer": answer}]).to_parquet(new)
+        os.utime(new, (1, 1))
+        new.replace(path)
+        assert load_rows(path, images_column=None)[0]["answer"] == answer

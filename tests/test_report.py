@@ -274,6 +274,18 @@ def test_figures_follow_the_log(page: Path) -> None:
     assert not re.findall(r"#0a0b0|#01010|#02020|#03030", text), "a marker colour was left"
 
 
+def test_damaged_pictures_cost_themselves(tmp_path: Path, run: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    pictures = sorted((folder / "train" / "completions" / "images").iterdir())
+    shown = len(rollout_data([load_run(folder)])["images"])
+    assert shown == len(pictures) >= 3
+    content = pictures[0].read_bytes()
+    pictures[0].write_bytes(content[: len(content) // 2])
+    pictures[1].write_bytes(b"")
+    assert len(rollout_data([load_run(folder)])["images"]) == shown - 2
+    write_report(folder, tmp_path / "report.html")
+
+
 def test_older_and_emptier_runs(tmp_path: Path, run: Path) -> None:
     """Without evaluations, images, likeliest tokens or rollouts; and with lines cut off by a kill."""
     bare = tmp_path / "bare"

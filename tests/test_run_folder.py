@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import IntervalStrategy
 
 from vigos.data.examples import BadExample
-from vigos.train.checkpoint import read_parts, write_parts
+from vigos.system.files import read_json_lines
+from vigos.train.checkpoint import checkpoints, last_checkpoint, publish, read_parts, rotate, write_parts
 from vigos.train.run_folder import RunFolder, plain
 from vigos.train.teacher_weights import TeacherWeights
 
@@ -38,9 +41,81 @@ def test_resuming_forgets_what_the_checkpoint_has_not_seen(tmp_path: Path) -> No
     ]  # fmt: skip
     assert (tmp_path / "skipped.jsonl").is_file()
     log.cut_after(0)
-    assert steps(tmp_path) == []
     assert not list((tmp_path / "completions").iterdir())
-    assert not (tmp_path / "skipped.jsonl").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["completions"]
+
+
+def test_damaged_lines_stay_and_the_end_of_an_earlier_stretch_goes(tmp_path: Path) -> None:
+    lines = [
+        b'{"step": 1}',
+        b'{"step": \xff}',
+        '{"step": 2, "text": "a\u2028b"}'.encode(),
+        b'{"step": 2, "train_runtime": 1}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3}', b""]))
+    RunFolder(tmp_path).cut_after(2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*lines[:3], b""])
+
+
+def test_half_a_surrogate_pair_in_an_id_ends_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_skipped(1, BadExample("a\ud800b", "missing_image", "no such file"))
+    records, damaged = read_json_lines(tmp_path / "skipped.jsonl")
+    assert (records[0]["example"], damaged) == ("a\ud800b", 0)
+
+
+def test_full_disk_loses_no_history(tmp_path: Path) -> None:
+    """A process whose files may not grow past 1,000 bytes resumes: metrics.jsonl and config.yaml stay as they were."""
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 100)))
+    (tmp_path / "config.yaml").write_text("run: {id: abc}\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    program = f"""
+import resource, signal
+from vigos.train.config import ViGOSConfig
+from vigos.train.run_folder import RunFolder
+config = ViGOSConfig(output_dir={str(tmp_path)!r}, use_cpu=True, report_to=[])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+folder = RunFolder({str(tmp_path)!r})
+for act in (lambda: folder.cut_after(90), lambda: folder.write_config(config)):
+    try:
+        act()
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("could not be written (File too large); it is as it was") == 2, done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_new_run_sets_aside_what_an_earlier_one_left(tmp_path: Path) -> None:
+    def checkpoint(step: int, run: str) -> None:
+        folder = tmp_path / "saving" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+        publish(tmp_path, folder.name, run=run)
+
+    log, options = RunFolder(tmp_path), config(tmp_path)
+    log.begin(options, 0, id="old")
+    assert not (tmp_path / "aside").exists()
+    for step in (3, 900):
+        checkpoint(step, "old")
+    log.write_metrics(900, {"loss": 0.5})
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-900"
+    log.write_config(options, id="new")  # killed here
+    assert last_checkpoint(tmp_path) is None, "it never goes on from another run's"
+    log.begin(options, 0, id="new")
+    assert sorted(p.name for p in (tmp_path / "aside" / "1").iterdir()) == [
+        "checkpoint-3", "checkpoint-900", "config.yaml", "metrics.jsonl",
+    ]  # fmt: skip
+    for step in (1, 2, 3):
+        checkpoint(step, "new")
+    checkpoint(8, "stranger")  # moved there by hand
+    rotate(tmp_path, 2, "new")
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-8"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    log.begin(options, 2, id="new")  # --resume checkpoint-2: what it leads to is not mixed with what was there
+    assert [p.name for p in checkpoints(tmp_path, "new")] == ["checkpoint-2"]
+    assert (tmp_path / "aside" / "2" / "checkpoint-3").is_dir()
 
 
 def test_metrics_of_somebody_else_are_not_thrown_away(tmp_path: Path) -> None:

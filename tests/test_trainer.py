@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed = make("whole")  # the same folder: records past the checkpoint are written anew
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert metrics_of(resumed)[2:] == metrics_of(whole)[2:]
+    means = [engine.state.log_history[-1]["train_loss"] for engine in (whole, resumed)]
+    assert means[0] == means[1] == pytest.approx(sum(log["loss"] for log in metrics_of(whole)) / 4)
     after = parameters(whole)
     assert all(torch.equal(p, after[n]) for n, p in parameters(resumed).items())
     assert all(torch.equal(c, whole.teacher.copies[n]) for n, c in resumed.teacher.copies.items())
@@ -796,17 +799,33 @@ def test_rows_without_images(tmp_path: Path, family: str) -> None:
     assert log["length/completion"] > 0
 
 
-def test_streamed_rows(tmp_path: Path) -> None:
+def test_a_stream_goes_on_in_its_second_pass(tmp_path: Path) -> None:
+    """Five rows, two a step: the checkpoint of step 4 lies in the middle of the second pass."""
     folder = tmp_path / "data"
     folder.mkdir()
-    picture(0).save(folder / "a.png")
-    record = json.dumps({"problem": "Which ink?", "images": ["a.png"], "answer": "red"})
-    (folder / "train.jsonl").write_text("\n".join([record] * 5))
-    stream = load_rows(folder / "train.jsonl", streaming=True)
-    args = config(tmp_path / "run", max_steps=3, clip_mode="none")
-    engine = ViGOSTrainer(tiny_student(), args, processor(), stream, prompts=PROMPTS)
-    engine.train()
-    assert len(metrics_of(engine)) == 3
+    lines = []
+    for i, row in enumerate(rows(5)):
+        row["images"][0].save(folder / f"{i}.png")
+        lines.append(json.dumps(row | {"images": [f"{i}.png"]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    options = {"max_steps": 6, "clip_mode": "none", "save_strategy": "steps", "save_steps": 4, "completion_steps": 1}
+
+    def make(name: str) -> ViGOSTrainer:
+        stream = load_rows(folder / "train.jsonl", streaming=True)
+        return ViGOSTrainer(tiny_student(), config(tmp_path / name, **options), processor(), stream, prompts=PROMPTS)
+
+    def seen(name: str) -> list[str]:
+        files = sorted((tmp_path / name / "completions").glob("step-*"))
+        return [json.loads(line)["problem_id"][4:] for file in files for line in file.read_text().splitlines()]
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    assert "".join(seen("whole")) == "012340123401"
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed", dirs_exist_ok=True)
+    resumed.train(str(tmp_path / "resumed" / "checkpoint-4"))
+    assert seen("resumed") == seen("whole")
+    assert metrics_of(resumed)[4:] == metrics_of(whole)[4:]
+    assert all(torch.equal(p, parameters(whole)[n]) for n, p in parameters(resumed).items())
 
 
 def test_constructor_says_what_it_wants(tmp_path: Path) -> None:

@@ -53,6 +53,12 @@ def test_profile_needs_its_steps(tmp_path: Path) -> None:
     engine = trainer(tiny_student(), config(tmp_path, max_steps=3, profile=True), rows(4), texts=[VALID_A, CUT_OFF])
     with pytest.raises(ValueError, match="profile needs at least 4 steps, got 3"):
         engine.train()
+    args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=3)
+    trainer(tiny_student(), args, rows(4), texts=[VALID_A, CUT_OFF]).train()
+    args = config(tmp_path, max_steps=4, profile=True)
+    trainer(tiny_student(), args, rows(4), texts=[VALID_A, CUT_OFF]).train(str(tmp_path / "checkpoint-3"))
+    assert (tmp_path / "adapter").is_dir(), "a resumed run with fewer steps left goes on, without a profile"
+    assert not (tmp_path / "profile").exists()
 
 
 def test_phases_count_no_second_twice() -> None:

@@ -1,6 +1,9 @@
 """The built-in world: its generator, its tokenizer, its checkpoint and the recipe that makes one."""
 
 import json
+import signal
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -57,6 +60,28 @@ def test_the_same_world_can_be_written_anew_while_it_is_read(tmp_path):
     assert found == [first] * 8
     assert files() == first
     assert {p.name for p in tmp_path.iterdir()} == {"train.jsonl", "images"}
+
+
+def test_a_killed_writer_leaves_the_old_questions_with_the_old_pictures(tmp_path):
+    """Killed before its lines are in place, over an older world; written again it leaves nothing of the older one."""
+    path = write_world(tmp_path, "train", 6, seed=0)
+    program = f"""
+import os, signal, vigos.world.generate as generate
+generate.replace_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+generate.write_world({str(tmp_path)!r}, "train", 6, seed=1)
+"""
+
+    def shown():
+        lines = path.read_text().splitlines()
+        return lines, [(tmp_path / json.loads(line)["images"][0]).read_bytes() for line in lines]
+
+    before = shown()
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "images").iterdir())) == 12, "the new pictures are there, beside the old ones"
+    assert shown() == before
+    write_world(tmp_path, "train", 6, seed=1)
+    assert shown() != before
+    assert len(list((tmp_path / "images").iterdir())) == 6
 
 
 def test_handwriting_and_wordings_of_the_test_split_are_held_out():

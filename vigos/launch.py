@@ -176,22 +176,18 @@ def train_from_source(source: Source, config: ViGOSConfig, *, console: Console |
     """
     from vigos.train.watch import Watch
 
-    resume = None if source.resume is None else _checkpoint(source.resume, config)
-    changed = _changed_options(config) if resume else []
+    resume, finished = _restart(source.resume, config) if source.resume is not None else (None, False)
+    changed = _changed_options(config) if resume or finished else []
     trainer = build_trainer(source, config)
     trainer.facts = run_facts(source)
     if console is not None:
         Watch.attach(trainer, console)
-    if resume is not None:
-        step = _step_of(resume)
-        logger.info("resuming from %s, after step %d", resume, step)
-        for line in changed:
-            logger.warning("changed since: %s (optimizer and schedule keep the state they were saved with)", line)
-        final = any((Path(str(config.output_dir)) / name).is_dir() for name in ("adapter", "model"))
-        if 0 < config.max_steps <= step and final:
-            logger.warning("the run is finished: step %d of %d; nothing was trained", step, config.max_steps)
-            return trainer
-    trainer.train(resume_from_checkpoint=resume)
+    for line in changed:
+        logger.warning("changed since: %s (optimizer and schedule keep the state they were saved with)", line)
+    if finished:
+        logger.warning("the run is finished, and its final weights are whole; nothing was trained")
+    else:
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -227,23 +223,43 @@ def data_digest(data: str) -> str | None:
     return digest.hexdigest()
 
 
-def _checkpoint(resume: str, config: ViGOSConfig) -> str | None:
-    """Return the checkpoint folder to go on from; None where `auto` finds none."""
-    from vigos.train.checkpoint import last_checkpoint
+def _restart(resume: str, config: ViGOSConfig) -> tuple[str | None, bool]:
+    """Return the checkpoint to go on from (None: `auto` finds none), and whether the run is finished already.
 
-    if resume != "auto":
-        if not Path(resume).is_dir():
+    Raises:
+        ValueError: no such checkpoint, or a damaged one.
+        CheckpointError: all that `auto` finds are damaged.
+    """
+    from vigos.train.checkpoint import last_checkpoint, whole_checkpoint
+    from vigos.train.final import final_state
+    from vigos.train.manifest import MANIFEST, damage, is_trained
+
+    folder, checkpoint, step = str(config.output_dir), None, -1
+    if resume == "auto":
+        with config.main_process_first(local=False):  # the others look when the leader has set aside what is damaged
+            checkpoint = whole_checkpoint(folder) if config.process_index == 0 else last_checkpoint(folder)
+    else:
+        checkpoint = Path(resume)
+        if not (checkpoint / "trainer_state.json").is_file():
             raise ValueError(f"resume must be 'auto' or a checkpoint folder, got {resume!r}")
-        return resume
-    found = last_checkpoint(str(config.output_dir))
-    if found is None:
-        logger.info("nothing to resume from in %s; starting anew", config.output_dir)
-    return None if found is None else str(found)
-
-
-def _step_of(checkpoint: str) -> int:
-    state = Path(checkpoint) / "trainer_state.json"
-    return int(json.loads(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else 0
+        if (checkpoint / MANIFEST).exists() and (reason := damage(checkpoint)):
+            raise ValueError(f"resume must name a checkpoint that is whole; of {resume}, {reason}")
+    if checkpoint is not None:
+        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    final = final_state(config)
+    ahead = final["global_step"] - step if final else 0
+    if final and is_trained(final, config) and (ahead == 0 or (resume == "auto" and ahead > 0)):
+        return None, True
+    if checkpoint is not None:
+        logger.info("resuming from %s, after step %d", checkpoint, step)
+        return str(checkpoint), False
+    if final:
+        raise ValueError(
+            f"resume finds the final weights of step {final['global_step']} in {folder} and no checkpoint to train on "
+            "from; begin anew with --overwrite, or in another folder from these weights"
+        )
+    logger.info("nothing to resume from in %s; starting anew", folder)
+    return None, False
 
 
 def _changed_options(config: ViGOSConfig) -> list[str]:

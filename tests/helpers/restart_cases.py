@@ -25,6 +25,7 @@ from vigos.train.trainer import ViGOSTrainer
 
 KILLS = 20
 STEPS = 60
+END = 2  # steps of the runs that are cut off in their final save
 ROWS = 24
 
 
@@ -158,12 +159,53 @@ def full_disk(folder: Path) -> dict[str, Any]:
     return {"exit_code": code, "message": (folder / "full.txt").read_text(), "left": left, "again": again}
 
 
+class AtEnd(TrainerCallback):
+    """Calls something before the final weights are written."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act()
+
+
+def cut_off_at_the_end(folder: Path, how: str) -> dict[str, Any]:
+    """The final save is cut off: no file may grow, the process is killed, told to stop before it, or in it; then the
+    rest of the run."""
+    run, log = folder / f"end-{how}", folder / f"end-{how}.log"
+    options = {"max_steps": END, "save_strategy": "no", "save_merged": True}
+    acts: dict[str, Callable[[], Any]] = {
+        "disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)),
+        "late": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    }
+
+    def work() -> None:
+        try:
+            resume(build(run, AtEnd(acts.get(how, lambda: None)), **options))
+        except CheckpointError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            (folder / f"end-{how}.txt").write_text(str(error))
+            raise SystemExit(7) from error
+
+    number = child(work, log)
+    if how in ("kill", "sigterm"):
+        until(60, lambda: (run / "saving" / "merged").is_dir())
+        os.kill(number, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    first = wait(number)
+    left = sorted(path.name for path in run.iterdir() if path.is_dir() and path.name not in ("saving", "merged"))
+    left = [] if (run / "merged").is_dir() else left
+    message = folder / f"end-{how}.txt"
+    second = wait(child(lambda: resume(build(run, **options)), log)) if first else 0
+    return {"exit_codes": [first, second], "left": left, "message": message.read_text() if message.is_file() else ""}
+
+
 def main(folder: Path) -> None:
     """All of them, and the run that nothing happened to."""
     torch.set_num_threads(1)
     processor()
     whole = wait(child(lambda: resume(build(folder / "whole", save_steps=7)), folder / "whole.log"))
     found = {"whole": whole, "killed": kill_at_random(folder), "stopped": stopped(folder), "full": full_disk(folder)}
+    found["end"] = {how: cut_off_at_the_end(folder, how) for how in ("disk", "kill", "late", "sigterm")}
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from vigos.cli.folders import DEMO, RUN, earlier_run, is_leader, output_folder
+from vigos.cli.folders import DEMO, earlier_run, is_leader, output_folder
 from vigos.cli.options import Command, UsageError
+from vigos.system.files import RUN
 from vigos.system.screen import make_console, per_cent, print_table, screen_width
 from vigos.system.text import printable
 

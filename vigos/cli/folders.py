@@ -11,11 +11,7 @@ from pathlib import Path
 from vigos.cli.options import UsageError
 from vigos.system.files import owned
 
-# What a run, a demo and a study leave in their folders.
-RUN = (
-    "config.yaml", "metrics.jsonl", "skipped.jsonl", "completions", "faults", "profile", "checkpoint-*", "adapter",
-    "merged", "model",
-)  # fmt: skip
+# What a demo leaves in its folder.
 DEMO = ("summary.json", "before.jsonl", "after.jsonl", "report.html", "train", "world")
 
 

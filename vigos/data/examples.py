@@ -11,6 +11,7 @@ caller counts it.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class _Reader:
         column = self.columns.answer
         if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN: a null in pandas
             raise BadExample(example_id, "empty_answer", f"{column} is {short(value)}")
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float) or value in (math.inf, -math.inf):
             raise BadExample(example_id, "bad_answer", f"{column} must be text or a number, got {short(value)}")
         answer = str(value).strip()
         _check_text(answer, column, MAX_ANSWER, example_id)
@@ -194,7 +195,11 @@ class ExampleDataset(torch.utils.data.Dataset[Example | BadExample]):
 
 
 class ExampleStream(torch.utils.data.IterableDataset[Example | BadExample]):
-    """Examples in order, never all at once. The workers of a `DataLoader` share them."""
+    """Examples in order, never all at once. The workers of a `DataLoader` share them.
+
+    Attributes:
+        repeat: begin again at the end, as training does: a checkpoint in a later pass then knows its place.
+    """
 
     def __init__(
         self, records: Any, columns: list[str], reader: _Reader, bad_examples: OnBadExample, shards: bool
@@ -202,6 +207,7 @@ class ExampleStream(torch.utils.data.IterableDataset[Example | BadExample]):
         self.records, self.columns, self.reader, self.bad_examples = records, columns, reader, bad_examples
         self.shards = shards  # the source divides itself among workers
         self.limit: int | None = None
+        self.repeat = False
 
     def first(self, count: int) -> ExampleStream:
         """Return the first `count` examples; of a source that divides itself among workers, those of each worker."""
@@ -210,6 +216,14 @@ class ExampleStream(torch.utils.data.IterableDataset[Example | BadExample]):
         return stream
 
     def __iter__(self) -> Iterator[Example | BadExample]:
+        more = True
+        while more:
+            more = False
+            for example in self._pass():
+                more = self.repeat
+                yield example
+
+    def _pass(self) -> Iterator[Example | BadExample]:
         worker = torch.utils.data.get_worker_info()
         for number, record in enumerate(islice(self.records, self.limit)):
             name: int | str = number

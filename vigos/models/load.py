@@ -136,6 +136,11 @@ def check_adapter_file(model: nn.Module, folder: str | Path) -> None:
     wanted = set(get_peft_model_state_dict(core, adapter_name=core.active_adapters[0], save_embedding_layers=False))
     # peft also saves an embedding that was resized, and loads it as what it is: a parameter of the model.
     found -= {name for name in found - wanted if "embed" in name or "lm_head" in name} & set(core.state_dict())
+    check_names(folder, found, wanted)
+
+
+def check_names(folder: str | Path, found: set[str], wanted: set[str]) -> None:
+    """Raise ValueError unless the tensors found in a folder are those wanted of an adapter."""
     if found != wanted:
         missing, unexpected = sorted(wanted - found), sorted(found - wanted)
         raise ValueError(

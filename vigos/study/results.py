@@ -9,6 +9,7 @@ no such interval. Where several p values stand in one table they are corrected f
 from __future__ import annotations
 
 import csv
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vigos.eval.statistics import bootstrap_interval, holm, sign_flip_test
 from vigos.study.plan import ARM, World
+from vigos.system.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +42,12 @@ Row = dict[str, Any]
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows with the columns `COLUMNS` if they are results, else with those of the first row; return `path`."""
     names = list(COLUMNS) if rows and "score_items" in rows[0] else list(rows[0]) if rows else list(COLUMNS)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="raise", restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    return path
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, extrasaction="raise", restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+    return replace_file(path, text.getvalue())
 
 
 def read_csv(path: str | Path) -> list[Row]:
@@ -257,8 +259,8 @@ def draw(results: str | Path, preconditions: str | Path, folder: str | Path) -> 
     for name, figure in figures.items():
         if figure is not None:
             with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-                figure.savefig(folder / name, metadata={"Date": None})
-            written.append(folder / name)
+                figure.savefig(text := io.StringIO(), format="svg", metadata={"Date": None})
+            written.append(replace_file(folder / name, text.getvalue()))
     return written
 
 

@@ -15,6 +15,10 @@ from typing import Any
 
 LOCK = ".vigos-lock"  # held by the operating system for as long as its process lives
 OWNER = ".vigos-owner"  # who holds it, for the message
+RUN = (  # what a run leaves in its folder; config.yaml says which run it is
+    "metrics.jsonl", "skipped.jsonl", "completions", "faults", "profile", "checkpoint-*", "adapter", "merged", "model",
+    "saving", "config.yaml",
+)  # fmt: skip
 
 
 def replace_file(path: str | Path, content: str | bytes) -> Path:
@@ -25,7 +29,7 @@ def replace_file(path: str | Path, content: str | bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,8 +1,8 @@
 """Write checkpoints that are complete or not there, and stop a run in order on SIGTERM.
 
-A checkpoint is written to `saving/checkpoint-N` in the run folder, flushed to the disk, and renamed to `checkpoint-N`:
-whatever kills the process, what is called `checkpoint-N` is complete. Older ones are renamed away before they are
-deleted, for the same reason.
+A checkpoint is written to `saving/checkpoint-N` in the run folder, sealed with checksums, flushed to the disk, and
+renamed to `checkpoint-N`: whatever kills the process, what is called `checkpoint-N` is complete. Older ones are renamed
+away before they are deleted, for the same reason. What a run must not go on from is set aside, and never deleted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,42 +24,104 @@ from torch import Tensor
 
 from vigos.errors import lost_peer
 from vigos.models.compat import loss_totals, set_loss_totals
+from vigos.train.manifest import MANIFEST, damage, read_manifest, seal
 
 logger = logging.getLogger(__name__)
 
 SAVING = "saving"
+ASIDE = "aside"
 EXIT_CODE = 128 + signal.SIGTERM  # 143, what a shell reports of a process that SIGTERM ended
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """List the complete checkpoints of a run folder, oldest step first."""
-    folder = Path(folder)
-    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted((p for p in found if (p / "trainer_state.json").is_file()), key=_step)
+def checkpoints(folder: str | Path, run: str | None = None) -> list[Path]:
+    """List the complete checkpoints of a run folder, oldest step first.
+
+    Args:
+        run: leave out those that another run's manifest is in.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    found = [p for p in found if (p / "trainer_state.json").is_file() or (p / MANIFEST).is_file()]
+    if run is not None:
+        found = [p for p in found if read_manifest(p).get("run", run) == run]
+    return sorted(found, key=step_of)
+
+
+def run_id(folder: str | Path) -> str | None:
+    """Return the identity of the run in a folder, from its config.yaml; None where that has none."""
+    import yaml
+
+    path = Path(folder) / "config.yaml"
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return (loaded["run"] or {}).get("id") if loaded else None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):  # damaged: no identity
+        return None
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run folder, one left over by an interrupted replacement included."""
+    """Return the newest complete checkpoint of the run in a folder, one left by an interrupted replacement included."""
     folder = Path(folder)
     for old in folder.glob(f"{SAVING}/replaced-checkpoint-*"):
         place = folder / old.name.removeprefix("replaced-")
         if not place.exists():  # killed between two renames
             old.rename(place)
-    found = checkpoints(folder)
+    found = checkpoints(folder, run_id(folder))
     return found[-1] if found else None
 
 
-def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+def whole_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint that holds what was written into it; None where there is none.
+
+    Damaged newer ones are set aside, with a warning each.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged; they stay where they are.
+    """
+    if last_checkpoint(folder) is None:
+        return None
+    damaged: list[tuple[Path, str]] = []
+    for found in reversed(checkpoints(folder, run_id(folder))):
+        if (reason := damage(found)) and not _before_manifests(found):
+            damaged.append((found, reason))
+            continue
+        place = set_aside(folder, [path for path, _ in damaged]) if damaged else None
+        for path, reason in damaged:
+            logger.warning("%s is damaged (%s) and set aside in %s; %s is whole", path, reason, place, found.name)
+        return found
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+    raise CheckpointError(
+        f"no checkpoint in {folder} is whole ({reasons}); put a copy of one there, or begin anew with --overwrite"
+    )
+
+
+def _before_manifests(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is of a version that wrote no manifests: the run has no identity either."""
+    return not (checkpoint / MANIFEST).exists() and run_id(checkpoint.parent) is None
+
+
+def set_aside(folder: str | Path, paths: Sequence[Path]) -> Path:
+    """Move what a run must not go on from, or mix with its own, to the next free `aside/N`, which is returned."""
+    numbers = [int(p.name) for p in (Path(folder) / ASIDE).glob("*") if p.name.isdigit()]
+    place = Path(folder) / ASIDE / str(max(numbers, default=0) + 1)
+    place.mkdir(parents=True)
+    for path in paths:
+        path.rename(place / path.name)
+    return place
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match.group(1))
 
 
-def publish(folder: str | Path, name: str) -> Path:
-    """Rename `saving/name` to the run folder's `name`, after everything in it has reached the disk."""
+def publish(folder: str | Path, name: str, **facts: Any) -> Path:
+    """Rename `saving/name`, with a manifest that holds `facts`, to the run folder's `name` once it is on the disk."""
     folder = Path(folder)
     source, place = folder / SAVING / name, folder / name
+    seal(source, **facts)
     for directory, _, files in os.walk(source):
         for file in files:
             _sync(Path(directory) / file)
@@ -74,15 +136,18 @@ def publish(folder: str | Path, name: str) -> Path:
     return place
 
 
-def rotate(folder: str | Path, limit: int | None) -> None:
-    """Delete all but the newest `limit` checkpoints; None keeps all."""
-    if not limit or limit < 1:
-        return
-    for old in checkpoints(folder)[:-limit]:
-        away = Path(folder) / SAVING / f"old-{old.name}"
-        away.parent.mkdir(exist_ok=True)
-        old.rename(away)
-    shutil.rmtree(Path(folder) / SAVING, ignore_errors=True)
+def rotate(folder: str | Path, limit: int | None, run: str | None = None) -> None:
+    """Delete all but the newest `limit` checkpoints of a run; None keeps all."""
+    for old in checkpoints(folder, run)[:-limit] if limit and limit > 0 else ():
+        remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint: renamed first, so that no half of one is ever there under its name."""
+    saving = checkpoint.parent / SAVING
+    saving.mkdir(exist_ok=True)
+    checkpoint.rename(saving / f"old-{checkpoint.name}")
+    shutil.rmtree(saving, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -141,6 +206,12 @@ class LossSums:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.complete = True  # the sums are those of all steps
+
+    def mean(self) -> float | None:
+        """Return the mean loss of all steps; None where the sums of those before a restart are not known."""
+        totals = loss_totals(self.trainer)
+        return totals[1] / max(self.trainer.state.global_step, 1) if totals and self.complete else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums; None where transformers keeps them as local variables."""
@@ -149,6 +220,7 @@ class LossSums:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         set_loss_totals(self.trainer, state.get("totals"))
+        self.complete = state.get("totals") is not None
 
 
 class CheckpointError(OSError):
@@ -167,7 +239,7 @@ def saving(folder: str | Path, name: str) -> Iterator[None]:
             raise
         shutil.rmtree(Path(folder) / SAVING, ignore_errors=True)
         last = last_checkpoint(folder)
-        left = f"the last complete one is {last}" if last else "there is none before it"
+        left = f"the last complete checkpoint is {last}" if last else "there is no checkpoint before it"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         free = shutil.disk_usage(folder).free / 2**30
         raise CheckpointError(
@@ -177,11 +249,16 @@ def saving(folder: str | Path, name: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """Remember that SIGTERM or SIGINT (Ctrl-C) came; a second one ends the process at once."""
+    """Remember that SIGTERM or SIGINT (Ctrl-C) came; a second one ends the process at once.
+
+    Attributes:
+        follows: what the run does about the first one, for the message.
+    """
 
     def __init__(self) -> None:
         self.received = False
         self.exit_code = EXIT_CODE
+        self.follows = "a checkpoint will be written after this step"
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -199,7 +276,7 @@ class StopSignal:
             self.received, self.exit_code = True, 128 + number
             restore()
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            logger.warning("%s: a checkpoint will be written after this step; a second one ends at once", name)
+            logger.warning("%s: %s; a second one ends at once", name, self.follows)
 
         for number in before:
             signal.signal(number, on_signal)

@@ -19,6 +19,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from transformers import TrainerCallback
 
+from vigos.system.files import replace_file
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -88,13 +90,12 @@ class ProfileCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the profiler."""
-        if self.rank != 0:
+        """Start the profiler; of a resumed run with too few steps left none is taken."""
+        left = state.max_steps - state.global_step
+        if self.rank != 0 or (state.global_step and left < WAIT + WARM_UP + ACTIVE):
             return
-        if args.max_steps > 0 and state.max_steps - state.global_step < WAIT + WARM_UP + ACTIVE:
-            raise ValueError(
-                f"profile needs at least {WAIT + WARM_UP + ACTIVE} steps, got {state.max_steps - state.global_step}"
-            )
+        if args.max_steps > 0 and left < WAIT + WARM_UP + ACTIVE:
+            raise ValueError(f"profile needs at least {WAIT + WARM_UP + ACTIVE} steps, got {left}")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.profiler = profile(
             activities=activities,
@@ -122,7 +123,7 @@ class ProfileCallback(TrainerCallback):
     def _write(self, profiler: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        (self.folder / "table.txt").write_text(self.table, encoding="utf-8")
+        replace_file(self.folder / "table.txt", self.table)
         print(f"\n{self.table}\ntrace: {self.folder / 'trace.json'}")
 
 

@@ -142,12 +142,6 @@ class Recorder(TrainerCallback):
 
     # --- The loop's events, checkpoints ---------------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the records after the step that this run starts from."""
-        self.folder.cut_after(state.global_step)
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -8,6 +8,7 @@
     faults/step-000012.jsonl          rollouts of steps with a loss or gradient that was not finite
     profile/                          a trace and a table of where time went (`profile`)
     checkpoint-12/                    transformers' checkpoints, complete or not there (vigos.train.checkpoint)
+    aside/1/                          what an earlier run left, and checkpoints that this one does not go on from
     adapter/, merged/                 the final adapter, and the model with the adapter added (a copy)
     model/                            the final model, after full fine-tuning
 
@@ -20,18 +21,22 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vigos.train.checkpoint import SAVING
+from vigos.system.files import RUN, parsed, replace_file
+from vigos.train.checkpoint import SAVING, checkpoints, run_id, set_aside, step_of
 
 if TYPE_CHECKING:
     from vigos.data.examples import BadExample
     from vigos.train.config import ViGOSConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -58,28 +63,64 @@ class RunFolder:
             "transformers": {name: plain(v) for name, v in values.items() if name not in ours},
             "run": {name: plain(v) for name, v in facts.items()},
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        replace_file(self.path / "config.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
-    def cut_after(self, step: int) -> None:
-        """Delete the records of later steps than `step`, which the run starts from; all of them at 0."""
+    def begin(self, config: ViGOSConfig, step: int, **facts: Any) -> None:
+        """Write `config.yaml`, and clear the folder of what the checkpoint after `step` steps (0: none) has not seen.
+
+        What another run left, and later checkpoints than the one that this run starts from, are moved to `aside/N`.
+
+        Args:
+            facts: about the run; `id` is its identity.
+        """
         if self.rank != 0:
             return
-        metrics = self.path / "metrics.jsonl"
-        if metrics.is_file():
-            kept = [line for line in _lines(metrics) if _step_of(line) <= step > 0]
-            metrics.write_text("".join(kept), encoding="utf-8")
+        before = run_id(self.path)
+        if step == 0 or before not in (None, facts.get("id")):
+            names = [name for name in RUN if name not in (SAVING, "config.yaml")]
+            earlier = sorted(path for name in names for path in self.path.glob(name))
+        else:
+            earlier = [path for path in checkpoints(self.path) if step_of(path) > step]
+        if not earlier:
+            self.write_config(config, **facts)
+        else:
+            place = set_aside(self.path, [])
+            if (self.path / "config.yaml").is_file():
+                shutil.copy(self.path / "config.yaml", place)
+            self.write_config(config, **facts)  # after it nothing of another run counts as this one's
+            for path in earlier:
+                path.rename(place / path.name)
+            shown = ", ".join(path.name for path in earlier[:4]) + (", …" if len(earlier) > 4 else "")
+            logger.warning("set aside in %s, since this run does not go on from it: %s", place, shown)
+        self.cut_after(step)
+
+    def cut_after(self, step: int) -> None:
+        """Delete the records of later steps than `step`, and the summary that the run ended with there."""
+        if self.rank != 0:
+            return
+        self._keep("metrics.jsonl", lambda line: _step_of(line) <= step and "train_runtime" not in line)
         shutil.rmtree(self.path / SAVING, ignore_errors=True)  # of a process that was killed while it saved
-        skipped = self.path / "skipped.jsonl"
-        if skipped.is_file():  # steps count from 0 there: the one under way
-            kept = [line for line in _lines(skipped) if _step_of(line) < step]
-            skipped.write_text("".join(kept), encoding="utf-8") if kept else skipped.unlink()
-        for path in sorted((self.path / "completions").glob("step-*.jsonl")):
+        self._keep("skipped.jsonl", lambda line: _step_of(line) < step)  # steps count from 0 there: the one under way
+        for path in [p for name in ("completions", "faults") for p in (self.path / name).glob("step-*.jsonl")]:
             if int(path.stem.split("-")[1]) > step:
                 path.unlink()
-        if step == 0:
-            shutil.rmtree(self.path / "faults", ignore_errors=True)
+
+    def _keep(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep the lines of a file that are wanted, and damaged ones where they stand; not what a kill cut off."""
+        path = self.path / name
+        if not path.is_file():
+            return
+        *lines, _ = path.read_bytes().split(b"\n")
+        records = [parsed(line) for line in lines]
+        if lines and not any(isinstance(record, dict) and "step" in record for record in records):
+            raise ValueError(
+                f"{path} must hold one JSON object with a step a line, got {lines[0][:80].decode(errors='replace')!r}"
+            )
+        kept = [line for line, r in zip(lines, records, strict=True) if not isinstance(r, dict) or wanted(r)]
+        if not kept:
+            path.unlink()
+        elif (content := b"".join(line + b"\n" for line in kept)) != path.read_bytes():
+            replace_file(path, content)
 
     def write_metrics(self, step: int, logs: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -131,20 +172,15 @@ class RunFolder:
     def _append(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open(
+            "a", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # half a surrogate pair, as JSON has it
             file.writelines(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records)
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the complete lines: the last one of a killed process may not be."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"metrics.jsonl must hold one JSON object with a step a line, got {line[:80]!r}") from error
+def _step_of(record: Mapping[str, Any]) -> float:
+    step = record.get("step")
+    return step if isinstance(step, int | float) else 0
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,9 @@ over their states. What it leaves out: evaluation (see `vigos.eval.evaluate`) an
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,9 +41,8 @@ from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
-from vigos.models.load import check_adapter_file
 from vigos.models.logits import logit_transform
-from vigos.models.parts import base_model
+from vigos.models.parts import base_model, unwrap
 from vigos.models.sharding import gather_state, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
@@ -53,16 +54,19 @@ from vigos.train.checkpoint import (
     LossSums,
     Stateful,
     StopSignal,
-    last_checkpoint,
     publish,
     read_parts,
+    remove,
     rotate,
+    run_id,
     saving,
+    whole_checkpoint,
     write_parts,
 )
 from vigos.train.config import ViGOSConfig
 from vigos.train.engines import build_engine
 from vigos.train.final import save_final
+from vigos.train.manifest import is_trained, read_manifest
 from vigos.train.palr import PALR, measure_palr
 from vigos.train.profiling import Phases, ProfileCallback
 from vigos.train.ranks import count_over_ranks, sum_over_ranks
@@ -72,7 +76,7 @@ from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
 from vigos.train.run_folder import RunFolder
 from vigos.train.teacher_weights import TeacherWeights
 from vigos.train.top_tokens import top_tokens
-from vigos.train.weights import load_model
+from vigos.train.weights import check_saved_adapter, check_states, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +134,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         )
         self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
         self.objective: Objective = args.objective
-        self.phases, self.stop_signal = Phases(), StopSignal()
+        self.phases = Phases()
         self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
         self.folder = RunFolder(str(args.output_dir), rank=args.process_index)
         self.recorder = Recorder(
@@ -157,9 +161,10 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             phases=self.phases,
         )  # fmt: skip
         self.guard = StepGuard(args, scorer=self.scorer, recorder=self.recorder, accelerator=self.accelerator)
+        self._loss_sums = LossSums(self)
         self.parts: dict[str, Stateful] = {
             "rollouts": self.rollouts, "teacher": self.teacher, "guard": self.guard, "recorder": self.recorder,
-            "loop": LossSums(self),
+            "loop": self._loss_sums,
         }  # fmt: skip
         self.add_callback(self.recorder)
         self.add_callback(self)
@@ -169,7 +174,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self._optimizer_phase = ExitStack()
         self._saving = False  # a checkpoint is being written
         self.facts: dict[str, Any] = {}
-        self._resumed_from: str | None = None
+        self._begin(None)
 
     # --- One optimizer step: rollouts, spans, counts --------------------------------------------------------------
 
@@ -182,6 +187,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             one input of `compute_loss` for each micro-batch, and the number of supervised tokens of the step over all
             ranks, by which transformers knows that the loss is normalised already.
         """
+        if self._trained:
+            return [], None
         self.recorder.begin_step()
         with self.phases("prompts and spans"):
             groups = self.rollouts.next_step(epoch_iterator, num_batches, self.state)
@@ -288,20 +295,59 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         """Tell whether SIGTERM or Ctrl-C ended the run; its last step is in a checkpoint."""
         return self.stop_signal.received
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `transformers.Trainer.train`, then write the final adapter and the merged copy into the run folder."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Run `transformers.Trainer.train`, then write the final adapter and the merged copy into the run folder.
+
+        A checkpoint of the last step comes before them, so that nothing but their writing is ever to be done again; it
+        is removed after them with `save_strategy="no"`. Of a run that is at its last step that is all this does.
+
+        Args:
+            resume_from_checkpoint: folder of the checkpoint to go on from; True: the newest whole one of `output_dir`.
+        """
+        output_dir = str(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(whole_checkpoint(output_dir) or "") or None
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint must find a checkpoint in {output_dir}, which has none")
         if isinstance(self.train_dataset, ExampleDataset | ExampleStream):
             check_usable(self.train_dataset, UNUSABLE_EXAMPLES)
-        facts = {"model": base_model(self.model).config.name_or_path, **self.facts}
-        self.folder.write_config(self.args, **facts)
-        if last_checkpoint(str(self.args.output_dir)) and not (args or kwargs.get("resume_from_checkpoint")):
-            logger.warning("%s holds checkpoints of an earlier run, which this one does not read", self.args.output_dir)
+        if isinstance(self.train_dataset, ExampleStream):
+            self.train_dataset.repeat = True  # transformers counts a place in the first pass alone
+        self._begin(resume_from_checkpoint or None)
         ranks, timeout = self.accelerator.num_processes, float(self.args.ddp_timeout)
         with self.stop_signal.listening(), watching_ranks(self.accelerator.process_index, ranks, timeout):
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            self._agree_to_stop()
+            if self.state.global_step not in (0, self._saved_step):
+                self._save_checkpoint(self.model)
             if not self.interrupted:
+                self.stop_signal.follows = "the final weights are written first"
                 self._finish()
-            return result
+                self.stop_signal.received = False  # there is nothing to go on with
+            return result._replace(training_loss=result.metrics["train_loss"])
+
+    def _begin(self, resume: str | None) -> None:
+        """Find out which run this is, and whether it is at its last step."""
+        output_dir, self._resumed_from = str(self.args.output_dir), resume
+        self._run: str | None = uuid.uuid4().hex
+        self._trained, self._saved_step = False, -1
+        self._loss_sums.complete, self.stop_signal = True, StopSignal()
+        if resume is None:
+            return
+        check_states(resume, self.args)
+        state = json.loads((Path(resume) / "trainer_state.json").read_text(encoding="utf-8"))
+        self._trained = is_trained(state, self.args)
+        if self._trained:
+            logger.warning("all its steps are trained: the final weights are written, of step %d", state["global_step"])
+        run = read_manifest(resume).get("run")
+        if run == run_id(output_dir):
+            self._run = run
+            if Path(resume).resolve().parent == Path(output_dir).resolve():
+                self._saved_step = state["global_step"]
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what manifests say of the run."""
+        return {"run": self._run, "global_step": self.state.global_step, "epoch": self.state.epoch}
 
     def _finish(self) -> None:
         self.rollouts.check_usable()
@@ -317,14 +363,20 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         elif sharding_of(self.model) != "unsharded":  # ZeRO-3
             weights = gather_state(self.model, keep=self.is_world_process_zero())
         if self.is_world_process_zero():
-            folder, processor = str(self.args.output_dir), self.processing_class
-            saved = save_final(folder, self.model, processor, merged=self.args.save_merged, weights=weights)
-            for path in saved.values():  # asked in other words, a trained model may answer nothing that can be read
-                Asking(self.prompts, self.objective.validity, self.objective.span_style).save(path)
+            asking = Asking(self.prompts, self.objective.validity, self.objective.span_style)
+            save_final(
+                str(self.args.output_dir), self.model, self.processing_class, asking, merged=self.args.save_merged,
+                facts=self._facts(), weights=weights,
+            )  # fmt: skip
+            last = Path(str(self.args.output_dir)) / f"checkpoint-{self._saved_step}"
+            if self.args.save_strategy == "no" and last.is_dir():
+                remove(last)
         self.accelerator.wait_for_everyone()  # no rank leaves while the leader writes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics to the logs of a step."""
+        """Add our metrics to the logs of a step; correct the mean loss of a resumed run, which is of all its steps."""
+        if "train_loss" in logs and (mean := self._loss_sums.mean()) is not None:
+            logs["train_loss"] = mean
         super().log({**logs, **self.recorder.logs()} if "loss" in logs else logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -336,12 +388,13 @@ class ViGOSTrainer(Trainer, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the parts the wrapped model, and the states of the checkpoint that was loaded."""
+        """Give the parts the wrapped model and the states of the checkpoint that was loaded, and start the folder."""
         self.teacher.bind(self.model_wrapped)
         self.rollouts.bind(self.model_wrapped)
-        folder, self._resumed_from = self._resumed_from, None
-        if folder is not None:
-            read_parts(folder, self.accelerator.process_index, self.parts)
+        if self._resumed_from is not None:
+            read_parts(self._resumed_from, self.accelerator.process_index, self.parts)
+        facts = {"model": base_model(self.model).config.name_or_path, **self.facts, "id": self._run}
+        self.folder.begin(self.args, state.global_step, **facts)
         if sharding_of(self.model_wrapped) == "zero3" and self.rollouts.engine.collective:
             raise ValueError(
                 "rollout_engine must be a server's under ZeRO-3, which gathers all weights for every token of a "
@@ -365,11 +418,14 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self._optimizer_phase.close()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop after this step if SIGTERM came on any rank."""
+        """Save after the last step, and after one in which SIGTERM came on any rank, which is then the last."""
+        self._agree_to_stop()
+        control.should_training_stop |= self.interrupted
+        control.should_save |= self.interrupted or state.global_step >= state.max_steps
+
+    def _agree_to_stop(self) -> None:
         if self.accelerator.num_processes > 1:  # all stop after the same step
             self.stop_signal.received = bool(count_over_ranks(self.accelerator, int(self.interrupted)))
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
 
     # --- Checkpoints ----------------------------------------------------------------------------------------------
 
@@ -378,8 +434,10 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         return f"{folder}/{SAVING}" if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write transformers' checkpoint and the states of the parts, completely or not at all."""
+        """Write transformers' checkpoint and the states of the parts, completely or not at all, once a step."""
         folder, name = str(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self._saved_step == self.state.global_step:
+            return
         with saving(folder, name):
             self._saving = True
             try:
@@ -389,20 +447,20 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             write_parts(f"{folder}/{SAVING}/{name}", self.accelerator.process_index, self.parts)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(folder, name)
-                rotate(folder, self.args.save_total_limit)
+                publish(folder, name, **self._facts())
+                rotate(folder, self.args.save_total_limit, self._run)
             self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.teacher.bind(self.model_wrapped)  # before the weights that it may take its copies from change
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded and (Path(resume_from_checkpoint) / "adapter_model.safetensors").is_file():
-            check_adapter_file(self.model, resume_from_checkpoint)
-        if sharded or hasattr(self.model, "peft_config"):
+        adapted = hasattr(unwrap(self.model), "peft_config")
+        if adapted:
+            check_saved_adapter(self.model, resume_from_checkpoint)
+        if self.is_fsdp_enabled or adapted:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_model(self.model, resume_from_checkpoint)
-        self._resumed_from = resume_from_checkpoint
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from vigos.models.load import check_adapter_file, check_names
 from vigos.models.parts import unwrap
 from vigos.train.adapters import plain_class
+
+if TYPE_CHECKING:
+    from vigos.train.config import ViGOSConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,3 +39,35 @@ def load_model(model: nn.Module, folder: str | Path) -> None:
             )
     core.load_state_dict(loaded.state_dict(), strict=True)
     logger.info("took all %d tensors of %s", len(core.state_dict()), folder)
+
+
+def check_saved_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Raise ValueError unless a checkpoint's files hold every tensor of the model's adapter and no other."""
+    if (Path(folder) / "adapter_model.safetensors").is_file():  # else in a folder of its name
+        check_adapter_file(model, folder)
+    full = Path(folder) / "pytorch_model_fsdp.bin"
+    if full.is_file():  # what FSDP2 loads, without minding what is missing
+        found = set(torch.load(full, map_location="meta", mmap=True, weights_only=True))
+        names = (name for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad)
+        check_names(folder, found, {name.replace("_checkpoint_wrapped_module.", "") for name in names})
+
+
+def check_states(folder: str | Path, config: ViGOSConfig) -> None:
+    """Check that a checkpoint holds optimizer, schedule and random state, which transformers goes on without.
+
+    With `save_only_model` what is missing is a warning; so is this rank's random state, which a run on more ranks than
+    before has not.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    rank = f"_{config.process_index}" if config.world_size > 1 else ""
+    missing = [n for n in ("optimizer", "scheduler") if not config.deepspeed and not any(Path(folder).glob(f"{n}*"))]
+    if missing and not config.save_only_model:
+        raise ValueError(
+            f"{folder} must hold the state of the {' and the '.join(missing)}, got none; save_only_model=True goes on "
+            "from its weights with a new one"
+        )
+    missing += [] if (Path(folder) / f"rng_state{rank}.pth").is_file() else ["random numbers"]
+    if missing:
+        logger.warning("%s holds no state of the %s: a new one is used", folder, " and the ".join(missing))

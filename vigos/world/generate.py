@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vigos.system.files import replace_file
 from vigos.world.digits import CELL, SPLITS, Scene, draw_scene, render
 from vigos.world.tasks import KINDS, USUAL_INK, Kind, Question, ask_any, draw_digits, draw_inks, triplet
 
@@ -39,6 +41,9 @@ def write_world(
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `<folder>/<split>.jsonl` and `<folder>/images/<split>-*.png`; return the path of the JSONL file.
+
+    Over an older world of the same split it never mixes the two, whenever it is killed: an image's name tells its
+    pixels, the lines are replaced at once, and the images that only older lines named go last.
 
     Each line has the fields problem, images (paths relative to the file), answer and problem_id, and for those who
     look further kind, digits and inks. Lines of triplets add triplet, variant ("F" or "P") and role ("prior" for the
@@ -92,29 +97,32 @@ def write_world(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     from PIL import Image
 
-    # Written to a temporary folder and moved when complete, the lines last: a reader, or a rank that writes the same,
-    # never meets half a file.
+    # Written to a temporary folder and moved when complete: a reader, or a rank that writes the same, never meets half
+    # a file.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
         part = Path(temporary)
         (part / "images").mkdir()
-        files = []
-        with (part / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
-            for index, (scene, question, extra) in enumerate(items):
-                image = f"images/{split}-{index:05d}.png"
-                Image.fromarray(render(scene, rng, cell=cell, noise=noise)).save(part / image)
-                answer = question.answer
-                if question.kind == "ink" and rng.random() < label_bias:
-                    assert question.digit is not None
-                    answer = USUAL_INK[question.digit]
-                row = {
-                    "problem": question.problem, "images": [image], "answer": answer,
-                    "problem_id": f"{split}-{index:05d}", "kind": question.kind, "digits": scene.digits,
-                    "inks": scene.inks, **extra,
-                }  # fmt: skip
-                lines.write(json.dumps(row) + "\n")
-                files.append(image)
-                if progress is not None:
-                    progress(index + 1, len(items))
-        for file in [*files, f"{split}.jsonl"]:
+        rows, files = [], []
+        for index, (scene, question, extra) in enumerate(items):
+            pixels = render(scene, rng, cell=cell, noise=noise)
+            image = f"images/{split}-{index:05d}-{hashlib.blake2b(pixels.tobytes(), digest_size=4).hexdigest()}.png"
+            Image.fromarray(pixels).save(part / image)
+            answer = question.answer
+            if question.kind == "ink" and rng.random() < label_bias:
+                assert question.digit is not None
+                answer = USUAL_INK[question.digit]
+            row = {
+                "problem": question.problem, "images": [image], "answer": answer,
+                "problem_id": f"{split}-{index:05d}", "kind": question.kind, "digits": scene.digits,
+                "inks": scene.inks, **extra,
+            }  # fmt: skip
+            rows.append(json.dumps(row) + "\n")
+            files.append(image)
+            if progress is not None:
+                progress(index + 1, len(items))
+        for file in files:
             (part / file).replace(folder / file)
+        replace_file(folder / f"{split}.jsonl", "".join(rows))
+    for path in {*folder.glob(f"images/{split}-*.png")} - {folder / file for file in files}:
+        path.unlink(missing_ok=True)
     return folder / f"{split}.jsonl"
