@@ -19,14 +19,15 @@ from helpers.training import (
     VALID_A,
     VALID_B,
     ScriptedEngine,
+    chat,
     config,
+    full_log_probs,
     picture,
     rows,
     tiny_student,
     trainer,
 )
 from PIL import Image
-from test_trainer import chat, full_log_probs
 from torch import Tensor
 
 from vigos.cli import main

@@ -21,14 +21,15 @@ from helpers.training import (
     VALID_A,
     VALID_B,
     ScriptedEngine,
+    chat,
     config,
+    full_log_probs,
     picture,
     processor,
     rows,
     tiny_student,
     trainer,
 )
-from test_trainer import chat, full_log_probs
 
 from vigos.cli import main
 from vigos.divergence.head import Head

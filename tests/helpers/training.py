@@ -34,6 +34,7 @@ VALID_A = "A red 7, a blue 3.</description>\n<think>The 7 is red.</think>\n\\box
 CUT_OFF = "A green 4 and a green 4 and a"
 VALID_B = "Two digits: 5 and 1.</description> <think>5 + 1 = 6, so 6.</think> \\boxed{6}"
 TAGLESS = "The answer is 9."
+TEXTS = [VALID_A, CUT_OFF, VALID_B, TAGLESS]
 
 
 @cache
@@ -153,3 +154,44 @@ def trainer(
 class _InOrder(ViGOSTrainer):
     def _get_train_sampler(self, *args: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def move(engine: Any, scale: float = 0.1) -> None:
+    """Take the student away from its teacher."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def metrics_of(engine: Any) -> list[dict[str, Any]]:
+    """What was logged at each step, without clocks and memory."""
+    logs = [log for log in engine.state.log_history if "loss" in log]
+    return [{k: v for k, v in log.items() if not k.startswith(("perf/", "train_", "epoch"))} for log in logs]
+
+
+def parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of the trained ones, by name."""
+    return {n: p.detach().clone() for n, p in engine.model.named_parameters() if p.requires_grad}
+
+
+def chat(question: str, prefill: str = "") -> str:
+    """The world's chat template, written out."""
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n{prefill}"
+
+
+def full_log_probs(model: Any, text: str, image: Any, ids: Tensor) -> Tensor:
+    """(C, V) float64: the distributions that predict each completion token, from a forward over everything."""
+    prompt = processor()(text=[text], images=[[image]], return_tensors="pt", return_mm_token_type_ids=True)
+    P = prompt["input_ids"].shape[1]
+    out = model(
+        input_ids=torch.cat([prompt["input_ids"], ids[None]], 1),
+        attention_mask=torch.ones(1, P + len(ids), dtype=torch.int64),
+        mm_token_type_ids=torch.cat([torch.as_tensor(prompt["mm_token_type_ids"]), torch.zeros_like(ids)[None]], 1),
+        pixel_values=prompt["pixel_values"],
+        image_grid_thw=prompt["image_grid_thw"],
+    )
+    return out.logits[0, P - 1 : P - 1 + len(ids)].double().log_softmax(-1)
