@@ -33,8 +33,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path / FILE} must hold the prompts that the model was trained with"):
         Asking.load(tmp_path)
     (tmp_path / FILE).write_text("[1, 2\n")
-    with pytest.raises(ValueError, match="must hold the prompts"):
+    with pytest.raises(ValueError, match=r"must hold the prompts .* line 2: "):
         Asking.load(tmp_path)
+    (tmp_path / FILE).write_text("prompts: &a {student: x}\nvalidity: *a\n")
+    for load in (Asking.load, lambda folder: Prompts.from_file(folder / FILE)):
+        with pytest.raises(ValueError, match=r"line 2: an alias"):
+            load(tmp_path)
 
 
 def test_an_adapter_goes_before_its_model_and_a_file_before_both(tmp_path: Path) -> None:

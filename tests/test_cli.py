@@ -124,18 +124,44 @@ def test_help_lists_what_is_needed_first_and_fits(command, capsys):
     [
         ("model: a\nmodel: b\n", "line 2: the key 'model' again"),
         ("model: &x a\ndata: *x\n", r"line 2: an alias \(\*name\) is not read here"),
-        ("model: !!python/name:os.system\n", "line 1: could not determine a constructor"),
-        ("model: [a, b]\n", "model: must be text, got a list|model must be text, got a list"),
+        ("a: &a [x,x]\n" + "b: &b [*a,*a]\n" * 20, "line 2: an alias"),
+        ("model: !!python/name:os.system\n", r"line 1: a tag \(tag:yaml.org,2002:python/name:os.system\) is not"),
+        ("model: !!binary aGk=\n", "line 1: a tag"),
+        ("\nmodel: [a, b]\n", "line 2: model must be one value, got a list"),
+        ("model: 5\n", "line 1: model must be text, got 5: quote it"),
+        ("lora_target_modules: [a, {b: c}]\n", "lora_target_modules must be texts, got a list"),
+        ("max_steps: {a: 1}\n", "max_steps must be one value, got a dict"),
+        ("max_steps: true\n", "max_steps must be a whole number, got 'True'"),
+        ("max_steps: " + "9" * 5000, "line 1: a number of more than 20 digits"),
+        ("max_steps: 1.0e+400\n", "max_steps must be a whole number"),
+        ("learning_rate: .nan\n", "line 1: not a number"),
         ("model: a\n  data: b\n", "line 2: mapping values are not allowed here"),
         ("model: a\nlearning_rate: fast\n", "learning_rate must be a number, got 'fast'"),
-        ("data: " + "[" * 5000, "run.yaml"),
+        ("data: " + "[" * 5000, "run.yaml, line 1: more than 20 levels"),
+        ("# " + "x" * 2**18, "must have at most 262144 bytes"),
+        (b"model: \xff\xfe", "line 1: not UTF-8"),
+        ("model: a\x00b", "run.yaml"),
+        ("1: a\n", "line 1: a key must be text, got 1: quote it"),
+        ("[a]: b\n", "line 1: a key must be text"),
+        ("<<: {model: a}\n", "unknown option '<<'"),
+        ("- model\n", "must hold a mapping of options, got list"),
+        ("model: a\n---\nmodel: b\n", "line 2: but found another document"),
+        ("model: 'a\n", "found unexpected end of stream"),
     ],
 )
 def test_mistakes_in_a_config_file_name_the_place(tmp_path, text, message):
     file = tmp_path / "run.yaml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         TRAIN.parse(file, [])
+
+
+def test_dates_and_quoted_numbers_in_a_config_file_are_text(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: '5'\ndata: 2026-99-99\noutput_dir: 12:30 o\nlora: 1\nmax_steps: '7'\nlearning_rate: 5e-6\n")
+    source, config = TRAIN.parse(file, ["--use-cpu", "true"])
+    assert (source.model, source.data, config.output_dir) == ("5", "2026-99-99", "12:30 o")
+    assert (config.lora, config.max_steps, config.learning_rate) == (True, 7, 5e-6)
 
 
 def test_mistakes_end_in_one_line_on_stderr_and_code_2(tmp_path, capsys):

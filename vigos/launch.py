@@ -266,12 +266,13 @@ def _changed_options(config: ViGOSConfig) -> list[str]:
     """List the options that differ from those of the run's config.yaml, as `name old -> new`."""
     import yaml
 
+    from vigos.system.yaml_file import read_yaml
     from vigos.train.run_folder import plain
 
     path = Path(str(config.output_dir)) / "config.yaml"
     if not path.is_file():
         return []
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded = read_yaml(path)
     old = {**loaded.get("transformers", {}), **loaded.get("vigos", {})} if isinstance(loaded, dict) else {}
     now = yaml.safe_load(yaml.safe_dump({k: plain(v) for k, v in config.to_dict().items() if k in old}))
     places = ("output_dir", "logging_dir", "run_name", "local_rank", "resume_from_checkpoint")

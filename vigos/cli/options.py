@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-MAX_CONFIG_BYTES = 2**20
 RUN_SECTIONS = {"vigos", "transformers", "run"}  # of the config.yaml that a run leaves
 
 
@@ -51,6 +51,11 @@ class Option:
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value from a flag (text) or a YAML file (anything), or None."""
+        if isinstance(value, list | dict):
+            wanted = "list" if isinstance(value, list) else "dict"
+            if wanted not in self.kind or (wanted == "list" and not all(isinstance(v, str) for v in value)):
+                return f"must be {'texts' if 'list' in self.kind else 'one value'}, got a {wanted}"
+            return None
         text = str(value).strip()
         if text in map(str, self.choices):
             return None
@@ -67,11 +72,13 @@ class Option:
             return None if text.lower() in known else f"must be true or false, got {text!r}"
         if words in ({"int"}, {"float"}):
             try:
-                int(text) if words == {"int"} else float(text)
-            except ValueError:
-                return f"must be {'a whole number' if words == {'int'} else 'a number'}, got {text!r}"
-        if words == {"str"} and isinstance(value, dict | list):
-            return f"must be text, got a {type(value).__name__}"
+                wrong = math.isnan(int(text) if words == {"int"} else float(text))
+            except (ValueError, OverflowError):
+                wrong = True
+            if wrong:
+                return f"must be {'a whole number' if words == {'int'} else 'a number'}, got {text[:40]!r}"
+        if words == {"str"} and not isinstance(value, str):
+            return f"must be text, got {text[:40]}: quote it"
         return None
 
 
@@ -187,18 +194,14 @@ def read_file(path: Path, options: Sequence[Option]) -> dict[str, Any]:
         UsageError: naming the file and the line: no such file, not YAML, a tag, an alias, a key twice, an unknown
             option, or a value of a wrong kind.
     """
-    import yaml
+    from vigos.system.yaml_file import read_marked
 
     if not path.is_file():
         raise UsageError(f"--config: no such file: {path}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UsageError(f"--config: {path} has more than {MAX_CONFIG_BYTES} bytes")
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config: {path}{line}: {getattr(error, 'problem', None) or error}") from error
+        loaded, lines = read_marked(path)
+    except ValueError as error:
+        raise UsageError(f"--config: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -208,10 +211,11 @@ def read_file(path: Path, options: Sequence[Option]) -> dict[str, Any]:
         loaded = _options_of_run(loaded, known)
     for key, value in loaded.items():
         if key not in known:
-            raise unknown(str(key), known, str(path))
-        if not isinstance(value, list) or "list" not in known[key].kind:
-            check_value(known[key], value, f"{path}: {key}")
-    return loaded
+            raise unknown(str(key), known, f"{path}, line {lines[key]}")
+        check_value(known[key], value, f"{path}, line {lines[key]}: {key}")
+    # Text is converted as a flag's is; transformers takes other values as they are, 1 for true among them.
+    truths = {name for name, option in known.items() if option.kind in ("bool", "bool | None")}
+    return {name: str(v) if name in truths and v is not None else v for name, v in loaded.items()}
 
 
 def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -231,29 +235,6 @@ def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[st
         if not is_default and not isinstance(value, dict):
             found[name] = value
     return found
-
-
-def _strict_loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Safe loading without aliases, which expand without end, and without the last of two keys winning."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
-                raise yaml.MarkedYAMLError(problem="an alias (*name) is not read here", problem_mark=mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen: set[Any] = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} again", problem_mark=key.start_mark)
-                seen.add(key.value if isinstance(key.value, str) else id(key))
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def fill(kinds: Sequence[type], loaded: Mapping[str, Any], flags: Sequence[str]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from vigos.method.prompts import Prompts
+from vigos.system.yaml_file import read_yaml
 
 FILE = "vigos.yaml"
 
@@ -41,15 +42,13 @@ class Asking:
         Raises:
             ValueError: naming the file, where it is not one that `save` wrote.
         """
-        import yaml
-
         path = None if folder is None else Path(folder) / FILE
         if path is None or not path.is_file():
             return None
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = read_yaml(path)
             known = {f.name: loaded[f.name] for f in fields(cls) if f.name in loaded}
             return cls(**known | {"prompts": Prompts(**known.get("prompts", {}))})
-        except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} must hold the prompts that the model was trained with: {reason}") from error

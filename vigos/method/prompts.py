@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from vigos.system.yaml_file import read_yaml
+
 Role = Literal["student", "perception", "reasoning", "reference"]
 ROLES: tuple[Role, ...] = ("student", "perception", "reasoning", "reference")
 
@@ -51,9 +53,7 @@ class Prompts:
         Raises:
             ValueError: the file is no mapping, names an unknown template, or a template is no text.
         """
-        import yaml
-
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = read_yaml(path)
         if not isinstance(loaded, dict):
             raise ValueError(
                 f"prompts file {path} must hold a mapping of template names to text, got {type(loaded).__name__}"

@@ -28,6 +28,7 @@ from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.figures import Chart
 from vigos.system.files import parsed, read_json_lines, replace_file
+from vigos.system.yaml_file import read_yaml
 
 MAX_ROLLOUTS = 400
 MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens of both models about 12 MB
@@ -89,12 +90,15 @@ def load_run(
     inner = outer if (outer / "metrics.jsonl").is_file() else outer / "train"
     if not (inner / "metrics.jsonl").is_file():
         raise ValueError(f"{outer} is no run folder: it holds neither metrics.jsonl nor train/metrics.jsonl")
-    import yaml
-
-    config_file = inner / "config.yaml"
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
+    config_file, config, damaged = inner / "config.yaml", None, 0
+    if config_file.is_file():
+        try:
+            config = read_yaml(config_file)
+        except ValueError:  # a report of the rest
+            damaged = 1
     wanted = {(r["step"], r["problem_id"]) for r in like.rollouts} if like else set()
-    sampled, written, damaged = _sample(inner / "completions", rollouts, seed, wanted)
+    sampled, written, lines = _sample(inner / "completions", rollouts, seed, wanted)
+    damaged += lines
     metrics, lines = read_json_lines(inner / "metrics.jsonl")
     damaged += lines
     skipped, lines = read_json_lines(inner / "skipped.jsonl") if (inner / "skipped.jsonl").is_file() else ([], 0)
