@@ -70,7 +70,12 @@ def test_a_judge_may_think(address: str) -> None:
 
 @pytest.mark.parametrize(
     ("behaviour", "message"),
-    [("undecided", "neither correct nor"), ("garbage", "JSON"), ("empty", "without 'choices'"), ("hangs", "Timeout")],
+    [
+        ("undecided", "neither correct nor"),
+        ("garbage", "JSON"),
+        ("empty", "without 'choices'"),
+        ("hangs", "no whole answer within 0.3 s"),
+    ],
 )
 def test_failures_are_no_verdicts(behaviour: str, message: str, address: str) -> None:
     with pytest.raises(JudgeError, match=message):

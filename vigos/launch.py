@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vigos.system.files import replace_json
+from vigos.system.secrets import server_address
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +101,9 @@ class EvalSource(_ModelAndData):
                 raise ValueError(
                     f"{first} and {second} go together, got {getattr(self, first)!r} and {getattr(self, second)!r}"
                 )
+        for name, variable in (("judge_url", "VIGOS_JUDGE_API_KEY"), ("server_url", "VIGOS_ROLLOUT_API_KEY")):
+            if (address := getattr(self, name)) is not None:
+                server_address(address, name, variable)
         if self.server_url is not None and self.adapter is not None:
             raise ValueError(f"adapter must be loaded by the server, and server_model its name; got {self.adapter!r}")
 

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from vigos.errors import TrainingStopped
 from vigos.method.encode import EncodedPrompt
+from vigos.system.http import UnusableAnswer
 
 
 class RolloutError(TrainingStopped):
     """Raised for rollouts that cannot be had or used; says what to do about it."""
-
-
-class UnusableCompletion(Exception):
-    """Raised for an answer in place of which another try may give a better one."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,13 @@ class RolloutChecks:
         )
 
     def completion(self, ids: Sequence[Any], reason: str | None, max_new_tokens: int, who: str) -> Tensor:
-        """Return (C,) int64, cut after the first EOS, which it keeps. Raises UnusableCompletion or RolloutError."""
+        """Return (C,) int64, cut after the first EOS, which it keeps. Raises UnusableAnswer or RolloutError."""
         limit = self.vocab_size if self.vocab_size is not None else 2**31
         ids = list(ids)
         if not all(isinstance(i, int) and 0 <= i < limit for i in ids):
-            raise UnusableCompletion(f"token ids outside the vocabulary of {limit}")
+            raise UnusableAnswer(f"token ids outside the vocabulary of {limit}")
         if banned := sorted(set(ids) & set(self.banned_token_ids)):
-            raise UnusableCompletion(
-                f"a completion holds the banned ids {banned}: it would take another image's features"
-            )
+            raise UnusableAnswer(f"a completion holds the banned ids {banned}: it would take another image's features")
         ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]
         if ends:
             ids = ids[: ends[0] + 1]
@@ -81,7 +76,7 @@ class RolloutChecks:
         elif len(ids) < max_new_tokens:
             cut = f"a completion cut after {len(ids)} of {max_new_tokens} tokens, finish_reason {reason!r}"
             if reason != "length":
-                raise UnusableCompletion(cut)
+                raise UnusableAnswer(cut)
             raise RolloutError(
                 f"{who} answered {cut}: its context (vLLM: --max-model-len) is too short for prompt and "
                 "max_completion_length, or it has a limit of its own"

@@ -15,8 +15,8 @@ What a server fills in by itself must not reach the samples: vLLM takes what a r
 generation config (Qwen2.5-VL's has a repetition penalty), and finds cached prefixes by an adapter's name and path,
 whatever its weights. So every sampling parameter is sent, and every engine has a cache of its own (`cache_salt`).
 
-Failures: connections and statuses 408, 429 and 5xx are retried with growing pauses (by urllib3), and so are answers
-that make no sense; what lasts, and every other status, ends in a `RolloutServerError` that names server and request.
+Failures: lost connections, statuses 408, 429 and 5xx, and answers that come too slowly, are too long or make no sense
+are retried with growing pauses; what lasts, and every other status, ends in a `RolloutServerError` of one line.
 """
 
 from __future__ import annotations
@@ -24,29 +24,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import logging
-import os
 import secrets
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import requests
-from requests.adapters import HTTPAdapter
 from torch import Tensor, nn
-from urllib3.util import Retry
 
 from vigos.method.encode import Chat, EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
-from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion
+from vigos.rollout.answers import read_completions, read_names
+from vigos.rollout.checks import RolloutChecks, RolloutError
 from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
-
-logger = logging.getLogger(__name__)
+from vigos.system.http import Client, ServerError
+from vigos.system.secrets import api_key, server_address
 
 KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
-_RETRYABLE = (408, 429, 500, 502, 503, 504)
-_SHOWN = 300  # characters of an answer in a message
 _ADVICE = {
     ("chat/completions", 422): ". The server must take the fields of vLLM's API, return_token_ids above all: "
     "`transformers serve` does not, and returns text alone",
@@ -69,7 +63,7 @@ class ServerEngine(RolloutEngine):
         banned_token_ids: ids that are never sampled; a completion that holds one all the same is refused.
         vocab_size: ids must lie below it; None does not check.
         concurrency: requests in flight.
-        timeout: seconds that one request may take.
+        timeout: seconds that one request may take, from connecting to the last byte of its answer.
         retries: further tries after a transient failure.
         pause: seconds before the third try, doubled for each further one; the second follows at once.
         adapters: folder in which adapters are saved for the server; None: none are.
@@ -82,8 +76,7 @@ class ServerEngine(RolloutEngine):
         banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
         timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
     ) -> None:  # fmt: skip
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"vllm_server_base_url must start with http:// or https://, got {url!r}")
+        self.url = server_address(url, "vllm_server_base_url", KEY_VARIABLE)
         if not model:
             raise ValueError("rollout_model must be the model's name on the server, got an empty one")
         if concurrency < 1 or timeout <= 0 or retries < 0:
@@ -91,23 +84,17 @@ class ServerEngine(RolloutEngine):
                 "concurrency must be at least 1, timeout above 0 and retries at least 0, got "
                 f"{concurrency}, {timeout}, {retries}"
             )
-        self.url, self.base, self.model = url.rstrip("/"), model, model
+        self.base, self.model = model, model
         self.eos_token_ids = tuple(eos_token_ids)
         self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.concurrency = concurrency
         self.adapters = None if adapters is None else Path(adapters)
         self._salt = secrets.token_hex(16)
         # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
         self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
-        # Any method: a completion that is asked for twice is the same. A status that lasts comes back, with its text.
-        retry = Retry(
-            retries, backoff_factor=pause, status_forcelist=_RETRYABLE, allowed_methods=None, raise_on_status=False
+        self._client = Client(
+            self.url, key=api_key(KEY_VARIABLE), timeout=timeout, retries=retries, pause=pause, connections=concurrency
         )
-        self._session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
-        if key := os.environ.get(KEY_VARIABLE):
-            self._session.headers["Authorization"] = f"Bearer {key}"
 
     def __repr__(self) -> str:  # without the key
         return f"ServerEngine({self.url!r}, {self.model!r})"
@@ -169,13 +156,7 @@ class ServerEngine(RolloutEngine):
     def _names(self) -> list[str]:
         """Return the names of models and adapters that the server has."""
 
-        def read(answer: Any) -> list[str]:
-            try:
-                return [model["id"] for model in answer["data"]]
-            except (KeyError, TypeError) as error:
-                raise UnusableCompletion(f"an answer without {error}") from error
-
-        return self._request("models", read=read)
+        return self._request("models", read=read_names)
 
     # --- One request --------------------------------------------------------------------------------------------------
 
@@ -194,52 +175,25 @@ class ServerEngine(RolloutEngine):
 
     def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Tensor]:
         def read(answer: Any) -> list[Tensor]:
-            try:
-                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                usage = answer["usage"]["completion_tokens"]
-                completions = [(choice.get("token_ids"), choice["finish_reason"]) for choice in choices]
-                theirs = answer.get("prompt_token_ids")
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UnusableCompletion(f"an answer without {error}") from error
-            if theirs is None or any(ids is None for ids, _ in completions):
+            found = read_completions(answer, sampling.n, sampling.max_new_tokens)
+            if found is None:
                 raise RolloutServerError(
                     f"{self.url} returned no token ids; vLLM does with return_token_ids (0.10.2 and later). Text that "
                     "is tokenised again is not what was sampled"
                 )
-            if not all(isinstance(ids, list) for ids in (theirs, *(ids for ids, _ in completions))):
-                raise UnusableCompletion("token ids that are no list")
+            theirs, completions = found
             who = f"{self.url} ({self.model})"
             self.checks.same_prompt(prompt, theirs, who)
-            if len(completions) != sampling.n:
-                raise UnusableCompletion(f"{len(completions)} completions, {sampling.n} were asked for")
-            if sum(len(ids) for ids, _ in completions) != usage:
-                raise UnusableCompletion(f"{sum(len(ids) for ids, _ in completions)} token ids, but usage says {usage}")
             return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in completions]
 
         return self._request("chat/completions", body, read)
 
     def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
-        """Post (without a body: get) and read the answer; one that cannot be used is asked for again."""
-        where, tries = f"{self.url}/{path}", self.retries + 1
-        method, failure = "GET" if body is None else "POST", ""
-        for attempt in range(tries):
-            try:
-                answer = self._session.request(method, where, json=body, timeout=self.timeout)
-                text = f"status {answer.status_code}: {answer.text[:_SHOWN]}"
-                if answer.status_code in _RETRYABLE:  # retried already
-                    failure = text
-                    break
-                if not answer.ok:
-                    raise RolloutServerError(f"{where} refused: {text}{_ADVICE.get((path, answer.status_code), '')}")
-                return answer if read is None else read(answer.json())
-            except UnusableCompletion as error:
-                failure = str(error)
-            except requests.RequestException as error:
-                failure = f"{type(error).__name__}: {error}"
-                if not isinstance(error, requests.JSONDecodeError | requests.exceptions.ChunkedEncodingError):
-                    break  # retried already
-            logger.warning("%s: %s; try %d of %d", where, failure, attempt + 1, tries)
-        raise RolloutServerError(f"{where} failed {tries} times, last with {failure}")
+        try:
+            return self._client.ask(path, body, read)
+        except ServerError as error:
+            advice = _ADVICE.get((path, error.status or 0), "")
+            raise RolloutServerError(f"{error}{advice}") from error
 
 
 def wire_messages(chat: Chat) -> list[dict[str, Any]]:

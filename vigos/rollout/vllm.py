@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
-from vigos.rollout.checks import RolloutChecks, RolloutError, UnusableCompletion, collapsed
+from vigos.rollout.checks import RolloutChecks, RolloutError, collapsed
 from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
+from vigos.system.http import UnusableAnswer
 
 
 class VLLMEngine(RolloutEngine):
@@ -123,7 +124,7 @@ class VLLMEngine(RolloutEngine):
     def _completion(self, output: Any, sampling: Sampling) -> Tensor:
         try:
             return self.checks.completion(output.token_ids, output.finish_reason, sampling.max_new_tokens, str(self))
-        except UnusableCompletion as error:
+        except UnusableAnswer as error:
             raise RolloutError(f"{self} sampled {error}") from error
 
 

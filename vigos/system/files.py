@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vigos.system.secrets import masked
+
 LOCK = ".vigos-lock"  # held by the operating system for as long as its process lives
 OWNER = ".vigos-owner"  # who holds it, for the message
 RUN = (  # what a run leaves in its folder; config.yaml says which run it is
@@ -24,12 +26,14 @@ RUN = (  # what a run leaves in its folder; config.yaml says which run it is
 def replace_file(path: str | Path, content: str | bytes) -> Path:
     """Write a file aside, flush it to the disk and rename it: at every moment the path holds the old or the new one.
 
+    Keys of servers are masked in text.
+
     Raises:
         OSError: naming the path, with the old file untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    data = masked(content).encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

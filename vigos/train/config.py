@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from vigos.method.objective import PRESETS, Objective, check_choices
 from vigos.rollout.engine import Sampling
+from vigos.system.secrets import server_address
 
 
 def _option(default: Any, help: str) -> Any:
@@ -243,6 +244,8 @@ class ViGOSConfig(TrainingArguments):
                     raise ValueError(
                         f"{name} must be given with rollout_engine={engine!r}, got {getattr(self, name)!r}"
                     )
+            if engine == "server":
+                server_address(str(self.vllm_server_base_url), "vllm_server_base_url", "VIGOS_ROLLOUT_API_KEY")
             if not self.lora:
                 raise ValueError(
                     f"lora must be true with rollout_engine={engine!r}, which gets the student as an adapter, got False"
