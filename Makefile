@@ -6,11 +6,14 @@ STAMP := $(VENV)/.vigos-ready
 # What a set-up depends on: change one and the next command installs again.
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help setup demo test test-fast lint format docs bench gpu-check clean
+.PHONY: help setup demo test test-fast test-newest test-oldest newcomer wheel lint format docs bench gpu-check clean
 help:
 	@echo "make demo       set up and run the built-in post-training job"
 	@echo "make test       set up, lint and run every test"
 	@echo "make test-fast  the tests a developer runs all day"
+	@echo "make test-newest, make test-oldest   the same with the newest and the oldest supported versions"
+	@echo "make newcomer   what a new user does, from the demo to a wheel in an empty environment"
+	@echo "make wheel      a source archive and a wheel for each Python that is found, in dist/"
 	@echo "make setup | lint | format | docs | bench | gpu-check | clean"
 
 setup: $(STAMP)
@@ -29,6 +32,30 @@ test: lint
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+
+# Environments of their own; the index's newest versions, and those that pyproject.toml names as the oldest.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+
+newcomer: $(STAMP)
+	tests/newcomer.sh $(ARGS)
+
+# The wheels are built from the archive, which so proves to be whole.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; print(build_sdist("dist"))'
+	for python in python3.11 python3.12 python3.13; do \
+	  $$python -c '' 2>/dev/null || { echo "no $$python here: no wheel for it"; continue; }; \
+	  VIGOS_BUILD=require $$python -m pip wheel --quiet --no-deps --wheel-dir dist dist/vigos-*.tar.gz || exit 1; \
+	done; ls dist
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

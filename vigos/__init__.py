@@ -42,7 +42,14 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(_MODULES[name])
     if name not in _EXPORTS:
         raise AttributeError(f"module 'vigos' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    try:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "vigos":
+            raise
+        from vigos.system.extras import install
+
+        raise ImportError(f"vigos.{name} needs {error.name}: {install('train')}") from error
     globals()[name] = value
     return value
 

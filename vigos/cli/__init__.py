@@ -16,8 +16,10 @@ from typing import Any
 try:
     import rich  # noqa: F401
     import typer  # noqa: F401
-except ImportError:  # the base install has torch and triton alone
-    sys.exit("the vigos command needs a few packages more: pip install 'vigos[train]'")
+except ImportError as error:  # the base install has torch and triton alone
+    from vigos.system.extras import install
+
+    sys.exit(f"error: the vigos command needs {error.name}: {install('train')}")
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
+from typer.core import TyperCommand
 
 from vigos.cli.folders import DEMO, earlier_run, is_leader, output_folder
 from vigos.cli.options import Command, UsageError
@@ -24,10 +25,32 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Visually grounded on-policy self-distillation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help is plain text, which a pipe can hold
 )
+
+
+class _Raw(TyperCommand):
+    """A command that takes every word itself; a shell completes the options that its dataclasses declare."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return the options that begin so."""
+        from click.shell_completion import CompletionItem
+
+        command = next(c for c in (TRAIN, PALR, EVAL, PROBE) if c.name == self.name)
+        found = {o.flag: o.help for o in command.options().values() if o.flag.startswith(incomplete or "--")}
+        return [CompletionItem(flag, help=text) for flag, text in found.items()]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"vigos {version_of('vigos')}")
+        raise typer.Exit
+
+
 world_app = typer.Typer(
     help="The built-in world: handwritten digits in inks.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -131,7 +154,7 @@ def demo(
 # --- train, palr -----------------------------------------------------------------------------------------------------
 
 
-@app.command(context_settings=_RAW, add_help_option=False)
+@app.command(cls=_Raw, context_settings=_RAW, add_help_option=False)
 def train(
     context: typer.Context, config: Config = None, list_options: Listing = False, show_help: Help = False
 ) -> None:
@@ -190,7 +213,7 @@ def after_training(folder: Path) -> list[str]:
     return [*lines, f"{'      ' if model else 'next: '}vigos report {folder}"]
 
 
-@app.command(context_settings=_RAW, add_help_option=False)
+@app.command(cls=_Raw, context_settings=_RAW, add_help_option=False)
 def palr(context: typer.Context, config: Config = None, list_options: Listing = False, show_help: Help = False) -> None:
     """Measure how much of the supervision the answer buys."""
     _stop_for_help(PALR, show_help, list_options)
@@ -213,7 +236,7 @@ def palr(context: typer.Context, config: Config = None, list_options: Listing = 
 # --- eval, probe, compare --------------------------------------------------------------------------------------------
 
 
-@app.command("eval", context_settings=_RAW, add_help_option=False)
+@app.command("eval", cls=_Raw, context_settings=_RAW, add_help_option=False)
 def evaluate_command(
     context: typer.Context,
     config: Config = None,
@@ -269,7 +292,7 @@ def _shown(summary: dict[str, Any], name: str) -> str:
     return per_cent(value, interval)
 
 
-@app.command("probe", context_settings=_RAW, add_help_option=False)
+@app.command("probe", cls=_Raw, context_settings=_RAW, add_help_option=False)
 def probe_command(
     context: typer.Context, config: Config = None, list_options: Listing = False, show_help: Help = False
 ) -> None:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass
 
 import torch
 
 from vigos.divergence.engines import IMPLS, UNPROVEN, engine
+from vigos.divergence.engines.extension import find_extension
 from vigos.divergence.engines.self_check import check
+from vigos.system.extras import install
 
-PACKAGES = {  # distribution -> what it is for and how to get it
-    "triton": "Triton engines; comes with torch's CUDA builds, else pip install triton",
-    "transformers": "training and scoring: pip install 'vigos[train]'",
-    "peft": "LoRA: pip install 'vigos[train]'",
-    "accelerate": "training: pip install 'vigos[train]'",
-    "datasets": "reading data: pip install 'vigos[train]'",
-    "scikit-learn": "the built-in world's handwriting: pip install 'vigos[demo]'",
-    "trl": "drop-in and comparison: pip install 'vigos[trl]'",
-    "liger-kernel": "comparison: pip install liger-kernel",
-    "flash-attn": "one more attention backend of the prefix tree",
-    "vllm": "rollout server: pip install 'vigos[vllm]'",
+PACKAGES = {  # distribution -> what it is for, and the extra that brings it
+    "triton": ("Triton engines; comes with torch's CUDA builds, else pip install triton", ""),
+    "transformers": ("training and scoring", "train"),
+    "peft": ("LoRA", "train"),
+    "accelerate": ("training", "train"),
+    "datasets": ("reading data", "train"),
+    "scikit-learn": ("the built-in world's handwriting", "demo"),
+    "trl": ("drop-in and comparison", "trl"),
+    "liger-kernel": ("comparison: pip install liger-kernel", ""),
+    "flash-attn": ("one more attention backend of the prefix tree", ""),
+    "vllm": ("rollout server", "vllm"),
 }
 
 
@@ -56,9 +57,9 @@ def machine() -> list[Finding]:
         findings.append(Finding("machine", "gpu", True, detail))
     else:
         findings.append(Finding("machine", "gpu", None, "none visible to torch; the reference and cpu engines run"))
-    built = importlib.util.find_spec("vigos._C") is not None
-    how = "install a C++ compiler, then VIGOS_BUILD=require pip install -e . shows why it was not built"
-    findings.append(Finding("machine", "vigos._C", built, "built" if built else how))
+    found = find_extension()
+    stale = found if isinstance(found, str) else None
+    findings.append(Finding("machine", "vigos._C", stale is None, stale or "built"))
     return findings
 
 
@@ -66,9 +67,13 @@ def packages() -> list[Finding]:
     """List optional packages: found versions, or what each would bring."""
     found = {name: _version(name) for name in PACKAGES}
     return [
-        Finding("packages", name, version is not None or None, version or PACKAGES[name])
+        Finding("packages", name, version is not None or None, version or _brings(*PACKAGES[name]))
         for name, version in found.items()
     ]
+
+
+def _brings(purpose: str, extra: str) -> str:
+    return f"{purpose}: {install(extra)}" if extra else purpose
 
 
 def self_check(impl: str) -> Finding:

@@ -30,6 +30,7 @@ from vigos.eval.normalise import SCALES, number_in_words, plain, text_key
 from vigos.eval.units import conversion, is_percent, singular, split_unit
 from vigos.method.boxed import last_box
 from vigos.sandbox import Worker, WorkerDied
+from vigos.system.extras import install
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +311,7 @@ class _Verifier(Worker):
         try:
             reply, _ = self.ask([*sides, factor, timeout_s], timeout_s=4 * timeout_s + 2)
         except ImportError as error:
-            raise ImportError(f"grading mathematics needs math-verify: pip install 'vigos[train]' ({error})") from error
+            raise ImportError(f"grading mathematics needs math-verify: {install('train')} ({error})") from error
         except (TimeoutError, WorkerDied):
             reply = {"equal": None}
         if reply["equal"] is None:

@@ -24,6 +24,7 @@ from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision, kind_and_beta
 from vigos.integrations._logits import generalized_jsd, token_divergence
 from vigos.integrations._patching import Patch, Target, UnknownPeer, check_signature, say_once, version_of
+from vigos.system.extras import install
 
 TRAINERS = ("distillation", "gkd", "gold", "sdft", "sdpo")
 _CHUNKED = (
@@ -210,7 +211,7 @@ def _chosen(trainers: Sequence[str] | None) -> list[Target]:
         raise ValueError(f"trainers must be among {', '.join(TRAINERS)}, got {', '.join(map(repr, unknown))}")
     found = version_of("trl")
     if found is None:
-        raise UnknownPeer("trl is not installed; pip install 'vigos[trl]'")
+        raise UnknownPeer(f"trl is not installed; {install('trl')}")
     targets = []
     for name in TRAINERS if trainers is None else trainers:
         for target in _targets(name):
@@ -269,7 +270,7 @@ def fit() -> list[tuple[str, bool | None, str]]:
     """Return (name, whether it fits, why) of each trainer; None: TRL is not installed."""
     found = version_of("trl")
     if found is None:
-        return [("trl", None, "not installed: pip install 'vigos[trl]'")]
+        return [("trl", None, f"not installed: {install('trl')}")]
     if _patch.active:
         return [("trl", True, f"trl {found}: in place, {', '.join(_patch.replaced)}")]
     lines: list[tuple[str, bool | None, str]] = []

@@ -27,6 +27,7 @@ from typing import Any
 from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.figures import Chart
+from vigos.system.extras import install
 from vigos.system.files import parsed, read_json_lines, replace_file
 from vigos.system.yaml_file import read_yaml
 
@@ -363,7 +364,7 @@ def render(runs: Sequence[Run]) -> str:
 
         from vigos.report.charts import charts_of
     except ImportError as error:
-        raise ValueError(f"a report needs {error.name}: pip install 'vigos[report]'") from error
+        raise ValueError(f"a report needs {error.name}: {install('report')}") from error
     environment = Environment(
         loader=PackageLoader("vigos.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

@@ -23,6 +23,7 @@ from vigos.method.encode import EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.checks import RolloutChecks, RolloutError, collapsed
 from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
+from vigos.system.extras import install
 from vigos.system.http import UnusableAnswer
 
 
@@ -49,7 +50,7 @@ class VLLMEngine(RolloutEngine):
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ImportError("VLLMEngine needs vLLM: pip install 'vigos[vllm]'") from error
+            raise ImportError(f"VLLMEngine needs vLLM: {install('vllm')}") from error
         self.eos_token_ids = tuple(eos_token_ids)
         self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
         self.base = self.model = model

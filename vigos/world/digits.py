@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from vigos.system.extras import install
+
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -50,7 +52,7 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the built-in world needs scikit-learn: pip install 'vigos[demo]'") from error
+        raise ImportError(f"the built-in world needs scikit-learn: {install('demo')}") from error
     data = load_digits()
     bitmaps = np.pad(data.images * (255.0 / 16.0), ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
     return bitmaps.round().astype(np.uint8), data.target.astype(np.int64)

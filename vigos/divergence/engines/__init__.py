@@ -13,6 +13,8 @@ A module is imported on first use; one whose requirements are missing imports al
 from __future__ import annotations
 
 import importlib
+import warnings
+from functools import cache
 from types import ModuleType
 
 from vigos.divergence.engines.problem import LinearProblem, LogitsProblem
@@ -48,6 +50,11 @@ def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str 
     return module.logits_why_not(problem)
 
 
+@cache
+def _say_once(name: str, reason: str) -> None:
+    warnings.warn(f'impl="auto" does without the faster {name!r} engine: {reason}', stacklevel=4)
+
+
 def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
     """Return the engine that runs `problem`: the named one, or for "auto" the first that can.
 
@@ -62,6 +69,9 @@ def choose(impl: str, problem: LinearProblem | LogitsProblem) -> ModuleType:
         return module
     for name in AUTO.get(problem.device.type, ("reference",)):
         module = engine(name)
-        if _why_not(module, problem) is None and (name in PROVEN or agrees(module, problem.device, problem.dtype)):
+        reason = _why_not(module, problem)
+        if reason is None and (name in PROVEN or agrees(module, problem.device, problem.dtype)):
             return module
+        if reason is not None and reason.startswith(("vigos._C", "Triton is not")):
+            _say_once(name, reason)  # of the installation, not of the call
     raise AssertionError("the reference engine runs everything")

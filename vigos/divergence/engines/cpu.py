@@ -12,13 +12,13 @@ block at a time on the way in, so logits are float32 whatever the head is.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from vigos.divergence.engines.extension import find_extension
 from vigos.divergence.engines.problem import (
     DTYPES,
     KNOWN,
@@ -47,22 +47,14 @@ class Config:
 CONFIG = Config()
 
 
-def _extension() -> ModuleType | None:
-    try:
-        return importlib.import_module("vigos._C")
-    except ImportError:
-        return None
-
-
 def _why_not(device: torch.device, tensors: list[Tensor]) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device}"
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, got {x.dtype}; the reference engine takes float64"
-    if _extension() is None:
-        return "vigos._C is not built: install a C++ compiler, then pip install -e ."
-    return None
+    found = find_extension()
+    return found if isinstance(found, str) else None
 
 
 def why_not(problem: LinearProblem) -> str | None:
@@ -79,8 +71,8 @@ def logits_why_not(problem: LogitsProblem) -> str | None:
 
 
 def _c() -> ModuleType:
-    extension = _extension()
-    assert extension is not None
+    extension = find_extension()
+    assert not isinstance(extension, str)
     return extension
 
 

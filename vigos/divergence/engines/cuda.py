@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vigos.divergence.engines.extension import find_extension
 from vigos.divergence.engines.problem import (
     STATE,
     LinearProblem,
@@ -47,11 +48,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def _module() -> ModuleType | None:
     """Return vigos._C.cuda, or None where the extension was built without CUDA."""
-    try:
-        from vigos import _C
-    except ImportError:
-        return None
-    return getattr(_C, "cuda", None)
+    return getattr(find_extension(), "cuda", None)
 
 
 def _unavailable(device: torch.device) -> str | None:
@@ -59,6 +56,8 @@ def _unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, the tensors are on {device}"
     module = _module()
+    if isinstance(found := find_extension(), str):
+        return found
     if module is None:
         return "vigos._C was built without CUDA; reinstall where nvcc is found, or with VIGOS_CUDA=ON"
     capability = torch.cuda.get_device_capability(device)
