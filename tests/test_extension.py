@@ -16,8 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 def test_the_extension_was_built_from_these_sources() -> None:
     extension = pytest.importorskip("vigos._C")
-    assert extension.interface == interface(), "csrc/ has changed since vigos._C was built: build again"
-    assert find_extension() is extension
+    assert find_extension() is extension, "csrc/ has changed since vigos._C was built: build again"
 
 
 def test_the_digest_follows_the_bindings_alone(tmp_path: Path) -> None:
@@ -31,12 +30,10 @@ def test_the_digest_follows_the_bindings_alone(tmp_path: Path) -> None:
     assert interface(tmp_path) is None, "a wheel has no sources beside it"
 
 
-@pytest.mark.parametrize("built", [None, "0123456789abcdef"])
-def test_a_stale_extension_says_build_again(built: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_extension_says_build_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the first call ended in an AttributeError."""
     stale = ModuleType("vigos._C")
-    if built:
-        stale.interface = built  # type: ignore[attr-defined]
+    stale.interface = "0123456789abcdef"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vigos._C", stale)
     found = find_extension()
     assert isinstance(found, str)

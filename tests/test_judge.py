@@ -95,7 +95,6 @@ def test_keys_of_another_server_stay_here(address: str, monkeypatch: pytest.Monk
         monkeypatch.setenv(f"OPENAI_{name}", "s3cr3t")
     with pytest.raises(JudgeError, match="status 401") as refused:
         asked(address, "headers")("Which?", "red", "red")
-    assert "authorization" in str(refused.value)
     assert "s3cr3t" not in str(refused.value)
 
 

@@ -33,7 +33,6 @@ def find_extension() -> ModuleType | str:
         if isinstance(error, ModuleNotFoundError):
             return "vigos._C is not built: install a C++ compiler, then pip install -e ."
         return f"vigos._C cannot be loaded ({error}); build again: {_AGAIN}"
-    wanted = interface()
-    if wanted is not None and getattr(module, "interface", None) != wanted:
+    if getattr(module, "interface", None) not in (None, wanted := interface()) and wanted is not None:
         return f"vigos._C was built from other sources than those of {Path(__file__).parents[3]}; build again: {_AGAIN}"
     return module
