@@ -1,4 +1,4 @@
-"""How to get an optional part of vigos, from wherever this copy was installed."""
+"""Commands that add an optional part of vigos, wherever this copy of it came from."""
 
 from __future__ import annotations
 
