@@ -435,7 +435,7 @@ def test_an_example_with_an_image_is_compared_as_soon_as_there_is_one(monkeypatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check.hidden_states(model, text, "student")
-    assert check.verified("student")
+    assert check._seen["student"], "compared"
     with pytest.warns(UserWarning, match="image tokens attend to each other"):
         check.hidden_states(model, [*text, *rows], "student")
     assert check.failed
@@ -444,7 +444,7 @@ def test_an_example_with_an_image_is_compared_as_soon_as_there_is_one(monkeypatc
 def test_verify_waits_for_something_to_compare():
     scorer = TeacherScorer(tiny_model("qwen3"))
     assert scorer.score(batch([]))[0].shape == (0, HIDDEN)
-    assert not scorer.check.verified("teacher")
+    assert not scorer.check._seen["teacher"]
 
 
 # ---- the vision tower ----------------------------------------------------------------------------------------------

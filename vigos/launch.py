@@ -49,6 +49,14 @@ class _ModelAndData:
     limit: int | None = _option(None, "Use the first examples of the data alone.")
     dtype: str = _option("bfloat16", "Dtype the model is loaded in.")
 
+    def read(self, columns: Any, **options: Any) -> ExampleDataset | ExampleStream:
+        """Open the data with the column names of an object that has them as `problem_column` and so on."""
+        from vigos.data.examples import load_rows
+
+        names = {f"{n}_column": getattr(columns, f"{n}_column") for n in ("problem", "images", "answer", "id")}
+        rules: dict[str, Any] = {"data_root": self.data_root, "allow_outside_root": self.allow_outside_root}
+        return self.head_of(load_rows(self.data, **names, **rules, **options))
+
     def head_of(self, examples: ExampleDataset | ExampleStream) -> ExampleDataset | ExampleStream:
         """Return the first `limit` examples."""
         if self.limit is not None and self.limit < 1:
@@ -110,21 +118,10 @@ class EvalSource(_ModelAndData):
     def examples(self) -> ExampleDataset | ExampleStream:
         """Open the data: in the layout of `benchmark`, or any that `load_rows` reads."""
         from vigos.data.benchmarks import load_benchmark
-        from vigos.data.examples import load_rows
 
         if self.benchmark is not None:
             return self.head_of(load_benchmark(self.benchmark, self.data, allow_outside_root=self.allow_outside_root))
-        return self.head_of(
-            load_rows(
-                self.data,
-                problem_column=self.problem_column,
-                images_column=self.images_column,
-                answer_column=self.answer_column,
-                id_column=self.id_column,
-                data_root=self.data_root,
-                allow_outside_root=self.allow_outside_root,
-            )
-        )
+        return self.read(self)
 
     def judge(self) -> Judge | None:
         """Return the judge, if one is named."""
@@ -285,7 +282,6 @@ def _changed_options(config: ViGOSConfig) -> list[str]:
 
 def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = None) -> ViGOSTrainer:
     """Build a trainer from model, data and prompts of `source`; `adapter` is put on the model and trained on."""
-    from vigos.data.examples import load_rows
     from vigos.train.trainer import ViGOSTrainer
 
     model: Any
@@ -299,21 +295,11 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         from vigos.models.load import load_adapter
 
         model = load_adapter(model, adapter, trainable=True)
-    examples = load_rows(
-        source.data,
-        problem_column=config.problem_column,
-        images_column=config.images_column,
-        answer_column=config.answer_column,
-        id_column=config.id_column,
-        data_root=source.data_root,
-        allow_outside_root=source.allow_outside_root,
-        streaming=source.streaming,
-    )
     return ViGOSTrainer(
         model=model,
         args=config,
         processing_class=processor,
-        train_dataset=source.head_of(examples),
+        train_dataset=source.read(config, streaming=source.streaming),
         prompts=asking_of(source.model, config.prompts_file, adapter=adapter).prompts,
     )
 
@@ -382,7 +368,7 @@ def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple
     from transformers import GenerationConfig
 
     from vigos.models.load import load_config, load_processor
-    from vigos.rollout.engine import eos_ids, placeholder_ids
+    from vigos.rollout.engine import id_rules
     from vigos.rollout.server import ServerEngine
 
     if model == "builtin":
@@ -396,9 +382,8 @@ def load_served(model: str, url: str, served: str, *, concurrency: int) -> tuple
     except OSError:  # not every model has one
         generation = None
     engine = ServerEngine(
-        url, served, tokenizer, eos_token_ids=eos_ids(SimpleNamespace(generation_config=generation), tokenizer),
-        banned_token_ids=placeholder_ids(config), vocab_size=config.get_text_config().vocab_size,
-        concurrency=concurrency,
+        url, served, tokenizer, concurrency=concurrency,
+        **id_rules(SimpleNamespace(config=config, generation_config=generation), tokenizer),
     )  # fmt: skip
     return engine, processor
 

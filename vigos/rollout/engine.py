@@ -122,6 +122,18 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 
+def id_rules(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return what an engine elsewhere must know of a model's ids: those that end, those it may not say, their bound.
+
+    Args:
+        model: or anything with its `config` and `generation_config`.
+    """
+    return {
+        "eos_token_ids": eos_ids(model, tokenizer), "banned_token_ids": placeholder_ids(model.config),
+        "vocab_size": model.config.get_text_config().vocab_size,
+    }  # fmt: skip
+
+
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Return every id that ends a completion: the generation config's and the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -51,10 +51,6 @@ class TreeCheck:
         """Return the scoring that is safe: `wanted`, or "separate" after a mismatch."""
         return "separate" if self.failed else wanted
 
-    def verified(self, side: Side) -> bool:
-        """Return True if a comparison of this side has been made."""
-        return self._seen[side] > _NOTHING
-
     def hidden_states(
         self,
         model: nn.Module,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vigos.divergence.supervision import Supervision
-from vigos.method.encode import ScoredSequence
+from vigos.method.encode import EncodedPrompt, ScoredSequence
 from vigos.models.compat import has_own_adapter
 from vigos.models.parts import eval_mode, lm_head, unwrap
 from vigos.models.vision_cache import VisionCache
@@ -32,8 +32,7 @@ class TeacherBatch(Protocol):
 class TeacherScorer:
     """Score a step's teacher sequences without gradients, in eval mode and with the adapter off.
 
-    `check` decides for student and teacher alike if they are scored by the tree; the student's side is
-    `check.hidden_states(student, sequences, "student", ...)`.
+    `check` decides for student and teacher alike if they are scored by the tree.
 
     Args:
         model: the student itself, whose adapter is switched off for the call, or a separate frozen or EMA model.
@@ -83,6 +82,24 @@ class TeacherScorer:
                 token_budget=self.token_budget, backend=self.backend, vision=vision, dummy=dummy,
             )  # fmt: skip
         return hidden, batch.supervision
+
+    def score_student(
+        self, model: nn.Module, sequences: Sequence[ScoredSequence], *, scoring: Scoring,
+        vision: VisionCache | None = None, dummy: ScoredSequence | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the student's hidden rows (N, D) with their graph, in the order of its sequences.
+
+        Without sequences one token still goes through the model: wrappers wait for every rank's forward.
+        """
+        hidden = self.check.hidden_states(
+            model, sequences or [_ONE_TOKEN], "student", scoring=scoring, token_budget=self.token_budget,
+            vision=vision, dummy=dummy,
+        )  # fmt: skip
+        return hidden if sequences else hidden[:0]
+
+
+_ONE = torch.zeros(1, dtype=torch.int64)
+_ONE_TOKEN = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)  # one token after one token
 
 
 @contextmanager

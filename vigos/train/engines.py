@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vigos.models.parts import base_model
-from vigos.rollout.engine import RolloutEngine, eos_ids, placeholder_ids
+from vigos.rollout.engine import RolloutEngine, id_rules
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.vllm import VLLMEngine
 from vigos.train.config import ViGOSConfig
@@ -23,12 +23,10 @@ def build_engine(args: ViGOSConfig, model: nn.Module, processor: Any) -> Rollout
         return vllm_engine(args, model, tokenizer)
     from vigos.rollout.server import ServerEngine
 
-    base = base_model(model)
     return ServerEngine(
-        str(args.vllm_server_base_url), str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer),
-        banned_token_ids=placeholder_ids(base.config), vocab_size=base.config.get_text_config().vocab_size,
-        concurrency=args.rollout_concurrency, timeout=args.rollout_timeout, retries=args.rollout_retries,
-        adapters=Path(str(args.output_dir)) / "rollout_adapters",
+        str(args.vllm_server_base_url), str(args.rollout_model), tokenizer, concurrency=args.rollout_concurrency,
+        timeout=args.rollout_timeout, retries=args.rollout_retries,
+        adapters=Path(str(args.output_dir)) / "rollout_adapters", **id_rules(base_model(model), tokenizer),
     )  # fmt: skip
 
 
@@ -44,8 +42,7 @@ def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: 
             "serve from other GPUs"
         )
     base = base_model(model)
-    text = base.config.get_text_config()
-    length = text.max_position_embeddings
+    length = base.config.get_text_config().max_position_embeddings
     if args.max_prompt_length:
         length = min(length, args.max_prompt_length + args.max_completion_length)
     defaults = {
@@ -53,7 +50,6 @@ def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: 
         "gpu_memory_utilization": args.vllm_gpu_memory_utilization, "limit_mm_per_prompt": {"video": 0},
     }  # fmt: skip
     return VLLMEngine(
-        str(args.rollout_model), tokenizer, eos_token_ids=eos_ids(base, tokenizer), vocab_size=text.vocab_size,
-        banned_token_ids=placeholder_ids(base.config), adapters=Path(str(args.output_dir)) / "rollout_adapters",
-        lora_r=args.lora_r, **(defaults | options),
+        str(args.rollout_model), tokenizer, adapters=Path(str(args.output_dir)) / "rollout_adapters",
+        lora_r=args.lora_r, **id_rules(base, tokenizer), **(defaults | options),
     )  # fmt: skip

@@ -354,10 +354,9 @@ def _logprobs(
     with teacher.weights() if teacher else nullcontext():
         hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
-        student_hidden = scorer.check.hidden_states(
-            student, batch.student_sequences, "student", scoring=config.student_scoring,
-            token_budget=scorer.token_budget, dummy=dummy,
-        )  # fmt: skip
+        student_hidden = scorer.score_student(
+            student, batch.student_sequences, scoring=config.student_scoring, dummy=dummy
+        )
     settings = {"temperature": config.divergence_temperature, "impl": config.impl}
     shared = lm_head(student) is lm_head(scorer.model)
     with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:

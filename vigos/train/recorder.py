@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from vigos.divergence.api import DivergenceOutput
+from vigos.divergence.head import Head
+from vigos.divergence.supervision import Supervision
 from vigos.method.supervise import Rollout, SupervisedBatch
 from vigos.train.metrics import Metrics, peak_gib, peak_tflops
 from vigos.train.ranks import sum_over_ranks
 from vigos.train.records import TopTokens, completion_records, fault_record
+from vigos.train.top_tokens import top_tokens
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -99,6 +103,18 @@ class Recorder(TrainerCallback):
         """Tell whether the rollouts of step number `step` are written."""
         every = self.args.completion_steps
         return bool(every) and (step % every == 0 or step == 1)
+
+    def likeliest(
+        self, step: int, student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], rows: Supervision
+    ) -> TopTokens | None:
+        """Return each side's likeliest tokens at every pair, of hidden rows under a head, if `step` writes them."""
+        k, temperature = self.args.completion_top_k, self.args.divergence_temperature
+        if not k or not self.writes_completions(step):
+            return None
+        return (
+            top_tokens(*student, rows.student_row, k, temperature=temperature),
+            top_tokens(*teacher, rows.teacher_row, k, temperature=temperature),
+        )
 
     @torch.no_grad()
     def micro_batch(

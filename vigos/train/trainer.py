@@ -37,7 +37,7 @@ from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStre
 from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.asking import Asking
-from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
+from vigos.method.encode import ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
@@ -75,7 +75,6 @@ from vigos.train.recovery import StepGuard
 from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
 from vigos.train.run_folder import RunFolder
 from vigos.train.teacher_weights import TeacherWeights
-from vigos.train.top_tokens import top_tokens
 from vigos.train.weights import check_saved_adapter, check_states, load_model
 
 logger = logging.getLogger(__name__)
@@ -237,31 +236,23 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
         `num_items_in_batch` is part of transformers' signature and not needed: weights carry the divisor.
         """
-        args, step, dummy = self.args, self.state.global_step + 1, self._dummy_sequence()
-        batch: SupervisedBatch = inputs["batch"]
+        batch, step, dummy = inputs["batch"], self.state.global_step + 1, self._dummy_sequence()
         # With a frozen tower, teachers and student read the features of one run an image.
         vision = VisionCache.for_model(base_model(model)) if self.rollouts.has_vision else None
         with self.phases("teachers"), self.teacher.weights():
             teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
         with self.phases("student forward"):
-            # A batch without supervised tokens still goes through the model: wrappers wait for every rank's forward.
-            student_hidden = self.scorer.check.hidden_states(
-                model, batch.student_sequences or [_ONE_TOKEN], "student", scoring=args.student_scoring,
-                token_budget=self.scorer.token_budget, vision=vision, dummy=dummy,
-            )[: None if batch.student_sequences else 0]  # fmt: skip
+            student_hidden = self.scorer.score_student(
+                model, batch.student_sequences, scoring=self.args.student_scoring, vision=vision, dummy=dummy
+            )
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
             teacher_head = self.teacher.head(head)
             student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
             out = linear_divergence(
                 student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
-                impl=args.impl, **self.objective.divergence_options,
+                impl=self.args.impl, **self.objective.divergence_options,
             )  # fmt: skip
-            top, k, temperature = None, args.completion_top_k, args.divergence_temperature
-            if k and self.recorder.writes_completions(step):
-                top = (
-                    top_tokens(student_hidden, head, supervision.student_row, k, temperature=temperature),
-                    top_tokens(teacher_hidden, teacher_head, supervision.teacher_row, k, temperature=temperature),
-                )
+            top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
         self.recorder.micro_batch(step, batch, out, top)
         loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
         return (loss, out) if return_outputs else loss
@@ -464,7 +455,6 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)
-_ONE_TOKEN = ScoredSequence(EncodedPrompt(_ONE, None, None), _ONE, _ONE)  # one token after one token
 
 
 def _check_arguments(model: nn.Module, args: Any, processing_class: Any) -> None:
