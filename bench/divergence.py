@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import losses
@@ -39,6 +39,8 @@ class Case:
     live: float = 1.0
     trained_head: bool = False
     kind: str = "forward"
+    contrast: float = 0.0
+    plausibility: float = 0.0
 
 
 SMALL = "small"  # exercises the script in seconds
@@ -57,6 +59,7 @@ def cases(device: str) -> dict[str, list[Case]]:
             "live": [Case(8192, d, v, live=share) for share in (0.5, 0.1)],
             "head": [Case(8192, d, v, trained_head=True)],
             "kind": [Case(8192, d, v, kind=kind) for kind in ("reverse", "jsd")],
+            "contrast": [Case(8192, d, v, contrast=1.0, plausibility=gamma) for gamma in (0.0, 0.1)],
             "n": [Case(n, d, v) for n in (1024, 2048, 4096, 16_384, 32_768)],
             "shape": [Case(8192, *shapes[2])],
         }
@@ -68,6 +71,7 @@ def cases(device: str) -> dict[str, list[Case]]:
         "live": [Case(n, d, v, live=share) for share in (0.5, 0.1)],
         "head": [Case(n, d, v, trained_head=True)],
         "kind": [Case(n, d, v, kind=kind) for kind in ("reverse", "jsd")],
+        "contrast": [Case(n, d, v, contrast=1.0, plausibility=gamma) for gamma in (0.0, 0.1)],
         "n": [Case(size, d, v) for size in (64, 128, 256, 1024, 2048)],
         "d": [Case(n, size, v) for size in (128, 256, 1024, 2048)],
         "v": [Case(n, d, size) for size in (8_000, 16_000, 64_000, 128_000)],
@@ -99,18 +103,22 @@ def run_case(
 ) -> list[dict[str, object]]:
     """The rows of one case, floor first; prints them."""
     x = losses.inputs(case.rows, case.n, case.d, case.v, dtype, device, case.live, case.kind)
+    if case.contrast or case.plausibility:
+        x = losses.with_control(x, case.contrast, case.plausibility)
+        only = [name for name in only or losses.contenders(device) if name.startswith("vigos") and "cuda" not in name]
     at = x.live.nonzero().squeeze(1)
     at = at[:: max(1, math.ceil(at.shape[0] / 32))]
     exact = losses.exact_gradient(x, at)
     head = x.head.detach().requires_grad_(case.trained_head)
     shape: dict[str, object] = {
         "n": case.n, "d": case.d, "v": case.v, "rows": case.rows, "live": case.live, "kind": case.kind,
+        "contrast": case.contrast, "plausibility": case.plausibility,
         "head": "trained" if case.trained_head else "frozen", "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     shape["entropy"], shape["divergence"] = entropy_and_divergence(x)
     print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shape.items()), flush=True)
 
-    def gradient(loss: losses.Loss) -> Tensor:
+    def gradient(loss: losses.Loss, x: Inputs = x) -> Tensor:
         leaf = x.student.detach().clone().requires_grad_()
         head.grad = None
         loss(x, leaf, head).backward()
@@ -137,6 +145,13 @@ def run_case(
     least = 2 * best["z"] + best["dh"] + best.get("dw", 0.0)
     lines = [shape | {"engine": "floor", "ms": 1e3 * least, "of_floor": 1.0}]
     print(f"  {'floor':22} {1e3 * least:10.1f} ms")
+    if case.contrast or case.plausibility:  # beside the same call without: what the target costs
+        plain = replace(x, contrast=0.0, plausibility=0.0)
+        for name in list(runs):
+            twins = {"with": runs[name], "without": lambda name=name: gradient(losses.contenders(device)[name], plain)}
+            both = take_turns(twins, device, repeats)
+            out[name]["of_plain"] = both["with"] / both["without"]
+            print(f"  {name:22} {out[name]['of_plain']:6.2f} x the call without a control")
     for name, line in out.items():
         if name in times:
             line |= {"ms": 1e3 * times[name], "of_floor": times[name] / least}

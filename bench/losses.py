@@ -7,13 +7,14 @@ rows of forward KL, reverse KL or JSD(0.5). Peers run as their authors ship them
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import vigos
+from vigos import reference
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 KINDS = {"forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD}
@@ -30,6 +31,9 @@ class Inputs:
     head: Tensor
     live: Tensor
     kind: str = "forward"
+    control: Tensor | None = None  # (n, d), the teacher's in another context
+    contrast: float = 0.0
+    plausibility: float = 0.0
 
 
 # Noise of the teacher's logits against the student's: KL around 0.02, 2e-4 and, for flat rows, 0.02.
@@ -53,6 +57,14 @@ def inputs(
     return Inputs(student.to(dtype), teacher.to(dtype), head.to(dtype), chosen, kind)
 
 
+def with_control(x: Inputs, contrast: float, plausibility: float) -> Inputs:
+    """Give the teacher a control: itself, blurred by as much as student and teacher differ."""
+    g = torch.Generator(x.student.device).manual_seed(1)
+    noise = torch.randn(x.teacher.shape, generator=g, device=x.teacher.device)
+    control = x.teacher.float() + noise * (x.teacher - x.student).float().abs().mean()
+    return replace(x, control=control.to(x.teacher.dtype), contrast=contrast, plausibility=plausibility)
+
+
 def ours(impl: str, x: Inputs, student: Tensor, head: Tensor) -> Tensor:
     """`vigos.linear_divergence`; rows that do not count are left out by index."""
     at = x.live.nonzero().squeeze(1)
@@ -61,7 +73,11 @@ def ours(impl: str, x: Inputs, student: Tensor, head: Tensor) -> Tensor:
         at, at, torch.full((n,), KINDS[x.kind], dtype=torch.int8, device=at.device),
         torch.ones(n, device=at.device), torch.full((n,), float("inf"), device=at.device),
     )  # fmt: skip
-    return vigos.linear_divergence(student, head, x.teacher, supervision=rows, impl=impl).loss
+    teacher = x.teacher
+    if x.control is not None and (x.contrast or x.plausibility):
+        target = {"contrast": x.contrast, "plausibility": x.plausibility}
+        rows, teacher = replace(rows, control_row=at + len(teacher), **target), torch.cat([teacher, x.control])
+    return vigos.linear_divergence(student, head, teacher, supervision=rows, impl=impl).loss
 
 
 def from_logits(z_s: Tensor, z_t: Tensor, kind: str) -> Tensor:
@@ -134,7 +150,13 @@ def exact_gradient(x: Inputs, at: Tensor) -> Tensor:
     out = []
     for rows in at.split(max(1, 2**21 // head.shape[0])):
         student = x.student[rows].double().requires_grad_()
-        loss = from_logits(student @ head.T, x.teacher[rows].double() @ head.T, x.kind)
+        z_t = x.teacher[rows].double() @ head.T
+        if x.control is not None:  # which may have entries of -inf
+            numbers = (torch.full((len(rows),), value, dtype=torch.float64) for value in (x.contrast, x.plausibility))
+            z_t = reference.contrasted(z_t, x.control[rows].double() @ head.T, *(y.to(z_t.device) for y in numbers))
+            loss = reference.forward_kl(student @ head.T, z_t).sum()
+        else:
+            loss = from_logits(student @ head.T, z_t, x.kind)
         out.append(torch.autograd.grad(loss, student)[0])
     return torch.cat(out)
 

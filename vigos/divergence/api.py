@@ -19,6 +19,7 @@ from vigos.divergence.head import Head
 from vigos.divergence.ops import Call, linear, logits
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
+from vigos.divergence.targets import target_logits
 from vigos.divergence.validation import (
     autocast,
     check_heads,
@@ -48,7 +49,7 @@ class DivergenceOutput:
     divergence: Tensor  # (R,) before the row's clip
     clipped: Tensor  # (R,) bool: divergence > clip
     student_entropy: Tensor  # (R,)
-    teacher_entropy: Tensor  # (R,)
+    teacher_entropy: Tensor  # (R,); with a contrast or a cut, this and the next are the target's
     student_lse: Tensor  # (R,) log of the sum of exp(logit)
     teacher_lse: Tensor  # (R,)
     student_logprob: Tensor | None  # (R,) log-probability of the labels; None without labels
@@ -96,6 +97,11 @@ def linear_divergence(
     Every other output is (R,), in the order of the pairs. All of a side's tensors share a dtype: float32, bfloat16,
     float16 or float64. Logits, statistics and sums are float32 (float64 for float64) whatever the operands are. Under
     autocast the operands are cast as in `F.linear`. Raises ValueError for what does not fit, naming the argument.
+
+    Pairs with a `control_row` are pulled towards z* = z_t + contrast (z_t - z_c), cut to the plausible entries; the
+    teacher's statistics are those of z*. While the cut is off and the teacher has no softcap that costs no product (one
+    under impl="triton" with 16-bit operands). A call of the same hidden states with the control in the student's place
+    gives both plain teachers' statistics.
 
     With heads that are sharded over the vocabulary everything else is the same on every rank, and so is the result.
 
@@ -175,8 +181,8 @@ def logits_divergence(
             a second backward raises, each student row may be supervised once, and expanded logits are refused. Not
             under torch.compile.
         process_group: each rank passes consecutive columns of the vocabulary, and the same of everything else.
-        Everything else as in `linear_divergence`. A scale or softcap is the caller's: these are logits as softmax reads
-        them, but for the temperature.
+        Everything else as in `linear_divergence`; with a contrast or a cut the targets take R x V floats. A scale or a
+        softcap is the caller's: these are logits as softmax reads them, but for the temperature.
     """
     check_rows(student_logits, "student_logits", "(..., V)")
     check_rows(teacher_logits, "teacher_logits", "(..., V)")
@@ -212,7 +218,13 @@ def logits_divergence(
     teacher = merged(teacher_logits)
     if teacher is None:
         teacher, index = as_matrix(teacher_logits)
-        rows = (rows[0], index.to(rows[1].device)[rows[1]], *rows[2:])
+        at = [index.to(rows[i].device)[rows[i]] if i in (1, 5) else x for i, x in enumerate(rows)]
+        rows = tuple(at)
+    if len(rows) > 5:
+        if process_group is not None:
+            raise ValueError("process_group must be None with a contrast or plausibility of logits, got a group")
+        teacher = target_logits(teacher.detach(), list(rows), temperature, size)
+        rows = (rows[0], torch.arange(rows[0].shape[0], device=rows[0].device), *rows[2:5])
     student = merged(student_logits)
     if student is None and overlaps(student_logits):
         student = student_logits.reshape(-1, v)

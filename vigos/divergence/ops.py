@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from vigos.divergence.engines.problem import (
     Statistics,
     live_rows,
 )
+from vigos.divergence.supervision import REVERSE_KL
 
 # Values are checked, and rows counted, on the host: no operator can be captured in a CUDA graph.
 NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
@@ -56,6 +57,27 @@ def _check_rows(
             raise ValueError(f"{name} must hold {wanted}, got values from {values[2 * i]} to {values[2 * i + 1]}")
     if not values[-1]:
         raise ValueError("supervision.clip must be at least 0 nats (inf: no clip), got a negative or NaN value")
+
+
+def check_targets(kind: Tensor, control_row: Tensor, contrast: Tensor, plausibility: Tensor, m: int) -> None:
+    """Check the values of the targets; on a GPU another wait for the device."""
+    if control_row.shape[0] == 0:
+        return
+    low, high = (int(x) for x in control_row.aminmax())
+    if low < 0 or high >= m:
+        raise ValueError(
+            f"supervision.control_row must hold rows of the teacher's {m}, got values from {low} to {high}"
+        )
+    for name, x, most, wanted in (
+        ("contrast", contrast, math.inf, "finite and at least 0"), ("plausibility", plausibility, 1.0, "in [0, 1]"),
+    ):  # fmt: skip
+        if not bool(((x >= 0) & (x <= most) & x.isfinite()).all()):  # False for NaN
+            raise ValueError(f"supervision.{name} must be {wanted}, got values from {x.min():g} to {x.max():g}")
+    if bool(((kind == REVERSE_KL).to(plausibility.device) & (plausibility > 0)).any()):
+        raise ValueError(
+            "supervision.plausibility must be 0 for pairs of reverse KL, got a positive value: a target that is cut "
+            "has probability 0 where the student has not, and the divergence is infinite; take forward KL or JSD"
+        )
 
 
 def _shard(v: int, group_name: str, device: torch.device) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -128,12 +150,16 @@ def _rows(
     if call.vocab_size > total:
         raise ValueError(f"vocab_size must be at most the heads' {total} vocabulary entries, got {call.vocab_size}")
     vocab_size = total if call.vocab_size < 0 else call.vocab_size
-    names = ("student_row", "teacher_row", "kind", "weight", "clip")
-    student_row, teacher_row, kind, _, clip = supervision
+    names = ("student_row", "teacher_row", "kind", "weight", "clip", "control_row", "contrast", "plausibility")
+    student_row, teacher_row, kind, _, clip, *target = supervision
     if not checked:
         _check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
+        if target:
+            check_targets(kind, *target, m)
+    if target and not bool((target[1] != 0).any() | (target[2] != 0).any()):
+        supervision = supervision[:5]  # every target is its teacher row
     return {
-        **{name: x.to(device) for name, x in zip(names, supervision, strict=True)},
+        **{name: x.to(device) for name, x in zip(names, supervision, strict=False)},
         "labels": None if labels is None else labels.to(device), "student_transform": call.student,
         "teacher_transform": call.teacher, "beta": call.beta, "entry_clip": call.entry_clip, "vocab_size": vocab_size,
         "vocab_start": start, "group": group,
@@ -235,7 +261,8 @@ def linear(
         student: hidden states (N, D), head (V, D), bias (V,) or None.
         teacher: hidden states (M, D_t), head (V, D_t) or None for the student's, bias (V,) or None. Without a head and
             a bias of its own the teacher has the student's bias.
-        supervision: student_row, teacher_row int64, kind int8, weight, clip float32, each (R,).
+        supervision: student_row, teacher_row int64, kind int8, weight, clip float32, each (R,); and where targets are
+            not their teacher rows, control_row int64, contrast, plausibility float32.
         labels: (R,) int64 or None.
 
     Returns:
@@ -310,11 +337,8 @@ def _linear_backward_op(
             index = again.nonzero().squeeze(1)
             if index.shape[0] > 0 or head:
                 missing = bool(again.any()) and problem.need_dhidden and not bool(computed[index].all())
-                selected = replace(
-                    problem, student_row=problem.student_row[index], teacher_row=problem.teacher_row[index],
-                    kind=problem.kind[index], weight=g[index], clip=torch.full_like(g[index], float("inf")),
-                    need_dhidden=missing,
-                )  # fmt: skip
+                no_clip = torch.full_like(g[index], float("inf"))
+                selected = problem.pairs(index, weight=g[index], clip=no_clip, need_dhidden=missing)
                 result = choose(impl, problem).forward(selected)
                 if missing:
                     assert result.drow is not None

@@ -50,6 +50,17 @@ def _sum(terms: Tensor, entry_clip: float | None) -> Tensor:
     return (terms if entry_clip is None else terms.clamp(max=entry_clip)).sum(-1)
 
 
+def contrasted(teacher_logits: Tensor, control_logits: Tensor, contrast: Tensor, plausibility: Tensor) -> Tensor:
+    """Return the logits z* = z_t + contrast (z_t - z_c) of a target, -inf where p_t < plausibility max p_t.
+
+    Logits are (N, V), contrast and plausibility (N,). A row of contrast 0 does not read its control.
+    """
+    step = contrast[:, None] * (teacher_logits - control_logits)
+    target = teacher_logits + torch.where((contrast == 0)[:, None] | (teacher_logits == -INF), 0.0, step)
+    least = teacher_logits.amax(-1) + plausibility.log()
+    return target.masked_fill(teacher_logits < least[:, None], -INF)
+
+
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, entry_clip: float | None = None) -> Tensor:
     """Return KL(teacher || student) of each row, in nats: (N, V), (N, V) -> (N,)."""
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
@@ -113,11 +124,18 @@ def linear_divergence(
 
     Hidden states are (N, D) and (M, D_t); every field of `supervision` is a tensor (R,). The teacher is detached.
     """
-    sides = (student_hidden, head, supervision.student_row), (teacher_hidden, teacher_head, supervision.teacher_row)
-    z_s, z_t = (
-        logits(hidden[rows], head if side is None else side, temperature=temperature, vocab_size=vocab_size)
-        for hidden, side, rows in sides
-    )
+
+    def logits_of(hidden: Tensor, side: Head | Tensor | None, rows: Tensor) -> Tensor:
+        side = head if side is None else side
+        return logits(hidden[rows], side, temperature=temperature, vocab_size=vocab_size)
+
+    z_s = logits_of(student_hidden, None, supervision.student_row)
+    z_t = logits_of(teacher_hidden, teacher_head, supervision.teacher_row)
+    if supervision.control_row is not None:
+        assert isinstance(supervision.contrast, Tensor)
+        assert isinstance(supervision.plausibility, Tensor)
+        z_c = logits_of(teacher_hidden, teacher_head, supervision.control_row)
+        z_t = contrasted(z_t, z_c, supervision.contrast.to(z_t.dtype), supervision.plausibility.to(z_t.dtype))
     assert isinstance(supervision.kind, Tensor)
     assert isinstance(supervision.weight, Tensor)
     assert isinstance(supervision.clip, Tensor)

@@ -1,4 +1,4 @@
-"""Supervision: the pairs of student and teacher rows, and each pair's direction, weight and clip."""
+"""Supervision: the pairs of student and teacher rows, and each pair's direction, weight, clip and contrast."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class Supervision:
         weight: float32, factor of the pair in the loss.
         clip: float32, nats; the pair adds weight * min(divergence, clip) to the loss. inf: no clip.
         shape: leading dimensions that student and teacher must have, checked with the call; None: not checked.
+        control_row: int64, index into the teacher's rows of a control c: the same teacher in a context that lacks what
+            is to be taught, such as the image. None: no pair has one.
+        contrast: float32, alpha, at least 0. The pair's target has the logits z* = z_t + alpha (z_t - z_c).
+        plausibility: float32, gamma, in [0, 1]. The target is cut to the teacher's plausible entries, those with
+            p_t >= gamma max p_t; the others have probability 0 (not for reverse KL, which would be infinite).
     """
 
     student_row: Tensor
@@ -47,6 +52,9 @@ class Supervision:
     weight: Tensor | float = 1.0
     clip: Tensor | float = float("inf")
     shape: tuple[int, ...] | None = field(default=None, kw_only=True)
+    control_row: Tensor | None = field(default=None, kw_only=True)
+    contrast: Tensor | float = field(default=0.0, kw_only=True)
+    plausibility: Tensor | float = field(default=0.0, kw_only=True)
 
     @classmethod
     def aligned(

@@ -139,8 +139,21 @@ def check_vocab_size(vocab_size: int | None, v: int, sharded: bool) -> int:
     return vocab_size
 
 
+_FIELDS = {
+    "teacher_row": (torch.int64, "int64"), "kind": (torch.int8, "integers"), "weight": (torch.float32, "floats"),
+    "clip": (torch.float32, "floats"),
+}  # fmt: skip
+_TARGET_FIELDS = {
+    "control_row": (torch.int64, "int64"), "contrast": (torch.float32, "floats"),
+    "plausibility": (torch.float32, "floats"),
+}  # fmt: skip
+
+
 def supervision_tensors(supervision: Supervision | None, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    """Return the five fields as tensors (R,) of their own dtypes, where the caller left them.
+    """Return the fields as tensors (R,) of their own dtypes, where the caller left them.
+
+    They are student_row, teacher_row, kind, weight and clip, and where any pair may have a target that is not the
+    teacher itself, control_row, contrast and plausibility.
 
     Args:
         student, teacher: (..., D), whose leading dimensions the pairs index.
@@ -170,13 +183,16 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
         raise ValueError(f"supervision.student_row must be an int64 tensor (R,), got {_described(rows)}")
     r = rows.shape[0]
     fields = []
-    for name, dtype, wanted_type in (
-        ("teacher_row", torch.int64, "int64"),
-        ("kind", torch.int8, "integers"),
-        ("weight", torch.float32, "floats"),
-        ("clip", torch.float32, "floats"),
-    ):
+    wanted_types = _FIELDS
+    numbers = (supervision.contrast, supervision.plausibility)
+    if supervision.control_row is not None or any(isinstance(x, Tensor) or x != 0 for x in numbers):
+        wanted_types |= _TARGET_FIELDS
+    if supervision.control_row is None and (isinstance(numbers[0], Tensor) or numbers[0] != 0):
+        raise ValueError(f"supervision.control_row must be given with contrast, got None and {_described(numbers[0])}")
+    for name, (dtype, wanted_type) in wanted_types.items():
         value = getattr(supervision, name)
+        if name == "control_row" and value is None:  # a cut teacher, without a contrast
+            value = supervision.teacher_row
         if name == "kind" and isinstance(value, str):
             value = KINDS.get(value, value)
         if not isinstance(value, Tensor):
@@ -186,7 +202,7 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
                 raise ValueError(f"supervision.{name} must be {wanted_type} (R,) or one number{names}, got {value!r}")
             value = torch.full((r,), value, dtype=dtype, device=rows.device)
         is_float = value.dtype.is_floating_point
-        fits = value.dtype == torch.int64 if name == "teacher_row" else is_float == (wanted_type == "floats")
+        fits = value.dtype == torch.int64 if name.endswith("_row") else is_float == (wanted_type == "floats")
         if value.shape not in ((r,), ()) or not fits or value.dtype in (torch.bool, torch.complex64):
             raise ValueError(
                 f"supervision.{name} must be {wanted_type} ({r},) like student_row, got {_described(value)}"
@@ -194,7 +210,7 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
         if name == "kind" and value.dtype != torch.int8:
             value = value.to(torch.int64).clamp(-1, len(KINDS))  # 256 would wrap to 0; out of range stays out of range
         fields.append(savable(value.detach().to(dtype).expand(r).contiguous()))
-    for name, value in zip(("student_row", "teacher_row", "kind", "weight", "clip"), (rows, *fields), strict=True):
+    for name, value in zip(("student_row", *wanted_types), (rows, *fields), strict=True):
         if value.device.type != "cpu" and value.device != student.device:
             raise ValueError(f"supervision.{name} must be on the CPU or on {student.device}, got {value.device}")
     return (savable(rows), *fields)
@@ -266,7 +282,7 @@ def warn_once(message: str, stacklevel: int = 3) -> None:
 def warn_of_missing_gradients(supervision: Supervision | None, tensors: dict[str, object]) -> None:
     """Warn, once a name, of tensors that ask for a gradient and will get none from this library."""
     if isinstance(supervision, Supervision):
-        tensors |= {"supervision.weight": supervision.weight, "supervision.clip": supervision.clip}
+        tensors |= {f"supervision.{name}": getattr(supervision, name) for name in ("weight", "clip", "contrast")}
     for name, x in tensors.items():
         if isinstance(x, Tensor) and x.requires_grad:
             warn_once(

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vigos.divergence.engines.contrast import targets
 from vigos.divergence.engines.problem import (
     KNOWN,
     LSE_GAP,
@@ -110,6 +111,18 @@ def _pair(
         z_s, z_t = z_s.masked_fill(padding, -INF), z_t.masked_fill(padding, -INF)
     gap = gap.masked_fill((z_s == -INF) & (z_t == -INF), 0.0)
     return _Pair(z_s, z_t, gap, slope)
+
+
+def _contrasted(rows: Rows, pair: _Pair, z_c: Tensor | None, contrast: Tensor, plausibility: Tensor) -> _Pair:
+    """Return the pair with its target in the teacher's place; z_c: of the control, None where no row has a contrast."""
+    z_t, gap = pair.z_t, pair.gap
+    least = all_reduce(z_t.amax(-1), rows.group, "max") + plausibility.to(z_t.dtype).log()
+    cut = (z_t < least[:, None]) & (z_t > -INF)
+    if z_c is not None:
+        step = torch.where((contrast != 0)[:, None] & (z_t > -INF), contrast[:, None] * (z_t - z_c), 0.0)
+        z_t, gap = z_t + step, gap - step
+    gap = torch.where(cut, torch.where(pair.z_s == -INF, 0.0, INF), gap)
+    return replace(pair, z_t=z_t.masked_fill(cut, -INF), gap=gap)
 
 
 def _normaliser(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,18 +313,33 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         return out
 
     for chunk_slice in chunks(r, width):
-        rows_s, rows_t = (_padded(index[chunk_slice], width) for index in (problem.student_row, problem.teacher_row))
-        kind = _padded(problem.kind[chunk_slice], width)
-        labels = None if problem.labels is None else _padded(problem.labels[chunk_slice], width)
+        pairs = _padded(torch.arange(r, device=device)[chunk_slice], width)
+        rows_s, rows_t = problem.student_row[pairs], problem.teacher_row[pairs]
+        kind = problem.kind[pairs]
+        labels = None if problem.labels is None else problem.labels[pairs]
         hidden, teacher = problem.student_hidden[rows_s].to(dtype), problem.teacher_hidden[rows_t].to(dtype)
+        found, apart = targets(problem, pairs), hidden - teacher if problem.teacher_weight is None else None
+        control = None
+        if found is not None and found.at.shape[0] > 0 and problem.control_row is not None:
+            control = problem.teacher_hidden[problem.control_row[pairs]].to(dtype)
+        if found is not None and found.step is not None:
+            teacher = teacher + found.step
+            apart = None if apart is None else apart - found.step
         raw_t = project(teacher, head_t)
-        if problem.teacher_weight is None:  # rounding relative to the difference, which the gradient is made of
-            difference = project(hidden - teacher, head_s)
+        if apart is not None:  # rounding relative to the difference, which the gradient is made of
+            difference = project(apart, head_s)
             raw_s = raw_t + difference
         else:
             raw_s = project(hidden, head_s)
             difference = raw_s - raw_t
         pair = _pair(problem, difference, raw_s, raw_t, bias_s, bias_t)
+        if control is not None and found is not None:
+            alpha, gamma = torch.zeros(2, width, dtype=dtype, device=device)
+            alpha[found.at], gamma[found.at] = found.contrast.to(dtype), found.plausibility.to(dtype)
+            raw_c = project(control, head_t)
+            z_c = _pair(problem, difference, raw_s, raw_c, bias_s, bias_t).z_t
+            pair = _contrasted(problem, pair, z_c, alpha, gamma)
+            del raw_c, z_c
         del difference, raw_s, raw_t
         measured, state = _measure(problem, pair, kind, labels)
         _store(statistics, chunk_slice, measured)

@@ -12,12 +12,14 @@ block at a time on the way in, so logits are float32 whatever the head is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from vigos.divergence.engines.contrast import adjust, adjusted_transform, cut_labels, targets
 from vigos.divergence.engines.extension import find_extension
 from vigos.divergence.engines.problem import (
     DTYPES,
@@ -183,8 +185,10 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         return result
     head_s = _Head(problem.student_weight, real)
     head_t = None if problem.teacher_weight is None else _Head(problem.teacher_weight, real)
-    difference = head_t is None and problem.alike
-    transform = _Transforms(problem, problem.student_bias, problem.teacher_bias, real, difference)
+    theirs, teacher_bias = adjusted_transform(problem)
+    seen = replace(problem, teacher_transform=theirs)
+    difference = head_t is None and seen.alike
+    transform = _Transforms(seen, problem.student_bias, teacher_bias, real, difference)
     options = c.Options(problem.beta, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
@@ -206,17 +210,30 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         hidden_t[:n] = problem.teacher_hidden[problem.teacher_row[rows]]
         kind[:n] = problem.kind[rows]
         kind[n:] = kind[n - 1]
+        found, cut = targets(problem, rows), None
+        step = None if found is None else found.step
         if both is not None:
             student = hidden_s[:n].clone() if difference and result.dweight is not None else None
             if difference:
                 hidden_s -= hidden_t
+                if step is not None:
+                    hidden_s[:n] -= step
+            if step is not None:
+                hidden_t[:n] += step
             head_s.project(both, logits)
             if student is not None:
                 hidden_s[:n] = student
         else:
             assert head_t is not None
+            if step is not None:
+                hidden_t[:n] += step
             head_s.project(hidden_s, logits[:, :width])
             head_t.project(hidden_t, logits[:, width:])
+        if found is not None and (found.at.shape[0] > 0 or theirs is not problem.teacher_transform):
+            cut = adjust(
+                problem, found, logits[:real, :n], logits[:real, width : width + n],
+                partial(_apart, problem, rows[found.at]), difference=difference,
+            )  # fmt: skip
         c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
         lse_s, lse_t, entropy_s, entropy_t, known[:MEAN_SLOPE] = _normalise(problem, sums)
         c.chunk_measure(
@@ -233,7 +250,9 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         if problem.labels is not None:
             assert statistics.student_logprob is not None
             assert statistics.teacher_logprob is not None
-            z_s, z_t = _label_logits(problem, logits[:real], problem.labels[rows], difference)
+            z_s, z_t = _label_logits(seen, teacher_bias, logits[:real], problem.labels[rows], difference)
+            if found is not None and cut is not None:
+                z_t[found.at] = z_t[found.at].masked_fill(cut_labels(problem, cut, rows[found.at]), -float("inf"))
             statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
             statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
         if not need:
@@ -278,7 +297,21 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     return result
 
 
-def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, difference: bool) -> Tensor:
+def _apart(problem: LinearProblem, pairs: Tensor, entries: Tensor) -> Tensor:
+    """Return raw_t - raw_c of some vocabulary entries and pairs, (u, k) float32."""
+    assert problem.control_row is not None
+    head = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
+    hidden = problem.teacher_hidden
+    apart = hidden[problem.teacher_row[pairs]].float() - hidden[problem.control_row[pairs]].float()
+    out = torch.empty(entries.shape[0], apart.shape[0])
+    few = head if entries.shape[0] == head.shape[0] else head[entries]
+    _Head(few, entries.shape[0]).project(apart, out)
+    return out
+
+
+def _label_logits(
+    problem: LinearProblem, teacher_bias: Tensor | None, logits: Tensor, labels: Tensor, difference: bool
+) -> Tensor:
     """Return (2, n) float64: both sides' z of each row's label, summed over the ranks that share the vocabulary."""
     n, width = labels.shape[0], logits.shape[1] // 2
     local = labels - problem.vocab_start
@@ -288,7 +321,7 @@ def _label_logits(problem: LinearProblem, logits: Tensor, labels: Tensor, differ
     raws = [logits[local[mine], columns + side * width].double() for side in (0, 1)]
     if difference:
         raws[0] += raws[1]
-    sides = ((problem.student_bias, problem.student_transform), (problem.teacher_bias, problem.teacher_transform))
+    sides = ((problem.student_bias, problem.student_transform), (teacher_bias, problem.teacher_transform))
     for side, (bias, transform) in enumerate(sides):
         raw = raws[side] if bias is None else raws[side] + bias[local[mine]].double()
         out[side, mine] = transform(raw)

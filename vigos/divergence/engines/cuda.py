@@ -81,6 +81,8 @@ def _runs_on(name: str, major: int, minor: int) -> bool:
 
 
 def _common(rows: Rows, device: torch.device) -> str | None:
+    if rows.control_row is not None:
+        return "it has no kernel for a contrast or a cut target; impl='triton' has"
     if rows.group is not None:
         return "it does not shard the vocabulary over a process group; use impl='reference'"
     return _unavailable(device)

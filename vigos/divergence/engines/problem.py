@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,8 @@ class Rows:
         vocab_size: logical size of the whole vocabulary; global ids beyond it have probability 0.
         vocab_start: global id of this shard's first entry; 0 without a group.
         group: process group over which the vocabulary is sharded, or None.
+        control_row, contrast, plausibility: int64 and float32 (R,), the targets as in `vigos.Supervision`; all of them
+            None where every target is its teacher row.
     """
 
     student_row: Tensor
@@ -91,6 +94,16 @@ class Rows:
     vocab_size: int
     vocab_start: int
     group: dist.ProcessGroup | None
+    control_row: Tensor | None = field(default=None, kw_only=True)
+    contrast: Tensor | None = field(default=None, kw_only=True)
+    plausibility: Tensor | None = field(default=None, kw_only=True)
+
+    def pairs(self, index: Tensor, **changes: Any) -> Self:
+        """Return the problem of some pairs, without labels."""
+        names = ("student_row", "teacher_row", "kind", "weight", "clip", "control_row", "contrast", "plausibility")
+        columns = {name: getattr(self, name) for name in names}
+        chosen = {name: x if x is None else x[index] for name, x in columns.items()}
+        return replace(self, **({"labels": None} | chosen | changes))
 
     @property
     def n_rows(self) -> int:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vigos.divergence.engines.contrast import Targets, adjust, adjusted_transform, cut_labels, targets
 from vigos.divergence.engines.problem import (
     STATE,
     LinearProblem,
@@ -94,8 +95,11 @@ def takes_difference(problem: LinearProblem) -> bool:
     Rounding then is relative to the difference, which the gradient is made of. In 16 bits that of the operands is the
     larger error, and the difference would have to be rounded to 16 bits again.
     """
-    fp32 = problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
-    return fp32 and problem.teacher_weight is None and problem.alike
+    return _fp32(problem) and problem.teacher_weight is None and problem.alike
+
+
+def _fp32(problem: LinearProblem) -> bool:
+    return problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
 
 
 def options_of(rows: Rows, v: int, config: Config, *, difference: bool = False) -> Options:
@@ -318,7 +322,8 @@ def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, config: 
 
 def _width(problem: LinearProblem, config: Config) -> int:
     """Return the rows of a chunk; the same on every rank that holds a shard."""
-    row = problem.entries_a_rank(problem.student_weight.shape[0]) * (2 * 4 + gradient_dtype(problem).itemsize)
+    products = 2 if problem.control_row is None else 3
+    row = problem.entries_a_rank(problem.student_weight.shape[0]) * (products * 4 + gradient_dtype(problem).itemsize)
     return chunk_width(problem.n_rows, max(1, config.chunk_bytes // row))
 
 
@@ -327,17 +332,48 @@ def padded(index: Tensor, width: int) -> Tensor:
     return torch.cat([index, index[-1:].expand(width - index.shape[0])])
 
 
-def _project(problem: LinearProblem, block: slice, width: int, z: Tensor, config: Config) -> None:
-    """Write student logits, or theirs less the teacher's, to z[:width] and teacher logits to z[width:]."""
+def _project(
+    problem: LinearProblem, block: slice, width: int, z: Tensor, config: Config, step: Tensor | None = None
+) -> None:
+    """Write student logits, or theirs less the target's, to z[:width] and target logits to z[width:].
+
+    step: (n, D) from the teacher's hidden states to the targets', of float32 operands.
+    """
     student = problem.student_hidden[padded(problem.student_row[block], width)]
     teacher = problem.teacher_hidden[padded(problem.teacher_row[block], width)]
-    if takes_difference(problem):
-        product(torch.cat([student - teacher, teacher]), problem.student_weight.T, z, config)
+    apart = student - teacher if takes_difference(problem) else None
+    if step is not None:
+        step = torch.nn.functional.pad(step, (0, 0, 0, width - step.shape[0]))
+        teacher, apart = teacher + step, None if apart is None else apart - step
+    if apart is not None:
+        product(torch.cat([apart, teacher]), problem.student_weight.T, z, config)
     elif problem.teacher_weight is None:
         product(torch.cat([student, teacher]), problem.student_weight.T, z, config)
     else:
         product(student, problem.student_weight.T, z[:width], config)
         product(teacher, problem.teacher_weight.T, z[width:], config)
+
+
+def _adjust(
+    problem: LinearProblem, found: Targets, block: slice, width: int, z: Tensor, config: Config, *, difference: bool
+) -> Tensor:
+    """Put the targets that are made of logits into z; return what was cut, bool (V, k)."""
+    v, n = problem.local_vocab(z.shape[1]), block.stop - block.start
+    head = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
+
+    def apart(entries: Tensor) -> Tensor:
+        # Of the whole chunk and vocabulary: another shape might round a row's product otherwise.
+        assert problem.control_row is not None
+        control = problem.teacher_hidden[padded(problem.control_row[block], width)]
+        raw = torch.empty(width, z.shape[1], dtype=torch.float32, device=z.device)
+        if _fp32(problem):
+            control = problem.teacher_hidden[padded(problem.teacher_row[block], width)] - control
+        product(control, head.T, raw, config)
+        raw = raw if _fp32(problem) else z_t - raw
+        return raw[found.at][:, entries].T
+
+    z_t = z[width:] if problem.teacher_transform.softcap is None else z[width:].clone()
+    return adjust(problem, found, z[:n, :v].T, z[width : width + n, :v].T, apart, difference=difference)
 
 
 def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
@@ -347,16 +383,26 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
     need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
     width = _width(problem, config)
-    gradients = Gradients(problem, width, config) if need else None
+    theirs, bias = adjusted_transform(problem)
+    seen = replace(problem, teacher_transform=theirs, teacher_bias=bias)  # as the row kernels see it
+    difference = takes_difference(seen)
+    gradients = Gradients(seen, width, config) if need else None
     if r > 0:
-        all_rows = options_of(problem, v, config, difference=takes_difference(problem))
+        all_rows = options_of(seen, v, config, difference=difference)
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
         index = torch.arange(2 * width, device=device)
         for block in chunks(r, width):
             n = block.stop - block.start
             options = of_rows(all_rows, block, index[:n], index[width : width + n])
-            _project(problem, block, width, z, config)
-            stats[:, block], state = measure(problem, options, z, z, problem.student_bias, problem.teacher_bias)
+            found = targets(problem, torch.arange(r, device=device)[block], wide=_fp32(problem))
+            _project(seen, block, width, z, config, None if found is None else found.step)
+            cut = None
+            if found is not None and (found.at.shape[0] > 0 or theirs is not problem.teacher_transform):
+                cut = _adjust(problem, found, block, width, z, config, difference=difference)
+            stats[:, block], state = measure(seen, options, z, z, problem.student_bias, bias)
+            if labels and found is not None and cut is not None:
+                at = torch.arange(r, device=device)[block][found.at]
+                stats[6, at] = stats[6, at].masked_fill(cut_labels(problem, cut, at), -math.inf)
             if gradients is not None:
                 gradients.add(z, options, state, stats[0, block], block)
     result = LinearResult(statistics_of(stats, labels))
