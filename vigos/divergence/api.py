@@ -218,8 +218,7 @@ def logits_divergence(
     teacher = merged(teacher_logits)
     if teacher is None:
         teacher, index = as_matrix(teacher_logits)
-        at = [index.to(rows[i].device)[rows[i]] if i in (1, 5) else x for i, x in enumerate(rows)]
-        rows = tuple(at)
+        rows = tuple(index.to(x.device)[x] if i in (1, 5) else x for i, x in enumerate(rows))
     if len(rows) > 5:
         if process_group is not None:
             raise ValueError("process_group must be None with a contrast or plausibility of logits, got a group")

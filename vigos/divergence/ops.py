@@ -59,8 +59,9 @@ def _check_rows(
         raise ValueError("supervision.clip must be at least 0 nats (inf: no clip), got a negative or NaN value")
 
 
-def check_targets(kind: Tensor, control_row: Tensor, contrast: Tensor, plausibility: Tensor, m: int) -> None:
-    """Check the values of the targets; on a GPU another wait for the device."""
+def check_targets(kind: Tensor, target: Sequence[Tensor], m: int) -> None:
+    """Check the values of control_row, contrast and plausibility; on a GPU another wait for the device."""
+    control_row, contrast, plausibility = target
     if control_row.shape[0] == 0:
         return
     low, high = (int(x) for x in control_row.aminmax())
@@ -155,7 +156,7 @@ def _rows(
     if not checked:
         _check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
         if target:
-            check_targets(kind, *target, m)
+            check_targets(kind, target, m)
     if target and not bool((target[1] != 0).any() | (target[2] != 0).any()):
         supervision = supervision[:5]  # every target is its teacher row
     return {

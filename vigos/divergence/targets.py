@@ -19,7 +19,7 @@ def target_logits(teacher_logits: Tensor, supervision: list[Tensor], temperature
         teacher_logits: (M, V). supervision: its eight tensors (R,). vocab_size: ids from here on are padding; -1: none.
     """
     kind, device = supervision[2], teacher_logits.device
-    check_targets(kind, *supervision[5:], teacher_logits.shape[0])
+    check_targets(kind, supervision[5:], teacher_logits.shape[0])
     teacher_row, control_row, contrast, plausibility = (x.to(device) for x in (supervision[1], *supervision[5:]))
     dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
     r, v = teacher_row.shape[0], teacher_logits.shape[1]

@@ -318,16 +318,16 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         kind = problem.kind[pairs]
         labels = None if problem.labels is None else problem.labels[pairs]
         hidden, teacher = problem.student_hidden[rows_s].to(dtype), problem.teacher_hidden[rows_t].to(dtype)
-        found, apart = targets(problem, pairs), hidden - teacher if problem.teacher_weight is None else None
+        found, separation = targets(problem, pairs), hidden - teacher if problem.teacher_weight is None else None
         control = None
-        if found is not None and found.at.shape[0] > 0 and problem.control_row is not None:
+        if found is not None and found.places.shape[0] > 0 and problem.control_row is not None:
             control = problem.teacher_hidden[problem.control_row[pairs]].to(dtype)
         if found is not None and found.step is not None:
             teacher = teacher + found.step
-            apart = None if apart is None else apart - found.step
+            separation = None if separation is None else separation - found.step
         raw_t = project(teacher, head_t)
-        if apart is not None:  # rounding relative to the difference, which the gradient is made of
-            difference = project(apart, head_s)
+        if separation is not None:  # rounding relative to the difference, which the gradient is made of
+            difference = project(separation, head_s)
             raw_s = raw_t + difference
         else:
             raw_s = project(hidden, head_s)
@@ -335,7 +335,7 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         pair = _pair(problem, difference, raw_s, raw_t, bias_s, bias_t)
         if control is not None and found is not None:
             alpha, gamma = torch.zeros(2, width, dtype=dtype, device=device)
-            alpha[found.at], gamma[found.at] = found.contrast.to(dtype), found.plausibility.to(dtype)
+            alpha[found.places], gamma[found.places] = found.contrast.to(dtype), found.plausibility.to(dtype)
             raw_c = project(control, head_t)
             z_c = _pair(problem, difference, raw_s, raw_c, bias_s, bias_t).z_t
             pair = _contrasted(problem, pair, z_c, alpha, gamma)

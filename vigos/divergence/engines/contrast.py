@@ -25,12 +25,12 @@ class Targets:
 
     Attributes:
         step: (n, D) contrast (h_t - h_c) in the compute dtype, 0 for pairs whose target is made of logits; None: all 0.
-        at: (k,) the pairs whose target is made of logits.
+        places: (k,) the pairs whose target is made of logits.
         contrast, plausibility: (k,) of these.
     """
 
     step: Tensor | None
-    at: Tensor
+    places: Tensor
     contrast: Tensor
     plausibility: Tensor
 
@@ -51,10 +51,10 @@ def targets(problem: LinearProblem, pairs: Tensor, *, wide: bool = True) -> Targ
     step = None
     if bool((alpha != 0).any()):
         hidden, dtype = problem.teacher_hidden, problem.compute_dtype
-        apart = hidden[problem.teacher_row[pairs]].to(dtype) - hidden[problem.control_row[pairs]].to(dtype)
-        step = torch.where((alpha != 0)[:, None], alpha[:, None].to(dtype) * apart, 0.0)
-    at = of_logits.nonzero().squeeze(1)
-    return Targets(step, at, contrast[at], plausibility[at])
+        separation = hidden[problem.teacher_row[pairs]].to(dtype) - hidden[problem.control_row[pairs]].to(dtype)
+        step = torch.where((alpha != 0)[:, None], alpha[:, None].to(dtype) * separation, 0.0)
+    places = of_logits.nonzero().squeeze(1)
+    return Targets(step, places, contrast[places], plausibility[places])
 
 
 def adjusted_transform(problem: LinearProblem) -> tuple[LogitTransform, Tensor | None]:
@@ -68,31 +68,31 @@ def adjusted_transform(problem: LinearProblem) -> tuple[LogitTransform, Tensor |
 
 
 def adjust(
-    problem: LinearProblem, found: Targets, student: Tensor, teacher: Tensor, apart: Callable[[Tensor], Tensor], *,
+    problem: LinearProblem, found: Targets, student: Tensor, teacher: Tensor, separation: Callable[[Tensor], Tensor], *,
     difference: bool,
 ) -> Tensor:  # fmt: skip
     """Put the targets into a chunk's raw logits, (V, n) views of both sides; return what was cut, bool (V, k).
 
     Args:
         student: raw_s, or with `difference` raw_s - raw_t.
-        apart: from the entries (u,) that are plausible in any pair of `found.at` to raw_t - raw_c of these, (u, k).
+        separation: from entries (u,), those plausible in any pair of `found.places`, to their raw_t - raw_c, (u, k).
     """
     f, alpha = problem.teacher_transform, found.contrast.to(teacher.dtype)
     bias = None if problem.teacher_bias is None else problem.teacher_bias[: teacher.shape[0], None].to(teacher.dtype)
-    everyone = found.at.shape[0] == teacher.shape[1]
+    everyone = found.places.shape[0] == teacher.shape[1]
     raw = teacher if bias is None else teacher + bias
     capped = f.softcap is not None
     if capped:  # the kernels take z from here on, of every pair
         raw = raw.clone()
         teacher.copy_(f(raw))
-    t, s, raw = (x if everyone else x[:, found.at] for x in (teacher, student, raw))
+    t, s, raw = (x if everyone else x[:, found.places] for x in (teacher, student, raw))
     scale = 1.0 if capped else f.alpha
     z = t if capped else raw
     cut = z < _top(z, problem) + found.plausibility.to(z.dtype).log() / scale
     entries = (~cut).any(1).nonzero().squeeze(1)
     kept, moved = t[entries], alpha != 0
     if bool(moved.any()) and entries.shape[0] > 0:
-        step = apart(entries)
+        step = separation(entries)
         if capped:
             step = kept - f(raw[entries] - step)
         step = torch.where(moved & (kept > -math.inf), step * alpha, 0.0)
@@ -109,7 +109,7 @@ def adjust(
     else:
         t.masked_fill_(cut, -math.inf)
     if not everyone:
-        teacher[:, found.at], student[:, found.at] = t, s
+        teacher[:, found.places], student[:, found.places] = t, s
     return cut
 
 

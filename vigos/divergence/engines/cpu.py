@@ -229,10 +229,10 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
                 hidden_t[:n] += step
             head_s.project(hidden_s, logits[:, :width])
             head_t.project(hidden_t, logits[:, width:])
-        if found is not None and (found.at.shape[0] > 0 or theirs is not problem.teacher_transform):
+        if found is not None and (found.places.shape[0] > 0 or theirs is not problem.teacher_transform):
             cut = adjust(
                 problem, found, logits[:real, :n], logits[:real, width : width + n],
-                partial(_apart, problem, rows[found.at]), difference=difference,
+                partial(_separation, problem, rows[found.places]), difference=difference,
             )  # fmt: skip
         c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
         lse_s, lse_t, entropy_s, entropy_t, known[:MEAN_SLOPE] = _normalise(problem, sums)
@@ -252,7 +252,9 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
             assert statistics.teacher_logprob is not None
             z_s, z_t = _label_logits(seen, teacher_bias, logits[:real], problem.labels[rows], difference)
             if found is not None and cut is not None:
-                z_t[found.at] = z_t[found.at].masked_fill(cut_labels(problem, cut, rows[found.at]), -float("inf"))
+                z_t[found.places] = z_t[found.places].masked_fill(
+                    cut_labels(problem, cut, rows[found.places]), -float("inf")
+                )
             statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
             statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
         if not need:
@@ -297,15 +299,15 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     return result
 
 
-def _apart(problem: LinearProblem, pairs: Tensor, entries: Tensor) -> Tensor:
+def _separation(problem: LinearProblem, pairs: Tensor, entries: Tensor) -> Tensor:
     """Return raw_t - raw_c of some vocabulary entries and pairs, (u, k) float32."""
     assert problem.control_row is not None
     head = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
     hidden = problem.teacher_hidden
-    apart = hidden[problem.teacher_row[pairs]].float() - hidden[problem.control_row[pairs]].float()
-    out = torch.empty(entries.shape[0], apart.shape[0])
+    separation = hidden[problem.teacher_row[pairs]].float() - hidden[problem.control_row[pairs]].float()
+    out = torch.empty(entries.shape[0], separation.shape[0])
     few = head if entries.shape[0] == head.shape[0] else head[entries]
-    _Head(few, entries.shape[0]).project(apart, out)
+    _Head(few, entries.shape[0]).project(separation, out)
     return out
 
 

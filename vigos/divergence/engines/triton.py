@@ -341,12 +341,12 @@ def _project(
     """
     student = problem.student_hidden[padded(problem.student_row[block], width)]
     teacher = problem.teacher_hidden[padded(problem.teacher_row[block], width)]
-    apart = student - teacher if takes_difference(problem) else None
+    separation = student - teacher if takes_difference(problem) else None
     if step is not None:
         step = torch.nn.functional.pad(step, (0, 0, 0, width - step.shape[0]))
-        teacher, apart = teacher + step, None if apart is None else apart - step
-    if apart is not None:
-        product(torch.cat([apart, teacher]), problem.student_weight.T, z, config)
+        teacher, separation = teacher + step, None if separation is None else separation - step
+    if separation is not None:
+        product(torch.cat([separation, teacher]), problem.student_weight.T, z, config)
     elif problem.teacher_weight is None:
         product(torch.cat([student, teacher]), problem.student_weight.T, z, config)
     else:
@@ -361,7 +361,7 @@ def _adjust(
     v, n = problem.local_vocab(z.shape[1]), block.stop - block.start
     head = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
 
-    def apart(entries: Tensor) -> Tensor:
+    def separation(entries: Tensor) -> Tensor:
         # Of the whole chunk and vocabulary: another shape might round a row's product otherwise.
         assert problem.control_row is not None
         control = problem.teacher_hidden[padded(problem.control_row[block], width)]
@@ -370,10 +370,10 @@ def _adjust(
             control = problem.teacher_hidden[padded(problem.teacher_row[block], width)] - control
         product(control, head.T, raw, config)
         raw = raw if _fp32(problem) else z_t - raw
-        return raw[found.at][:, entries].T
+        return raw[found.places][:, entries].T
 
     z_t = z[width:] if problem.teacher_transform.softcap is None else z[width:].clone()
-    return adjust(problem, found, z[:n, :v].T, z[width : width + n, :v].T, apart, difference=difference)
+    return adjust(problem, found, z[:n, :v].T, z[width : width + n, :v].T, separation, difference=difference)
 
 
 def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
@@ -397,12 +397,12 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
             found = targets(problem, torch.arange(r, device=device)[block], wide=_fp32(problem))
             _project(seen, block, width, z, config, None if found is None else found.step)
             cut = None
-            if found is not None and (found.at.shape[0] > 0 or theirs is not problem.teacher_transform):
+            if found is not None and (found.places.shape[0] > 0 or theirs is not problem.teacher_transform):
                 cut = _adjust(problem, found, block, width, z, config, difference=difference)
             stats[:, block], state = measure(seen, options, z, z, problem.student_bias, bias)
             if labels and found is not None and cut is not None:
-                at = torch.arange(r, device=device)[block][found.at]
-                stats[6, at] = stats[6, at].masked_fill(cut_labels(problem, cut, at), -math.inf)
+                few = torch.arange(r, device=device)[block][found.places]
+                stats[6, few] = stats[6, few].masked_fill(cut_labels(problem, cut, few), -math.inf)
             if gradients is not None:
                 gradients.add(z, options, state, stats[0, block], block)
     result = LinearResult(statistics_of(stats, labels))
