@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import IntervalStrategy
 
 from vigos.data.examples import BadExample
-from vigos.system.files import read_json_lines
-from vigos.train.checkpoint import checkpoints, last_checkpoint, publish, read_parts, rotate, write_parts
+from vigos.system.files import read_json_lines, read_sections
+from vigos.train.checkpoint import checkpoints, last_checkpoint, publish, read_parts, rotate, run_id, write_parts
 from vigos.train.run_folder import RunFolder, plain
 from vigos.train.teacher_weights import TeacherWeights
 
@@ -55,6 +55,12 @@ def test_damaged_lines_stay_and_the_end_of_an_earlier_stretch_goes(tmp_path: Pat
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3}', b""]))
     RunFolder(tmp_path).cut_after(2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*lines[:3], b""])
+
+
+@pytest.mark.parametrize("content", [b"", b"run: [", b"- run", b"run: 3", b"run: {id: \xff}"])
+def test_a_damaged_configuration_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert (read_sections(tmp_path / "config.yaml"), run_id(tmp_path)) == ({}, None)
 
 
 def test_half_a_surrogate_pair_in_an_id_ends_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vigos.system.files import replace_json
+from vigos.system.files import read_sections, replace_json
 from vigos.system.secrets import server_address
 
 if TYPE_CHECKING:
@@ -267,14 +267,13 @@ def _changed_options(config: ViGOSConfig) -> list[str]:
     """List the options that differ from those of the run's config.yaml, as `name old -> new`."""
     import yaml
 
-    from vigos.system.yaml_file import read_yaml
     from vigos.train.run_folder import plain
 
     path = Path(str(config.output_dir)) / "config.yaml"
-    if not path.is_file():
-        return []
-    loaded = read_yaml(path)
-    old = {**loaded.get("transformers", {}), **loaded.get("vigos", {})} if isinstance(loaded, dict) else {}
+    sections = read_sections(path)
+    if path.is_file() and not sections:
+        logger.warning("%s is damaged: what has changed since it was written is not known", path)
+    old = {**sections.get("transformers", {}), **sections.get("vigos", {})}
     now = yaml.safe_load(yaml.safe_dump({k: plain(v) for k, v in config.to_dict().items() if k in old}))
     places = ("output_dir", "logging_dir", "run_name", "local_rank", "resume_from_checkpoint")
     return [f"{k} {old[k]!r} -> {v!r}" for k, v in now.items() if v != old[k] and k not in places]

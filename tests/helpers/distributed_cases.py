@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -220,11 +222,31 @@ def run(case: str, folder: Path, ranks: int) -> dict[str, Any]:
         if "resumed" in case:  # its end again, from the middle, by a trainer that has seen nothing
             engine = build(case, folder, ranks)
             engine.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+        if case in ("fsdp_resumed", "zero2_resumed"):
+            check_refused(case, folder)
     logs = [log for log in engine.state.log_history if "loss" in log]
     with engine.teacher.weights():
         teacher = whole(engine)
     pushed = getattr(engine.rollouts.engine, "pushed", {})  # on rank 0 alone
     return {"logs": logs, "start": start, "parameters": whole(engine), "teacher": teacher, "pushed": pushed}
+
+
+SHARDED = ("pytorch_model_fsdp.bin", "global_step*/mp_rank_00_model_states.pt")
+
+
+def check_refused(case: str, folder: Path) -> None:
+    """A checkpoint without a tensor of the adapter, which FSDP2 and DeepSpeed would load without a word."""
+    cut = folder / "cut" / "checkpoint-3"
+    if os.environ["RANK"] == "0":
+        shutil.copytree(folder / "checkpoint-3", cut)
+        file = next(file for name in SHARDED for file in cut.glob(name))
+        content = torch.load(file, weights_only=False)
+        tensors = content.get("module", content)
+        tensors.pop(next(iter(tensors)))
+        torch.save(content, file)
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match=r"1 missing|1 are others"):
+        build(case, folder / "refused", RANKS).train(resume_from_checkpoint=str(cut))
 
 
 def shard_on_cpus() -> None:

@@ -28,8 +28,7 @@ from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.figures import Chart
 from vigos.system.extras import install
-from vigos.system.files import parsed, read_json_lines, replace_file
-from vigos.system.yaml_file import read_yaml
+from vigos.system.files import parsed, read_json_lines, read_sections, replace_file
 
 MAX_ROLLOUTS = 400
 MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens of both models about 12 MB
@@ -91,12 +90,8 @@ def load_run(
     inner = outer if (outer / "metrics.jsonl").is_file() else outer / "train"
     if not (inner / "metrics.jsonl").is_file():
         raise ValueError(f"{outer} is no run folder: it holds neither metrics.jsonl nor train/metrics.jsonl")
-    config_file, config, damaged = inner / "config.yaml", None, 0
-    if config_file.is_file():
-        try:
-            config = read_yaml(config_file)
-        except ValueError:  # a report of the rest
-            damaged = 1
+    config = read_sections(inner / "config.yaml")
+    damaged = int((inner / "config.yaml").is_file() and not config)
     wanted = {(r["step"], r["problem_id"]) for r in like.rollouts} if like else set()
     sampled, written, lines = _sample(inner / "completions", rollouts, seed, wanted)
     damaged += lines
@@ -107,7 +102,7 @@ def load_run(
     return Run(
         name=(outer.resolve().parent if outer.name == "train" else outer.resolve()).name,
         folder=inner,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         log=[line for line in metrics if "loss" in line and "step" in line],
         before=_evaluation(before, outer, inner, "before.jsonl"),
         after=_evaluation(after, outer, inner, "after.jsonl"),

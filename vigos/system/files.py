@@ -54,6 +54,17 @@ def replace_json(path: str | Path, value: Any) -> Path:
     return replace_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the sections of a run's config.yaml; an empty dictionary where the file is missing or damaged."""
+    from vigos.system.yaml_file import read_yaml
+
+    try:
+        loaded = read_yaml(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) and all(isinstance(part, dict) for part in loaded.values()) else {}
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

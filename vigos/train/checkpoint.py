@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vigos.errors import lost_peer
 from vigos.models.compat import loss_totals, set_loss_totals
+from vigos.system.files import read_sections
 from vigos.train.manifest import MANIFEST, damage, read_manifest, seal
 
 logger = logging.getLogger(__name__)
@@ -49,14 +50,7 @@ def checkpoints(folder: str | Path, run: str | None = None) -> list[Path]:
 
 def run_id(folder: str | Path) -> str | None:
     """Return the identity of the run in a folder, from its config.yaml; None where that has none."""
-    import yaml
-
-    path = Path(folder) / "config.yaml"
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return (loaded["run"] or {}).get("id") if loaded else None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):  # damaged: no identity
-        return None
+    return read_sections(Path(folder) / "config.yaml").get("run", {}).get("id")
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

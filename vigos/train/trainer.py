@@ -43,7 +43,7 @@ from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, unwrap
-from vigos.models.sharding import gather_state, gathered_head, sharding_of
+from vigos.models.sharding import gather_state, gather_trained, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
 from vigos.scoring.forwards import check_tree
@@ -75,7 +75,7 @@ from vigos.train.recovery import StepGuard
 from vigos.train.rollouts import UNUSABLE_EXAMPLES, RolloutLoader
 from vigos.train.run_folder import RunFolder
 from vigos.train.teacher_weights import TeacherWeights
-from vigos.train.weights import check_saved_adapter, check_states, load_model
+from vigos.train.weights import check_loaded_adapter, check_saved_adapter, check_states, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
     def _begin(self, resume: str | None) -> None:
         """Find out which run this is, and whether it is at its last step."""
         output_dir, self._resumed_from = str(self.args.output_dir), resume
-        self._run: str | None = uuid.uuid4().hex
+        self._run: str | None = str(uuid.uuid4())
         self._trained, self._saved_step = False, -1
         self._loss_sums.complete, self.stop_signal = True, StopSignal()
         if resume is None:
@@ -330,11 +330,11 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self._trained = is_trained(state, self.args)
         if self._trained:
             logger.warning("all its steps are trained: the final weights are written, of step %d", state["global_step"])
-        run = read_manifest(resume).get("run")
-        if run == run_id(output_dir):
+        run, identity = read_manifest(resume).get("run"), run_id(output_dir)
+        inside = Path(resume).resolve().parent == Path(output_dir).resolve()
+        if run == identity if identity else inside:  # without one config.yaml is damaged, or of an older version
             self._run = run
-            if Path(resume).resolve().parent == Path(output_dir).resolve():
-                self._saved_step = state["global_step"]
+            self._saved_step = state["global_step"] if inside else -1
 
     def _facts(self) -> dict[str, Any]:
         """Return what manifests say of the run."""
@@ -384,6 +384,9 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.rollouts.bind(self.model_wrapped)
         if self._resumed_from is not None:
             read_parts(self._resumed_from, self.accelerator.process_index, self.parts)
+            if self.is_deepspeed_enabled and hasattr(unwrap(self.model), "peft_config"):
+                student = unwrap(self.model_wrapped)
+                check_loaded_adapter(student, self._resumed_from, gather_trained(student))
         facts = {"model": base_model(self.model).config.name_or_path, **self.facts, "id": self._run}
         self.folder.begin(self.args, state.global_step, **facts)
         if sharding_of(self.model_wrapped) == "zero3" and self.rollouts.engine.collective:

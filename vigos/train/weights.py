@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vigos.models.load import check_adapter_file, check_names
 from vigos.models.parts import unwrap
@@ -50,6 +51,26 @@ def check_saved_adapter(model: nn.Module, folder: str | Path) -> None:
         found = set(torch.load(full, map_location="meta", mmap=True, weights_only=True))
         names = (name for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad)
         check_names(folder, found, {name.replace("_checkpoint_wrapped_module.", "") for name in names})
+
+
+def check_loaded_adapter(model: nn.Module, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the adapter in training is that of a checkpoint: DeepSpeed loads what it finds.
+
+    Args:
+        weights: the trained parameters by name, gathered.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    core: Any = unwrap(model)
+    current = get_peft_model_state_dict(core, state_dict=dict(weights), adapter_name=core.active_adapters[0])
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    other = [name for name in saved if name not in current or not torch.equal(saved[name], current[name].cpu())]
+    if other:
+        raise ValueError(
+            f"{folder} must give all {len(saved)} tensors of the adapter to DeepSpeed, {len(other)} are others, such "
+            f"as {other[0]}"
+        )
 
 
 def check_states(folder: str | Path, config: ViGOSConfig) -> None:
