@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.tiny_models import prompt, tiny_model, words
+from helpers.tiny_models import FAMILIES, SIZES, prompt, tiny_model, words
 from torch import Tensor, nn
 
 from vigos.method.encode import EncodedPrompt
@@ -240,3 +242,22 @@ def test_other_families(family: str) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=6)
     alone = [engine(model).generate([p], sampling, seed=0)[0] for p in batch]
     assert same(engine(model).generate(batch, sampling, seed=0), alone)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5", "qwen3_5_moe", "qwen3_next", "gemma3"])
+def test_a_prompt_runs_once_for_all_its_rollouts(family: str) -> None:
+    """Full, sliding and linear attention: samples are those of prompts that run alone, by the same streams."""
+    model = tiny_model(family)
+    sizes = SIZES.get(family, [])
+    texts = [(sizes[:1], 4), (sizes[1:2], 9), ([], 6)]
+    batch = [prompt(family, s, image_seed=i, question=words(n, i)) for i, (s, n) in enumerate(texts)]
+    fed: list[torch.Size] = []  # shapes of ids
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape))
+    for sampling in (Sampling(temperature=0, max_new_tokens=6, n=3), Sampling(max_new_tokens=6, n=3, top_k=0)):
+        fed.clear()
+        shared = engine(model).generate(batch, sampling, seed=3)
+        assert sum(rows for rows, tokens in fed if tokens > 1) == len(batch)
+        assert all(rows % 3 == 0 for rows, tokens in fed if tokens == 1)
+        streams = [stream_seed(stream_seed(3, i), k) for i in range(len(batch)) for k in range(3)]
+        alone = engine(model)._generate_in_memory([replace(p) for p in batch for _ in range(3)], sampling, streams)
+        assert same(shared, alone)

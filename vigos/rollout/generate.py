@@ -1,5 +1,8 @@
 """Rollouts by the model's own `generate`, with a random stream for each sample.
 
+The rollouts of one prompt share its prefix: the vision tower and the prompt run once, and the key-value cache (and the
+states of layers that carry one) is repeated for the rows that go on from it.
+
 Every sample draws from its own stream, which follows from the seed and its place alone: the global random state is
 neither read nor moved, and how prompts are batched or sharded over ranks changes no sample (up to the rounding of the
 model's own arithmetic).
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 from vigos.method.encode import EncodedPrompt
 from vigos.models.inputs import padded_batch
 from vigos.models.memory import free_memory
-from vigos.models.parts import base_model, eval_mode
+from vigos.models.parts import base_model, eval_mode, replaced_forward
 from vigos.models.sharding import with_gathered_weights
 from vigos.rollout.engine import RolloutEngine, Sampling, eos_ids, placeholder_ids, prompt_seeds, stream_seed
 
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class TransformersEngine(RolloutEngine):
-    """Sample by `model.generate` of transformers: left-padded batches, images included.
+    """Sample by `model.generate` of transformers: left-padded batches of prompts of like length, images included.
 
     Args:
         model: a transformers model, or a peft model around one (its adapter is used as it stands).
@@ -100,9 +104,9 @@ class TransformersEngine(RolloutEngine):
             free_memory()  # here, where the error no longer holds the tensors of its frames
 
     def _chunks(self, prompts: list[EncodedPrompt], members: list[int]) -> Iterator[list[int]]:
-        """Yield the members that run together: those whose image tensors can be concatenated."""
+        """Yield the members that run together: those whose image tensors can be concatenated, the longest first."""
         groups: dict[Any, list[int]] = {}
-        for j in members:
+        for j in sorted(members, key=lambda j: -len(prompts[j].ids)):  # stable: those of a prompt stay together
             images = prompts[j].images
             tensors = images.tensors if images else {}
             layout = tuple((name, t.ndim, tuple(t.shape[2:])) for name, t in tensors.items())
@@ -117,25 +121,69 @@ class TransformersEngine(RolloutEngine):
 
         model = base_model(self.model)
         P = max(len(prompt.ids) for prompt in prompts)
-        members = [(prompt.ids, prompt) for prompt in prompts]
-        inputs = padded_batch(model, members, pad_token_id=self.pad_token_id, left=True)
         sampler = _Sampler(sampling, seeds, self.banned_token_ids, prompt_length=P)
-        output = model.generate(
-            **inputs,
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,  # the sampler leaves one candidate
-                eos_token_id=list(self.eos_token_ids) or None,
-                pad_token_id=self.pad_token_id,
-                use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=False,  # ranks take different numbers of steps; under FSDP2 the weights are gathered first
-        )
+        with self._prefill(model, prompts) as inputs:
+            output = model.generate(
+                **inputs,
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=False,  # the sampler leaves one candidate
+                    eos_token_id=list(self.eos_token_ids) or None,
+                    pad_token_id=self.pad_token_id,
+                    use_cache=True,
+                ),
+                logits_processor=LogitsProcessorList([sampler]),
+                synced_gpus=False,  # ranks take different numbers of steps; under FSDP2 the weights are gathered first
+            )
         completions = output[:, P:].cpu()  # (B, C)
         ends = torch.isin(completions, torch.tensor(self.eos_token_ids, dtype=torch.int64))
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, completions.shape[1])
         return [row[:length].clone() for row, length in zip(completions, lengths.tolist(), strict=True)]
+
+    @contextmanager
+    def _prefill(self, model: Any, prompts: list[EncodedPrompt]) -> Iterator[dict[str, Tensor]]:
+        """Yield the inputs of `generate` for a batch of `prompts`, each distinct one of which runs once inside.
+
+        The first forward takes the distinct prompts; its logits and cache are then repeated for the rows of each. A
+        model that is given what is not known here, or keeps no `Cache`, runs every row.
+        """
+        from transformers import Cache
+
+        def batch(members: list[EncodedPrompt]) -> dict[str, Tensor]:
+            rows = [(prompt.ids, prompt) for prompt in members]
+            return padded_batch(model, rows, pad_token_id=self.pad_token_id, left=True)
+
+        distinct = list({id(prompt): prompt for prompt in prompts}.values())
+        if len(distinct) == len(prompts):
+            yield batch(prompts)
+            return
+        places = [next(j for j, p in enumerate(distinct) if p is prompt) for prompt in prompts]
+        first = torch.tensor([places.index(j) for j in range(len(distinct))], device=model.device)
+        original, prefilled = model.forward, False
+
+        @wraps(original)  # generate reads the signature
+        def forward(*args: Any, **inputs: Any) -> Any:
+            nonlocal prefilled
+            if prefilled:
+                return original(*args, **inputs)
+            prefilled = True
+            inputs.pop("mm_encoder_outputs", None)  # of no pixels
+            known = batch(distinct)
+            if (positions := inputs.get("position_ids")) is not None:  # (B, T) or (axes, B, T)
+                known["position_ids"] = positions[..., first, :]
+            if args or not isinstance(inputs.get("past_key_values"), Cache) or any(
+                isinstance(value, Tensor) and name not in known for name, value in inputs.items()
+            ):  # fmt: skip
+                return original(*args, **inputs | batch(prompts))
+            output = original(**inputs | known)
+            rows = torch.tensor(places, device=model.device)
+            output["past_key_values"].reorder_cache(rows)
+            output["logits"] = output["logits"].index_select(0, rows)
+            return output
+
+        with replaced_forward(model, forward):
+            # Without pixels, for which `generate` would run the vision tower itself, over every row.
+            yield {name: x for name, x in batch(prompts).items() if not x.is_floating_point()}
 
 
 class _Sampler:
