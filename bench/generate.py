@@ -3,7 +3,7 @@
     python bench/generate.py                            # this machine, a model that fits it
     python bench/generate.py --size 3b --device cuda    # random weights of the 3B shape
 
-Both sample the same completions of the same images and questions; `alone` is given a prompt of its own for each rollout.
+Both sample the same completions of the same images and questions; `alone` is given a prompt of its own a rollout.
 Greedy completions are compared before a time is printed. Contenders take turns, the median counts.
 """
 
@@ -68,7 +68,8 @@ def main() -> None:
             for name, s in times.items()
         )  # fmt: skip
         for name, s in times.items():
-            print(f"{image_tokens:6} {name:7} {s:7.3f} s {tokens / s:7.0f} tokens/s {times['alone'] / s:5.2f} x", flush=True)
+            shown = f"{s:7.3f} s {tokens / s:7.0f} tokens/s {times['alone'] / s:5.2f} x"
+            print(f"{image_tokens:6} {name:7} {shown}", flush=True)
     print(f"written to {table.path}")
 
 

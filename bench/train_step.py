@@ -1,26 +1,28 @@
-"""One training step by phase, ours against the released scheme: teachers, student, divergence, backward.
+"""One training step by phase, ours against the released scheme: rollouts, teachers, student, divergence, backward.
 
     python bench/train_step.py                            # this machine, a model that fits it
     python bench/train_step.py --size 3b --device cuda    # random weights of the 3B shape
 
 Both train the same LoRA adapter (r 64) of the same model on the same rollouts, forward KL, gradient checkpointing on.
 `released` runs three teachers over every whole rollout and the student once, keeps all their logits, and takes the KL
-in float32 from them. `vigos` routes and cuts, shares prefixes, and turns hidden states into the loss. Rollouts
-themselves are the same generation in both and left out. The two losses are compared before a time is printed.
+in float32 from them. `vigos` routes and cuts, shares prefixes, and turns hidden states into the loss. Rollouts are
+sampled by `generate`, a prompt for each, or one for all that share it; what is then scored are fixed completions of the
+same length, so that the two losses can be compared before a time is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
-from measure import RESULTS, Table, machine, peak_bytes, synchronize
+from measure import RESULTS, Table, machine, peak_bytes, seconds, synchronize
 from peft import LoraConfig, get_peft_model
-from prefix_tree import COMPLETION, SIZES, build, step, student_sequences, supervision
+from prefix_tree import COMPLETION, IMAGE, SIZES, build, step, student_sequences, supervision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,10 +30,13 @@ import vigos
 from vigos.method.encode import ScoredSequence
 from vigos.models.inputs import padded_batch
 from vigos.models.parts import lm_head
+from vigos.rollout.engine import Sampling
+from vigos.rollout.generate import TransformersEngine
 from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import teacher_mode
 
-PHASES = ("teachers", "student", "divergence", "backward")
+PHASES = ("rollouts", "teachers", "student", "divergence", "backward")
+SAMPLING = Sampling(max_new_tokens=COMPLETION)
 Clock = Callable[[str], None]  # call it at the end of a phase
 
 
@@ -128,6 +133,7 @@ def main() -> None:
     model.enable_input_require_grads()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
+    engine = TransformersEngine(model, eos_token_ids=(), pad_token_id=0, banned_token_ids=(IMAGE,))
     about = machine(args.device, "transformers", "peft")
     table = Table(args.out or RESULTS / args.device / f"train_step_{args.size}.csv", about)
     print(" · ".join(about.values()))
@@ -145,9 +151,13 @@ def main() -> None:
         if not gap < (1e-4 if dtype == torch.float32 else 5e-2):
             raise SystemExit(f"the losses differ: {losses}")
         times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        prompts = [s.prompt for s in student[:: args.rollouts]]
+        asked = {"released": ([replace(s.prompt) for s in student], 1), "vigos": (prompts, args.rollouts)}
         for _ in range(args.repeats):
             for name, run in runs.items():
-                times[name].append(timed(run, args.device))
+                among, n = asked[name]
+                rollouts = seconds(lambda a=among, n=n: engine.generate(a, replace(SAMPLING, n=n), 0), args.device)  # type: ignore[misc]
+                times[name].append({"rollouts": rollouts} | timed(run, args.device))
         lines = []
         for name, of in times.items():
             phases = {phase: median(t[phase] for t in of) for phase in PHASES}

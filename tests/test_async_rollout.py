@@ -237,6 +237,8 @@ def test_sampling_overlaps_training(server: Server, tmp_path: Path) -> None:
     for log in found[1][1:]:
         assert log["perf/rollout_s"] > 0.6
         assert log["perf/rollout_wait_s"] < log["perf/rollout_s"] - 0.3
+    assert [log["rollout/age"] for log in found[1]] == [0, 1, 1, 1]
+    assert all(log["perf/sync_s"] > 0 for log in found[0][1:])
     assert found[1][0]["perf/rollout_wait_s"] > 0.6, "the first step has to wait for its own"
 
 

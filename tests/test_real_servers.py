@@ -15,16 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import torch
+from transformers import TrainerCallback
 
 from vigos.data.examples import load_rows
 from vigos.method.encode import EncodedPrompt, encode_prompt
+from vigos.rollout import full_weights
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling
 from vigos.rollout.generate import TransformersEngine
@@ -60,10 +62,10 @@ def prompts(base: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @contextmanager
-def serving(command: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
+def serving(command: Sequence[str], log: Path, port: int = 0, **environment: str) -> Iterator[str]:
     """Runs `command --port N` until it answers /health; yields its address."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
@@ -351,7 +353,9 @@ def train(folder: Path, rows: Path, **options: Any) -> tuple[list[dict[str, Any]
     }
     assert all(torch.equal(frozen[name], parameter) for name, parameter in before.items())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("perf", "train_"))} for line in lines], trainer
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("perf", "train_", "mismatch"))} for line in lines
+    ], trainer
 
 
 @vllm
@@ -376,3 +380,117 @@ def test_training_on_vllm_is_training(make: Any, ahead: int, servable: str, tmp_
     if ahead:  # rollouts of weights one step old: the first step's are the same, and so are the second's prompts
         found, wanted = found[:1], wanted[:1]
     assert found == wanted
+
+
+# --- All weights ------------------------------------------------------------------------------------------------------
+
+
+def train_in_full(folder: Path, rows: Path, engine: Any = None, callback: Any = None) -> tuple[list[Any], Any]:
+    """Three greedy steps of full fine-tuning: the logs and the model."""
+    model, processor = load_base()
+    config = ViGOSConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3, clip_mode="none",
+        temperature=0.0, max_prompt_length=64, max_completion_length=40, lora=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = ViGOSTrainer(
+        model=model, args=config, processing_class=processor, train_dataset=load_rows(rows), prompts=world_prompts(),
+        rollout_engine=engine, callbacks=[callback] if callback else None,
+    )  # fmt: skip
+    trainer.train()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    untold = ("perf", "train_", "mismatch")
+    return [{k: v for k, v in line.items() if not k.startswith(untold)} for line in lines], trainer.model
+
+
+class Cut:
+    """A transport whose second update breaks off after its first group."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.starts, self.sends = transport, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def start(self) -> None:
+        self.starts, self.sends = self.starts + 1, 0
+        self.transport.start()
+
+    def send(self, group: dict[str, torch.Tensor]) -> None:
+        self.sends += 1
+        if self.starts == 2 and self.sends == 2:
+            raise RolloutError("the connection is gone")
+        self.transport.send(group)
+
+
+class Restart(TrainerCallback):
+    """Kills the server after the first step and starts it again; keeps the weights after the second."""
+
+    def __init__(self, again: Any) -> None:
+        self.again = again
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and self.again is not None:
+            self.again()
+        if state.global_step == 2:  # what the last rollouts are sampled from
+            torch.save(kwargs["model"].state_dict(), Path(args.output_dir) / "before-last.pt")
+
+
+@vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["server", "in process"])
+def test_full_fine_tuning_on_vllm(
+    kind: str, servable: str, base: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps are those of the model's own rollouts, over a cut-off update and a server that was killed.
+
+    Digests of vLLM's parameters after the last update equal those of all weights sent into an emptied vLLM.
+    """
+    monkeypatch.setattr(full_weights, "GROUP_BYTES", 2**18)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = write_world(tmp_path / "world", "train", n=8, seed=3)
+    ends: Any = {"eos_token_ids": (2,), "vocab_size": 482, "banned_token_ids": (6, 7)}
+    tokenizer = base[1].tokenizer
+    with ExitStack() as stack:
+        callback = Restart(None)
+        engine: Any
+        if kind == "in process":
+            engine = VLLMEngine(
+                servable, tokenizer, full_weights=True, dtype="float32", max_model_len=CONTEXT, max_num_seqs=16,
+                enforce_eager=True, limit_mm_per_prompt={"video": 0}, **ends,
+            )  # fmt: skip
+            stack.callback(engine.close)
+        else:
+            options = {
+                "model": servable, "dtype": "float32", "max-model-len": CONTEXT, "max-num-seqs": 16,
+                "limit-mm-per-prompt": '{"image": 1, "video": 0}', "worker-extension-cls": full_weights.WORKER,
+                "weight-transfer-config": json.dumps({"backend": full_weights.BACKEND}),
+            }  # fmt: skip
+            flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, "--enforce-eager"]
+            first = stack.enter_context(ExitStack())
+            url = first.enter_context(serving(command, tmp_path / "log", VLLM_SERVER_DEV_MODE="1"))
+
+            def again() -> None:
+                first.close()
+                port = int(url.rpartition(":")[2])
+                stack.enter_context(serving(command, tmp_path / "log2", port=port, VLLM_SERVER_DEV_MODE="1"))
+
+            callback.again = again
+            engine = ServerEngine(
+                f"{url}/v1", servable, tokenizer, full_weights=tmp_path / "weights", pause=0.1, retries=2, **ends
+            )
+        engine.weights.transport = cut = Cut(engine.weights.transport)
+        found, model = train_in_full(tmp_path / "vllm", rows, engine, callback)
+        wanted, _ = train_in_full(tmp_path / "own", rows)
+        assert found == wanted
+        assert cut.starts == 4, "the check, the first step's cut off and repeated, the second's"
+        held = engine.weights.transport.checksums()
+        engine.weights.transport.reset()
+        assert engine.weights.transport.checksums() != held
+        model.load_state_dict(torch.load(tmp_path / "vllm" / "before-last.pt"))
+        engine.weights.push(2, full_weights.checkpoint_groups(model, trained=False), full_weights.checkpoint_names(
+            model, trained=False
+        ))  # fmt: skip
+        assert engine.weights.transport.checksums() == held

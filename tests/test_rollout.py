@@ -260,4 +260,24 @@ def test_a_prompt_runs_once_for_all_its_rollouts(family: str) -> None:
         assert all(rows % 3 == 0 for rows, tokens in fed if tokens == 1)
         streams = [stream_seed(stream_seed(3, i), k) for i in range(len(batch)) for k in range(3)]
         alone = engine(model)._generate_in_memory([replace(p) for p in batch for _ in range(3)], sampling, streams)
-        assert same(shared, alone)
+        assert same(shared, [completion.ids for completion in alone])
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    """Before temperature, filters and the ban of placeholders; of shared prompts and of padded rows alike."""
+    model = tiny_model(FAMILY)
+    for completion, one in zip(
+        engine(model).sample(prompts(), Sampling(temperature=0.7, top_k=5, max_new_tokens=7, n=2), seed=1),
+        [p for p in prompts() for _ in range(2)],
+        strict=True,
+    ):
+        ids = torch.cat([one.ids, completion.ids])
+        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        if one.images is not None and one.token_type_ids is not None:
+            types = torch.cat([one.token_type_ids, torch.zeros_like(completion.ids)])
+            inputs |= {"mm_token_type_ids": types[None], **one.images.tensors}
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, len(one.ids) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(1, completion.ids[:, None])[:, 0]
+        assert completion.logprobs is not None
+        torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=2e-5)

@@ -5,6 +5,7 @@ Run by `test_distributed.py` with the variables that torchrun sets; results go t
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from helpers.training import (
     TAGLESS,
     VALID_A,
     VALID_B,
+    CopyEngine,
     completion_ids,
     config,
     processor,
@@ -65,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_stopped": {"lr_scheduler_type": "linear"},
     "ddp_poisoned": {},
     "ddp_sampled": {"sampled": True, "normalize": "active"},
+    "ddp_engines": {"sampled": True, "engines": True, "lora": False},
     "ddp_packs": {"token_budget": 64, "teacher_scoring": "separate"},
     "ddp_accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "ddp_palr": {"palr_steps": 1},
@@ -78,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_stopped": FSDP2 | {"lora": False},
     "fsdp_poisoned": FSDP2 | {"lora": False},
     "fsdp_sampled": FSDP2 | {"sampled": True},
+    "fsdp_engines": FSDP2 | {"sampled": True, "engines": True, "lora": False},
     "fsdp_packs": FSDP2 | {"token_budget": 64, "student_scoring": "separate"},
     "fsdp_palr": FSDP2 | {"palr_steps": 1, "lora": False, "train_head": True, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_accumulated": FSDP2 | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
@@ -145,7 +149,7 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
     """The trainer of a case: on one of `RANKS` processes, or on one that takes all the rows of a step."""
     options = {"max_steps": 5, "clip_mode": "none", "learning_rate": 1e-2, "max_completion_length": 8}
     options |= (CASES | ZERO_CASES)[case]
-    sampled, tied = options.pop("sampled", False), options.pop("tied", False)
+    sampled, tied, engines = (options.pop(name, False) for name in ("sampled", "tied", "engines"))
     if ranks == 1:
         for name in ("fsdp", "fsdp_config", "deepspeed"):
             options.pop(name, None)
@@ -164,7 +168,11 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
                 model.save_pretrained(folder / "untrained")
         deepspeed.comm.barrier()
         model = type(model).from_pretrained(folder / "untrained")
+    own = CopyEngine.for_model(copy.deepcopy(model), processor()) if engines else None
     engine = trainer(model, args, data())
+    if own is not None:
+        own.check_weights(own.model)
+        engine.rollouts.engine = own
     if not sampled:
         engine.rollouts.engine = ByRow()
     return engine

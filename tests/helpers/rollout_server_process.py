@@ -36,8 +36,8 @@ IMAGE = MODEL.config.image_token_id
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def sample(body: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
-    """(ids of the prompt, ids of each completion)."""
+def sample(body: dict[str, Any]) -> tuple[list[int], list[list[int]], list[list[float]]]:
+    """(ids of the prompt, ids of each completion, their log-probabilities)."""
     messages, images = [], []
     for message in body["messages"]:
         parts = message["content"]
@@ -68,10 +68,11 @@ def sample(body: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
 
             model = PeftModel.from_pretrained(MODEL, ADAPTERS[body["model"]])
         engine = TransformersEngine.for_model(model, PROCESSOR)
-        completions = engine.generate([prompt], sampling, [body["seed"]])
+        completions = engine.sample([prompt], sampling, [body["seed"]])
         if model is not MODEL:
             model.unload()
-    return prompt.ids.tolist(), [c.tolist() for c in completions]
+    logprobs = [c.logprobs.tolist() for c in completions if c.logprobs is not None]
+    return prompt.ids.tolist(), [c.ids.tolist() for c in completions], logprobs
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, {"error": f"left to the server: {missing}"})
         if behaviour == "short":
             body["max_tokens"] = 5
-        prompt, completions = sample(body)
+        prompt, completions, logprobs = sample(body)
         if behaviour == "other-prompt":
             prompt = [*prompt[:4], 7, *prompt[5:]]
         if behaviour == "truncated":
@@ -137,6 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             }
             for i, c in enumerate(completions)
         ]  # fmt: skip
+        if body.get("logprobs"):
+            for choice, values in zip(choices, logprobs, strict=True):
+                choice["logprobs"] = {"content": [{"token": "", "logprob": v} for v in values]}
         answer = {"choices": choices[::-1], "usage": {"completion_tokens": total}, "prompt_token_ids": prompt}
         if behaviour == "text-only":
             del answer["prompt_token_ids"]

@@ -16,6 +16,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, T
 from vigos.method.encode import EncodedPrompt
 from vigos.method.prompts import Prompts
 from vigos.rollout.engine import RolloutEngine, Sampling
+from vigos.rollout.full_weights import checkpoint_groups
+from vigos.rollout.generate import TransformersEngine
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import checkpoint_path
@@ -109,6 +111,30 @@ class ScriptedEngine(RolloutEngine):
             out.append(completion_ids(self.texts[self.served % len(self.texts)], self.unfinished))
             self.served += 1
         return out
+
+
+class CopyEngine(TransformersEngine):
+    """An engine with a model of its own, sent weights in groups under their names in a checkpoint, as vLLM is."""
+
+    owns_weights = takes_groups = one_a_rank = True
+    collective = False
+
+    def check_weights(self, model: Any) -> None:
+        """Takes the model's weights; called once by whoever makes it."""
+        self.original, self.state = model, dict[str, Tensor]()
+        self.update_weights(0, model, checkpoint_groups(model, trained=False))
+
+    def update_weights(self, step: int, model: Any, weights: Any) -> None:
+        self.version: int | None = None
+        for group in weights:
+            self.state |= {name: x.clone() for name, x in group.items()}
+        made = type(self.original).from_pretrained(
+            None, config=self.original.config, state_dict=dict(self.state), dtype=self.original.dtype
+        )
+        self.model, self.version = made.eval(), step
+
+    def holds(self, step: int) -> bool:
+        return self.version == step
 
 
 def completion_ids(text: str, unfinished: Sequence[str] | set[str] = (CUT_OFF,)) -> Tensor:

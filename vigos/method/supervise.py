@@ -45,6 +45,9 @@ class Rollout:
         completion_ids: (C,) int64 on the CPU, EOS included if there was one.
         reference: the text that privileged teachers read; None: the answer.
         correct: True if the boxed answer is the reference answer; None: not graded.
+        logprobs: (C,) float32, nats: of the tokens under the weights that sampled them, at temperature 1; NaN where not
+            known, None if none is.
+        version: optimizer steps behind those weights; None: not known.
     """
 
     problem_id: str
@@ -56,6 +59,8 @@ class Rollout:
     spans: Spans
     reference: str | None = None
     correct: bool | None = None
+    logprobs: Tensor | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class SupervisedBatch:
         term, segment: int8 (R,), indices into TERMS and SEGMENTS.
         owner, token: int64 (R,), the rollout and the token of its completion.
         labels: int64 (R,), that token's id.
+        sampled_logprob: float32 (R,), its log-probability when it was sampled; NaN where not known.
         counts: of this micro-batch.
     """
 
@@ -104,12 +110,25 @@ class SupervisedBatch:
     owner: Tensor
     token: Tensor
     labels: Tensor
+    sampled_logprob: Tensor
     counts: TermCounts
 
     @property
     def n_pairs(self) -> int:
         """Return R, the number of pairs."""
         return len(self.term)
+
+    def importance_weighted(self, divergence: Tensor, trained: Tensor | None, clip: float) -> Tensor:
+        """Return the loss of the pairs, each multiplied by its token's `importance_ratio`.
+
+        Args:
+            divergence: (R,) with a graph.
+            trained: (R,) the tokens' log-probabilities under the weights that train.
+        """
+        assert trained is not None
+        ratio = importance_ratio(trained, self.sampled_logprob, clip)
+        weight, most = (torch.as_tensor(x).to(ratio) for x in (self.supervision.weight, self.supervision.clip))
+        return (weight * ratio * torch.minimum(divergence, most)).sum()
 
 
 def assign(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
@@ -247,6 +266,7 @@ def supervise(
                     "owner": torch.full((R,), i),
                     "token": a.tokens,
                     "labels": ids[a.tokens],
+                    "sampled_logprob": (ids * torch.nan if rollout.logprobs is None else rollout.logprobs)[a.tokens],
                 }
             )
             teacher_rows += R
@@ -259,8 +279,29 @@ def supervise(
         teacher_sequences=teacher,
         supervision=supervision,
         counts=counts,
-        **{name: table[name] for name in ("term", "segment", "owner", "token", "labels")},
+        **{name: table[name] for name in ("term", "segment", "owner", "token", "labels", "sampled_logprob")},
     )
+
+
+def importance_ratio(trained: Tensor, sampled: Tensor, clip: float) -> Tensor:
+    """Return min(p_now / p_then, clip) of each sampled token, 1 where its p_then is not known, detached.
+
+    What a loss over old rollouts is multiplied by, token by token, so that tokens which the student would hardly write
+    any more count little. It is the truncated ratio of the token alone; that of its whole prefix has no bound.
+
+    Args:
+        trained: (R,) log-probabilities of the tokens under the weights that train.
+        sampled: (R,) those under the weights that sampled, NaN where not known.
+
+    Raises:
+        ValueError: none is known.
+    """
+    known = ~sampled.isnan()
+    if len(sampled) and not known.any():
+        raise ValueError("importance_clip needs an engine whose sample() gives log-probabilities, got none")
+    sampled = torch.where(known, sampled, 0.0).to(trained.device)
+    ratio = (trained.detach().float() - sampled).exp().clamp(max=clip)
+    return torch.where(known.to(trained.device), ratio, 1.0)
 
 
 _EMPTY = {
@@ -268,7 +309,7 @@ _EMPTY = {
     for names, dtype in (
         (("student_row", "teacher_row", "owner", "token", "labels"), torch.int64),
         (("kind", "term", "segment"), torch.int8),
-        (("weight", "clip"), torch.float32),
+        (("weight", "clip", "sampled_logprob"), torch.float32),
     )
     for name in names
 }

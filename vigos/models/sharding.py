@@ -71,6 +71,33 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
         return {name: gather(local_shard(p.detach()), p).clone() for name, p in trained.items()}
 
 
+def parameter_groups(model: nn.Module, limit: int, *, trained: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Yield parameters by name, gathered on every rank, `limit` bytes (or one parameter) at a time.
+
+    Unsharded ones are the model's own memory: read them before the next optimizer step.
+
+    Args:
+        trained: those that are trained, or all.
+    """
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, p in model.named_parameters():
+        if trained and not p.requires_grad:
+            continue
+        if hasattr(p, "ds_id"):
+            with _gathered([p]):
+                full = p.detach().clone()
+        else:
+            full = gather(local_shard(p.detach()), p)
+        if group and size + full.nbytes > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = full
+        size += full.nbytes
+    if group:
+        yield group
+
+
 def gather_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Gather the state dict of a sharded model on the CPU; empty unless this rank keeps it.
 

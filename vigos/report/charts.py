@@ -89,16 +89,29 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
             "cost", "Time and memory",
             [
                 stacked(
-                    "phases", "Time of a step, by phase", "Seconds. The rest is backward, optimizer and data.", logs,
+                    "phases", "Time of a step, by phase", "Seconds. The rest is optimizer and data.", logs,
                     [
-                        ("rollouts", "rollouts", SERIES[0]), ("teachers", "teachers", SERIES[1]),
-                        ("student", "student", SERIES[2]), ("rest", "backward and rest", SERIES[3]),
+                        (name, name, colour)
+                        for name, colour in zip((*_PHASES, "rest"), (*SERIES, INK), strict=True)
                     ],
                     derive=_phases,
                 ),
                 lines(
                     "rate", "Throughput", "Completion tokens a second of the whole step.", logs,
                     [("perf/tokens_per_s", "tokens/s", ACCENT)],
+                ),
+                lines(
+                    "rates", "Throughput of each phase", "Tokens that it reads or writes, a second.", logs,
+                    [
+                        (f"perf/{key}_tokens_per_s", name, colour)
+                        for (name, key), colour in zip(_PHASES.items(), SERIES, strict=False)
+                        if key != "sync"
+                    ],
+                ),
+                lines(
+                    "mismatch", "Engine against trainer",
+                    "Difference of their log-probabilities of the sampled tokens, in nats.", logs,
+                    [("mismatch/mean", "mean", ACCENT), ("mismatch/largest", "largest", SERIES[1])],
                 ),
                 lines(
                     "operations", "Model operations", "TFLOP a second, those of the student and its teachers alone.",
@@ -127,12 +140,16 @@ def _happened(logs: Sequence[Log], curves: list[tuple[str, str, str]]) -> list[t
     return [curve for curve in curves if any(line.get(curve[0]) for log in logs for line in log)]
 
 
+# Phases of a step, and how their metrics are called.
+_PHASES = {
+    "rollouts": "rollout", "teachers": "teacher", "student": "student", "divergence": "divergence",
+    "backward": "backward", "sync": "sync",
+}  # fmt: skip
+
+
 def _phases(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the seconds of a step by phase: those that are timed, and the rest of the step."""
-    known = {
-        "rollouts": line.get("perf/rollout_wait_s", line.get("perf/rollout_s")) or 0.0,  # without what overlapped
-        "teachers": line.get("perf/teacher_s") or 0.0,
-        "student": line.get("perf/student_s") or 0.0,
-    }
+    known = {name: line.get(f"perf/{key}_s") or 0.0 for name, key in _PHASES.items()}
+    known["rollouts"] = line.get("perf/rollout_wait_s", known["rollouts"]) or 0.0  # without what overlapped
     total = line.get("perf/step_s")
     return {"step": line["step"], **known, "rest": max(0.0, total - sum(known.values())) if total else 0.0}

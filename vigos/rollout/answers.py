@@ -9,8 +9,11 @@ from vigos.system.http import UnusableAnswer
 _LARGEST_ID = 2**31
 
 
-def read_completions(answer: Any, n: int, max_tokens: int) -> tuple[list[int], list[tuple[list[int], str]]] | None:
-    """Return ids of the prompt, and (ids, finish_reason) of each completion in order; None where no ids came at all.
+Read = tuple[list[int], str, list[float]]  # ids, finish_reason, log-probabilities of the tokens: none, or one for each
+
+
+def read_completions(answer: Any, n: int, max_tokens: int) -> tuple[list[int], list[Read]] | None:
+    """Return ids of the prompt, and what was read of each completion in order; None where no ids came at all.
 
     Args:
         answer: of /chat/completions, parsed.
@@ -22,21 +25,21 @@ def read_completions(answer: Any, n: int, max_tokens: int) -> tuple[list[int], l
     choices = _typed(_typed(answer, "the answer", dict), "choices", list)
     if len(choices) != n:
         raise UnusableAnswer(f"{len(choices)} completions, {n} were asked for")
-    found: dict[int, tuple[Any, str]] = {}
+    found: dict[int, tuple[Any, str, list[float]]] = {}
     for choice in choices:
         index, reason = (_typed(_typed(choice, "a choice", dict), *field) for field in _CHOICE)
-        found[index] = (choice.get("token_ids"), reason)
+        found[index] = (choice.get("token_ids"), reason, _logprobs(choice.get("logprobs")))
     if sorted(found) != list(range(n)):
         raise UnusableAnswer(f"completions numbered {sorted(found)}, wanted 0 to {n - 1}")
     usage = _typed(_typed(answer, "usage", dict), "completion_tokens", int)
     prompt = answer.get("prompt_token_ids")
-    if prompt is None or any(ids is None for ids, _ in found.values()):
+    if prompt is None or any(ids is None for ids, _, _ in found.values()):
         return None
-    completions = [(_ids(ids, "token_ids"), reason) for _, (ids, reason) in sorted(found.items())]
-    total = sum(len(ids) for ids, _ in completions)
+    completions = [(_ids(ids, "token_ids"), reason, values) for _, (ids, reason, values) in sorted(found.items())]
+    total = sum(len(ids) for ids, _, _ in completions)
     if total != usage:
         raise UnusableAnswer(f"{total} token ids, but usage says {usage}")
-    if (longest := max(len(ids) for ids, _ in completions)) > max_tokens:
+    if (longest := max(len(ids) for ids, _, _ in completions)) > max_tokens:
         raise UnusableAnswer(f"a completion of {longest} tokens, {max_tokens} were asked for")
     return _ids(prompt, "prompt_token_ids"), completions
 
@@ -62,3 +65,10 @@ def _ids(ids: Any, name: str) -> list[int]:
     if type(ids) is not list or not all(type(i) is int and 0 <= i < _LARGEST_ID for i in ids):
         raise UnusableAnswer(f"{name} that are no list of token ids")
     return ids
+
+
+def _logprobs(given: Any) -> list[float]:
+    """Return the log-probabilities of a choice's tokens; [] where none were sent."""
+    content = None if given is None else _typed(given, "the logprobs", dict).get("content")
+    tokens = [] if content is None else _typed(content, "the content", list)
+    return [_typed(_typed(token, "a token", dict), "logprob", float) for token in tokens]

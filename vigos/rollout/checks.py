@@ -84,6 +84,12 @@ class RolloutChecks:
         return torch.tensor(ids, dtype=torch.int64)
 
 
+def known_logprobs(values: Sequence[float | None], length: int) -> Tensor:
+    """Return (length,) float32 from what an engine said of a completion's tokens; NaN where it said nothing."""
+    known = [float("nan") if value is None else value for value in values][:length]
+    return torch.tensor(known + [float("nan")] * (length - len(known)))
+
+
 def collapsed(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
     """Return `ids` with each run of one placeholder cut to a single one."""
     return [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders]

@@ -3,11 +3,12 @@
 engine: RolloutEngine = TransformersEngine.for_model(model, processor)  # or ServerEngine, VLLMEngine, your own
 completions = engine.generate(prompts, Sampling(temperature=1.1, top_p=0.95, top_k=20, n=2), seed=0)
 # [prompt 0 sample 0, prompt 0 sample 1, prompt 1 sample 0, …], each (C,) int64 on the CPU, its EOS included
+# engine.sample(…) gives `Completion`s: the same ids with the log-probability of each
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -54,6 +55,22 @@ class Sampling:
         return replace(self, n=1) if self.temperature == 0 else self
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Hold a completion and what its engine knows of it.
+
+    Attributes:
+        ids: (C,) int64 on the CPU, its EOS included.
+        logprobs: (C,) float32, nats: of each token under the weights that sampled it, at temperature 1 and before
+            top-k and top-p; NaN, or None for all, where the engine did not say.
+        version: optimizer steps behind those weights; None: not known.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None = None
+    version: int | None = None
+
+
 class RolloutEngine(Protocol):
     """Sample completions. Subclass it to get the defaults of everything but `generate`.
 
@@ -62,12 +79,16 @@ class RolloutEngine(Protocol):
             sample while the model trains. False if it samples from the model in training itself.
         collective: True if sampling runs forwards of the model in training, which every rank of a sharded model must
             enter together. False if each rank may call `generate` alone.
+        takes_groups: True if `update_weights` takes all trained weights in groups. False if it takes an adapter.
+        one_a_rank: True if every rank has an engine, and sends it weights. False if all share what the leader sends.
         eos_token_ids: ids that end a completion.
         served_name: name of the weights, for records; "" if they are those of a model at hand.
     """
 
     owns_weights: bool = False
     collective: bool = False
+    takes_groups: bool = False
+    one_a_rank: bool = False
     eos_token_ids: tuple[int, ...] = ()
     served_name: str = ""
 
@@ -82,16 +103,32 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, step: int, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
+    ) -> list[Completion]:
+        """Sample as `generate` does, with the tokens' log-probabilities where the engine has them."""
+        return [Completion(ids) for ids in self.generate(prompts, sampling, seed)]
+
+    def update_weights(
+        self, step: int, model: nn.Module, weights: dict[str, Tensor] | Iterator[dict[str, Tensor]] | None
+    ) -> None:
         """Sample from the student as it is after `step` optimizer steps from now on.
 
         The trainer calls it on the leader rank first, then on every other rank, and only if `owns_weights`.
 
         Args:
-            model: the student, a peft model, whose adapter is what changes.
-            weights: on the leader rank the trained parameters by name, gathered
-                (`vigos.models.sharding.gather_trained`); None on the others, which only take note.
+            model: the student; unless `takes_groups` a peft model, whose adapter is what changes.
+            weights: on the leader rank (on every one, with `one_a_rank`) the trained parameters by name, gathered
+                (`vigos.models.sharding.gather_trained`), or with `takes_groups` those of a checkpoint in groups
+                (`vigos.rollout.full_weights.checkpoint_groups`); None on other ranks, which only take note.
         """
+
+    def holds(self, step: int) -> bool:
+        """Tell whether the weights that it was sent after `step` steps are still there, whole."""
+        return True
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Refuse a student whose weights would not arrive; called once, with the initial ones. Raises RolloutError."""
 
 
 def stream_seed(seed: int, *streams: int) -> int:

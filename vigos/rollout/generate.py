@@ -24,7 +24,15 @@ from vigos.models.inputs import padded_batch
 from vigos.models.memory import free_memory
 from vigos.models.parts import base_model, eval_mode, replaced_forward
 from vigos.models.sharding import with_gathered_weights
-from vigos.rollout.engine import RolloutEngine, Sampling, eos_ids, placeholder_ids, prompt_seeds, stream_seed
+from vigos.rollout.engine import (
+    Completion,
+    RolloutEngine,
+    Sampling,
+    eos_ids,
+    placeholder_ids,
+    prompt_seeds,
+    stream_seed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +82,26 @@ class TransformersEngine(RolloutEngine):
             batch_size=batch_size,
         )
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         """Sample as `RolloutEngine.generate` says. Under FSDP2 the weights are gathered once, on all ranks."""
+        return [completion.ids for completion in self.sample(prompts, sampling, seed)]
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
+    ) -> list[Completion]:
+        """Sample as `generate` does, with log-probabilities."""
         seeds = prompt_seeds(seed, len(prompts))
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         streams = [stream_seed(s, k) for s in seeds for k in range(sampling.n)]
         with _inference(self.model):
             return with_gathered_weights(self.model, lambda: self._generate_in_memory(repeated, sampling, streams))
 
-    def _generate_in_memory(self, prompts: list[EncodedPrompt], sampling: Sampling, seeds: list[int]) -> list[Tensor]:
+    def _generate_in_memory(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, seeds: list[int]
+    ) -> list[Completion]:
         """Sample in chunks, in smaller ones when memory runs out."""
-        results: dict[int, Tensor] = {}
+        results: dict[int, Completion] = {}
         while True:
             left = [j for j in range(len(prompts)) if j not in results]
             try:
@@ -116,7 +132,7 @@ class TransformersEngine(RolloutEngine):
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
-    def _generate(self, prompts: list[EncodedPrompt], sampling: Sampling, seeds: list[int]) -> list[Tensor]:
+    def _generate(self, prompts: list[EncodedPrompt], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         model = base_model(self.model)
@@ -138,7 +154,11 @@ class TransformersEngine(RolloutEngine):
         completions = output[:, P:].cpu()  # (B, C)
         ends = torch.isin(completions, torch.tensor(self.eos_token_ids, dtype=torch.int64))
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, completions.shape[1])
-        return [row[:length].clone() for row, length in zip(completions, lengths.tolist(), strict=True)]
+        logprobs = torch.stack(sampler.logprobs, 1).cpu()
+        return [
+            Completion(row[:length].clone(), values[:length].clone())
+            for row, values, length in zip(completions, logprobs, lengths.tolist(), strict=True)
+        ]
 
     @contextmanager
     def _prefill(self, model: Any, prompts: list[EncodedPrompt]) -> Iterator[dict[str, Tensor]]:
@@ -200,6 +220,7 @@ class _Sampler:
         self.banned = torch.tensor(banned, dtype=torch.int64)
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.uniform = torch.empty(len(seeds), 0, dtype=torch.float64)
+        self.logprobs: list[Tensor] = []  # (B,) of each step's tokens, under the scores as they came
 
     def _uniform(self, step: int) -> Tensor:
         if step >= self.uniform.shape[1]:  # in blocks: most completions end long before the limit
@@ -208,7 +229,7 @@ class _Sampler:
         return self.uniform[:, step]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
+        given = scores = scores.float()
         if len(self.banned):
             scores = scores.index_fill(1, self.banned.to(scores.device), -float("inf"))
         if self.sampling.temperature == 0:
@@ -228,6 +249,7 @@ class _Sampler:
             # The first candidate whose cumulative mass passes u; a token without mass can never be it.
             place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=k - 1)
             chosen = place if candidates is None else candidates.gather(1, place)
+        self.logprobs.append(given.gather(1, chosen)[:, 0] - given.logsumexp(1))
         return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
 
 

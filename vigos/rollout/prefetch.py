@@ -13,9 +13,9 @@ given the prefix before it: no gradient goes through the sampling, on-policy or 
 prefixes the sum visits (and with them which rollouts are valid, hence which teacher reads them), never what the student
 is to say after one: the minimum at each prefix is the teacher's distribution, whoever wrote it. Importance weights, the
 product over the tokens before t of their probability under w_(k-1) over that under w_(k-2), would change how often a
-prefix counts; there are none. So one step off-policy shifts the mixture of prefixes, by what one optimizer step
-changes, and moves no token's target. Metrics of the rollouts (valid, accuracy, lengths) speak of the student of one
-step before.
+prefix counts; there are none without `importance_clip`, which takes the token's own ratio for them. So one step off-
+policy shifts the mixture of prefixes, by what one optimizer step changes, and moves no token's target. Metrics of the
+rollouts (valid, accuracy, lengths) speak of the student of one step before.
 
 Exactly one step: except in the first step of an epoch, whose examples nobody knows before it begins. Its rollouts are
 its own, as in the first step of a run.
@@ -35,11 +35,10 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt
-from vigos.rollout.engine import RolloutEngine, Sampling
+from vigos.rollout.engine import Completion, RolloutEngine, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -91,23 +90,23 @@ class RolloutsAhead:
 
     def __init__(self) -> None:
         self.request: Request | None = None
-        self._sampling: AsyncResult[tuple[list[Tensor], float]] | None = None  # the last one, over or not
+        self._sampling: AsyncResult[tuple[list[Completion], float]] | None = None  # the last one, over or not
         self._saved: dict[str, Any] | None = None  # from a checkpoint
 
-    def start(self, request: Request, sample: Callable[[], list[Tensor]]) -> None:
+    def start(self, request: Request, sample: Callable[[], list[Completion]]) -> None:
         """Call `sample` on another thread."""
         assert self.request is None
         self.wait()
         self.request = request
 
-        def timed() -> tuple[list[Tensor], float]:
+        def timed() -> tuple[list[Completion], float]:
             started = time.perf_counter()
             return sample(), time.perf_counter() - started
 
         # A daemon thread, unlike those of concurrent.futures: a run that fails elsewhere does not wait for it.
         self._sampling = ThreadPool(1).apply_async(timed)
 
-    def result(self) -> list[Tensor]:
+    def result(self) -> list[Completion]:
         """Clear `request` and block for its completions; re-raises sampling errors."""
         assert self._sampling is not None
         self.request = None
@@ -138,15 +137,20 @@ class RolloutsAhead:
         """Return the completions for a checkpoint, blocking for them; None without a request, or if it failed."""
         if self.request is None or self._sampling is None or self.wait() is not None:
             return None
-        completions = [ids.tolist() for ids in self._sampling.get()[0]]
-        return {"identity": self.request.identity(sampling), "completions": completions}
+        completions = self._sampling.get()[0]
+        return {
+            "identity": self.request.identity(sampling),
+            "completions": [c.ids.tolist() for c in completions],
+            "logprobs": [None if c.logprobs is None else c.logprobs.tolist() for c in completions],
+            "versions": [c.version for c in completions],
+        }
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Drop the request and take the `state` of a checkpoint, or nothing, in its place."""
         self.drop()
         self._saved = saved
 
-    def saved(self, request: Request, sampling: Sampling) -> list[Tensor] | None:
+    def saved(self, request: Request, sampling: Sampling) -> list[Completion] | None:
         """Return the completions of `request` if the checkpoint had them; the first call clears them."""
         saved, self._saved = self._saved, None
         if saved is None:
@@ -157,4 +161,7 @@ class RolloutsAhead:
                 request.step + 1,
             )
             return None
-        return [torch.tensor(ids, dtype=torch.int64) for ids in saved["completions"]]
+        return [
+            Completion(torch.tensor(ids, dtype=torch.int64), None if values is None else torch.tensor(values), version)
+            for ids, values, version in zip(saved["completions"], saved["logprobs"], saved["versions"], strict=True)
+        ]

@@ -25,7 +25,7 @@ import base64
 import hashlib
 import io
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,19 @@ from torch import Tensor, nn
 from vigos.method.encode import Chat, EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.answers import read_completions, read_names
-from vigos.rollout.checks import RolloutChecks, RolloutError
-from vigos.rollout.engine import RolloutEngine, Sampling, prompt_seeds
-from vigos.system.http import Client, ServerError
+from vigos.rollout.checks import RolloutChecks, RolloutError, known_logprobs
+from vigos.rollout.engine import Completion, RolloutEngine, Sampling, prompt_seeds
+from vigos.rollout.full_weights import FullWeights, Server
+from vigos.system.http import Client, ServerError, parsed_answer
 from vigos.system.secrets import api_key, server_address
 
 KEY_VARIABLE = "VIGOS_ROLLOUT_API_KEY"  # never an option: options are written to the run folder
 _ADVICE = {
     ("chat/completions", 422): ". The server must take the fields of vLLM's API, return_token_ids above all: "
     "`transformers serve` does not, and returns text alone",
+    ("weight_checker", 404): ". vLLM has it with VLLM_SERVER_DEV_MODE=1",
+    ("init_weight_transfer_engine", 500): ". The server must be started with --worker-extension-cls "
+    'vigos.rollout.vllm_worker.Extension and --weight-transfer-config \'{"backend": "vigos"}\'',
     ("load_lora_adapter", 404): ". vLLM has it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
 
@@ -67,6 +71,7 @@ class ServerEngine(RolloutEngine):
         retries: further tries after a transient failure.
         pause: seconds before the third try, doubled for each further one; the second follows at once.
         adapters: folder in which adapters are saved for the server; None: none are.
+        full_weights: folder through which the server gets all weights of the student, in place of an adapter.
     """
 
     owns_weights = True
@@ -75,6 +80,7 @@ class ServerEngine(RolloutEngine):
         self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
         banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
         timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
+        full_weights: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.url = server_address(url, "vllm_server_base_url", KEY_VARIABLE)
         if not model:
@@ -89,11 +95,18 @@ class ServerEngine(RolloutEngine):
         self.checks = RolloutChecks(tokenizer, self.eos_token_ids, tuple(banned_token_ids), vocab_size)
         self.concurrency = concurrency
         self.adapters = None if adapters is None else Path(adapters)
+        self.takes_groups = full_weights is not None
+        self.weights: FullWeights | None = None
+        if full_weights is not None:
+            run = hashlib.blake2b(str(Path(full_weights).resolve()).encode(), digest_size=4).hexdigest()
+            self.weights = FullWeights(Server(self._root_request, Path(full_weights)), run)
         self._salt = secrets.token_hex(16)
         # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
         self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
-        self._client = Client(
-            self.url, key=api_key(KEY_VARIABLE), timeout=timeout, retries=retries, pause=pause, connections=concurrency
+        key = api_key(KEY_VARIABLE)
+        self._client, self._root = (
+            Client(address, key=key, timeout=timeout, retries=retries, pause=pause, connections=concurrency)
+            for address in (self.url, self.url.removesuffix("/v1"))
         )
 
     def __repr__(self) -> str:  # without the key
@@ -101,14 +114,30 @@ class ServerEngine(RolloutEngine):
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
         """Sample as `RolloutEngine.generate` says. Raises RolloutServerError."""
+        return [completion.ids for completion in self._sample(prompts, sampling, seed, logprobs=False)]
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
+    ) -> list[Completion]:
+        """Sample as `generate` does, with log-probabilities."""
+        return self._sample(prompts, sampling, seed, logprobs=True)
+
+    def _sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int], *, logprobs: bool
+    ) -> list[Completion]:
         asked = sampling.without_copies()
         seeds = prompt_seeds(seed, len(prompts))
-        jobs = [(p, self._body(p, asked, s), asked) for p, s in zip(prompts, seeds, strict=True)]
+        wanted = {"logprobs": True, "top_logprobs": 0} if logprobs else {}  # of the sampled tokens alone
+        jobs = [(p, self._body(p, asked, s) | wanted, asked) for p, s in zip(prompts, seeds, strict=True)]
         if not jobs:
             return []
+        if self.weights is not None:
+            self.weights.require(self.weights.version)
         # Daemon threads, unlike those of concurrent.futures: a run that fails elsewhere does not wait for them.
         with ThreadPool(min(self.concurrency, len(jobs))) as pool:
             found = list(pool.imap(lambda job: self._completions(*job), jobs))  # the first failure drops the rest
+        if self.weights is not None:  # a server that was started again meanwhile has answered from others
+            self.weights.require(self.weights.version)
         return [completion for completions in found for completion in completions * (sampling.n // asked.n)]
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
@@ -121,17 +150,41 @@ class ServerEngine(RolloutEngine):
     def _served_name(self, model: str) -> str:
         return model if model == self.base else f"{model}-{self._run}"
 
-    def update_weights(self, step: int, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-        """Save the student's adapter and have the server load it, and drop the one before (leader rank).
+    def update_weights(
+        self, step: int, model: nn.Module, weights: dict[str, Tensor] | Iterator[dict[str, Tensor]] | None
+    ) -> None:
+        """Save the student's adapter and have the server load it, and drop the one before; or send all weights.
 
-        Other ranks ask for it by its name from then on. See `RolloutEngine.update_weights`.
+        On the leader rank; other ranks ask for them by name from then on. See `RolloutEngine.update_weights`.
         """
+        if self.weights is not None:
+            if weights is None:
+                self.weights.version = step
+            else:
+                self.weights.push(step, [weights] if isinstance(weights, dict) else weights)
+            return
         name = adapter_name(step)
+        if weights is not None and not isinstance(weights, dict):
+            raise ValueError(f"weights must be a dict by name for an adapter, got {type(weights).__name__}")
         if weights is not None:
             folder = save_adapter(self.adapters, step, model, weights)
             self._load(name, folder)
             drop_adapters(folder.parent, keep=name)
         self.model = name
+
+    def holds(self, step: int) -> bool:
+        """Tell whether the full weights after `step` steps are there; an adapter is."""
+        return self.weights is None or self.weights.holds(step)
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Send all of the student's weights and compare what they made with what was read. See `FullWeights`."""
+        if self.weights is not None:
+            self.weights.check(model)
+
+    def _root_request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request to the part of vLLM's API that is not OpenAI's, and return its answer, if it has one."""
+        data = self._request(path, body, client=self._root)
+        return parsed_answer(data) if data else None
 
     def _load(self, name: str, folder: Path) -> None:
         load = {"lora_name": self._served_name(name), "lora_path": str(folder)}
@@ -173,8 +226,8 @@ class ServerEngine(RolloutEngine):
             "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt,
         }  # fmt: skip
 
-    def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Tensor]:
-        def read(answer: Any) -> list[Tensor]:
+    def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Completion]:
+        def read(answer: Any) -> list[Completion]:
             found = read_completions(answer, sampling.n, sampling.max_new_tokens)
             if found is None:
                 raise RolloutServerError(
@@ -184,13 +237,19 @@ class ServerEngine(RolloutEngine):
             theirs, completions = found
             who = f"{self.url} ({self.model})"
             self.checks.same_prompt(prompt, theirs, who)
-            return [self.checks.completion(ids, reason, sampling.max_new_tokens, who) for ids, reason in completions]
+            checked = [self.checks.completion(ids, r, sampling.max_new_tokens, who) for ids, r, _ in completions]
+            return [
+                Completion(ids, known_logprobs(values, len(ids)) if values else None)
+                for ids, values in zip(checked, (values for _, _, values in completions), strict=True)
+            ]
 
         return self._request("chat/completions", body, read)
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
+    def _request(
+        self, path: str, body: dict[str, Any] | None = None, read: Any = None, client: Client | None = None
+    ) -> Any:
         try:
-            return self._client.ask(path, body, read)
+            return (client or self._client).ask(path, body, read)
         except ServerError as error:
             advice = _ADVICE.get((path, error.status or 0), "")
             raise RolloutServerError(f"{error}{advice}") from error

@@ -83,6 +83,11 @@ class ViGOSConfig(TrainingArguments):
         "tokens of the micro-batch over all ranks.",
     )
 
+    importance_clip: float = _option(
+        0.0,
+        "Multiply each token's loss by its probability now over that when it was sampled, at most this; 0: do not.",
+    )
+
     # --- Teachers and scoring ---
     # Whose weights teach, and how hidden states are computed. None of it but `teacher` changes the loss.
     teacher: Literal["frozen", "ema", "live"] = _option(
@@ -123,6 +128,11 @@ class ViGOSConfig(TrainingArguments):
     )
     vllm_gpu_memory_utilization: float = _option(
         0.3, "Share of the GPU's memory that vLLM in this process takes, in (0, 1]."
+    )
+    vllm_sleep_level: int = _option(
+        0,
+        "While it does not sample, vLLM in this process keeps its weights (0), moves them to the CPU (1) or drops them "
+        "(2, full fine-tuning).",
     )
     rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
     rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
@@ -229,6 +239,11 @@ class ViGOSConfig(TrainingArguments):
         for name, kind in ViGOSConfig.__annotations__.items():
             if kind == "bool" and not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.importance_clip and (self.importance_clip < 1 or self.divergence_temperature != 1):
+            raise ValueError(
+                "importance_clip must be 0, or at least 1 with divergence_temperature 1, got "
+                f"{self.importance_clip} with divergence_temperature {self.divergence_temperature}"
+            )
         for name in ("ema_decay", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -246,10 +261,10 @@ class ViGOSConfig(TrainingArguments):
                     )
             if engine == "server":
                 server_address(str(self.vllm_server_base_url), "vllm_server_base_url", "VIGOS_ROLLOUT_API_KEY")
-            if not self.lora:
-                raise ValueError(
-                    f"lora must be true with rollout_engine={engine!r}, which gets the student as an adapter, got False"
-                )
+        if self.vllm_sleep_level not in (0, 1, 2):
+            raise ValueError(f"vllm_sleep_level must be 0, 1 or 2, got {self.vllm_sleep_level!r}")
+        if self.vllm_sleep_level == 2 and self.lora:
+            raise ValueError("vllm_sleep_level must be at most 1 with lora: nobody sends base weights again, got 2")
         if self.lora and self.train_head:
             raise ValueError(
                 "train_head must be false unless lora=False: an adapter's file cannot hold the head, and the adapter "

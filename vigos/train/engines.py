@@ -23,33 +23,35 @@ def build_engine(args: ViGOSConfig, model: nn.Module, processor: Any) -> Rollout
         return vllm_engine(args, model, tokenizer)
     from vigos.rollout.server import ServerEngine
 
+    folder = Path(str(args.output_dir))
+    sent: dict[str, Any] = {"adapters": folder / "rollout_adapters"}
+    if not args.lora:
+        sent = {"full_weights": folder / "rollout_weights"}
     return ServerEngine(
         str(args.vllm_server_base_url), str(args.rollout_model), tokenizer, concurrency=args.rollout_concurrency,
-        timeout=args.rollout_timeout, retries=args.rollout_retries,
-        adapters=Path(str(args.output_dir)) / "rollout_adapters", **id_rules(base_model(model), tokenizer),
+        timeout=args.rollout_timeout, retries=args.rollout_retries, **sent, **id_rules(base_model(model), tokenizer),
     )  # fmt: skip
 
 
 def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
-    """Make vLLM in this process for a training run: in its model's dtype, with room for its prompts and completions.
+    """Make vLLM in this process for a training run, one a rank: in its model's dtype, with room for what it writes.
 
     Args:
         options: of vLLM's `LLM`, which win over those that follow from `args`.
     """
-    if args.world_size > 1:
-        raise ValueError(
-            f"rollout_engine must be 'server' with several processes, got 'vllm' with {args.world_size}: let vLLM "
-            "serve from other GPUs"
-        )
     base = base_model(model)
     length = base.config.get_text_config().max_position_embeddings
     if args.max_prompt_length:
         length = min(length, args.max_prompt_length + args.max_completion_length)
+    adapters = Path(str(args.output_dir)) / "rollout_adapters"
+    if args.world_size > 1:  # each rank's engine reads its own
+        adapters /= f"rank-{args.process_index}"
     defaults = {
         "dtype": str(base.dtype).removeprefix("torch."), "max_model_len": length,
         "gpu_memory_utilization": args.vllm_gpu_memory_utilization, "limit_mm_per_prompt": {"video": 0},
     }  # fmt: skip
     return VLLMEngine(
-        str(args.rollout_model), tokenizer, adapters=Path(str(args.output_dir)) / "rollout_adapters",
-        lora_r=args.lora_r, **id_rules(base, tokenizer), **(defaults | options),
+        str(args.rollout_model), tokenizer, adapters=adapters if args.lora else None, lora_r=args.lora_r,
+        full_weights=not args.lora, sleep_level=args.vllm_sleep_level, **id_rules(base, tokenizer),
+        **(defaults | options),
     )  # fmt: skip

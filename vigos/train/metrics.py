@@ -22,12 +22,17 @@ PER_TERM = (
     "student_entropy",
     "teacher_entropy",
 )
+# Of a step's time. Tokens: of completions; read by teachers; read by the student (forward, backward); pairs.
+PARTS = ("rollout", "teacher", "student", "divergence", "backward")
 PER_ROLLOUT = (
     "rollout/valid", "rollout/finished", "rollout/tagless", "rollout/accuracy",
     *(f"rollout/invalid/{reason}" for reason in REASONS),
     "length/completion", "length/description", "length/reasoning", "length/answer",
     "examples/skipped", "steps/dropped",
-    "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s", "perf/tokens_per_s",
+    "rollout/age",  # with async_rollout: optimizer steps between the weights that sampled and those that train
+    "mismatch/mean",  # nats between the engine's and the trainer's log-probability of a supervised token
+    *(f"perf/{part}_s" for part in PARTS), "perf/sync_s", "perf/step_s",
+    *(f"perf/{part}_tokens_per_s" for part in PARTS), "perf/tokens_per_s",
     "perf/tflops", "perf/mfu",
     "perf/rollout_wait_s",  # with async_rollout: the part of perf/rollout_s for which the step was blocked
 )  # fmt: skip
@@ -36,7 +41,7 @@ PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{te
 # Added up over ranks, averaged over optimizer steps.
 PER_STEP = (
     *(f"loss/{term}" for term in TERMS),
-    "examples/skipped", "steps/dropped", "perf/rollout_s", "perf/teacher_s", "perf/student_s", "perf/step_s",
+    "examples/skipped", "steps/dropped", "perf/step_s", *(f"perf/{part}_s" for part in PARTS),
 )  # fmt: skip
 NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
 
@@ -47,6 +52,7 @@ class Metrics:
     def __init__(self) -> None:
         self._index = {name: i for i, name in enumerate(NAMES)}
         self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)
+        self._largest = -1.0  # below 0: nothing was measured
 
     def add(self, name: str, numerator: float | Tensor, denominator: float | Tensor = 1.0) -> None:
         """Add to the ratio `name`."""
@@ -104,16 +110,30 @@ class Metrics:
             self.add(f"student_entropy/{name}", student_entropy, tokens)
             self.add(f"teacher_entropy/{name}", teacher_entropy, tokens)
 
-    def state(self) -> list[list[float]]:
-        """Return the sums since the last `collect`."""
-        return self._sums.tolist()
+    def add_mismatch(self, sampled: Tensor, trained: Tensor) -> None:
+        """Add the differences of log-probabilities (R,), where the engine that sampled gave one (not NaN)."""
+        difference = (sampled - trained.float().cpu())[~sampled.isnan()].abs()
+        if len(difference):
+            self.add("mismatch/mean", difference.sum(), len(difference))
+            self._largest = max(self._largest, difference.max().item())
 
-    def restore(self, sums: list[list[float]]) -> None:
+    def state(self) -> list[list[float]]:
+        """Return the sums since the last `collect`, and the largest mismatch."""
+        return [*self._sums.tolist(), [self._largest]]
+
+    def restore(self, state: list[list[float]]) -> None:
         """Go on from a `state`."""
+        *sums, (self._largest,) = state
         self._sums = torch.tensor(sums, dtype=torch.float64)
 
-    def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the ratios since the last call over all ranks; `reduce` sums a tensor over them.
+    def collect(
+        self, reduce: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
+        """Return the ratios since the last call over all ranks, and the largest mismatch.
+
+        Args:
+            reduce: sums a tensor over ranks.
+            largest: takes a tensor's maximum over them; None: there is one.
 
         Ratios without a denominator are left out, and so are the reasons for which no rollout was invalid.
         """
@@ -121,7 +141,10 @@ class Metrics:
         self._sums = torch.zeros_like(self._sums)
         values = (numerator / denominator).tolist()
         silent = {i for name, i in self._index.items() if name.startswith("rollout/invalid/") and not numerator[i]}
-        return {name: values[i] for name, i in self._index.items() if denominator[i] > 0 and i not in silent}
+        found = {name: values[i] for name, i in self._index.items() if denominator[i] > 0 and i not in silent}
+        top = torch.tensor(self._largest, dtype=torch.float64)
+        top, self._largest = (top if largest is None else largest(top)), -1.0
+        return found | ({"mismatch/largest": top.item()} if top >= 0 else {})
 
 
 # Dense bfloat16 TFLOP/s from the data sheets, by what a device's name holds; the first that fits.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 WAIT, WARM_UP, ACTIVE = 1, 1, 2  # steps
-NAMES = ("rollouts", "prompts and spans", "teachers", "student forward", "divergence", "backward", "optimizer")
+NAMES = ("rollouts", "prompts and spans", "teachers", "student forward", "divergence", "backward", "optimizer", "sync")
 
 
 class Phases:
@@ -35,13 +35,16 @@ class Phases:
         on: True while a profile is taken: a phase then ends when the device has done its work, and is in the trace.
         seconds: of each phase while `on`, nested phases not counted twice.
         overlap: seconds of phases that were run on other threads meanwhile.
+        lap: seconds of each phase since the last `take_lap`, profile or not. On a GPU, without a profile, those
+            until the work was queued, or until the phase itself waited for it.
     """
 
     def __init__(self) -> None:
         self.on = False
         self.seconds = dict.fromkeys(NAMES, 0.0)
         self.overlap: dict[str, float] = {}
-        self._lap = dict.fromkeys(NAMES, 0.0)
+        self.lap = dict.fromkeys(NAMES, 0.0)
+        self._nested = 0.0  # seconds of phases that ended in the one under way
 
     def overlapped(self, name: str, seconds: float) -> None:
         """Count work of phase `name` that was done on another thread while other phases ran."""
@@ -49,23 +52,26 @@ class Phases:
             self.overlap[name] = self.overlap.get(name, 0.0) + seconds
 
     def take_lap(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call, profile or not."""
-        lap, self._lap = self._lap, dict.fromkeys(NAMES, 0.0)
+        """Return `lap` and begin another."""
+        lap, self.lap = self.lap, dict.fromkeys(NAMES, 0.0)
         return lap
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Count the time inside as phase `name`, but for the phases nested in it."""
-        nested = sum(self.seconds.values())
+        before, self._nested = self._nested, 0.0
         self._synchronize()
         with record_function(f"vigos::{name}") if self.on else nullcontext():
             start = time.perf_counter()
-            yield
-            self._synchronize()
-            taken = time.perf_counter() - start
-        self._lap[name] += taken
-        if self.on:
-            self.seconds[name] += taken - (sum(self.seconds.values()) - nested)
+            try:
+                yield
+            finally:
+                self._synchronize()
+                taken = time.perf_counter() - start
+                alone, self._nested = taken - self._nested, before + taken
+                self.lap[name] += alone
+                if self.on:
+                    self.seconds[name] += alone
 
     def _synchronize(self) -> None:
         if self.on and torch.cuda.is_available():
@@ -133,7 +139,8 @@ def table(seconds: dict[str, float], total: float, steps: int, overlap: dict[str
     Args:
         overlap: seconds of work on other threads, which stands below.
     """
-    rows = [*seconds.items(), ("the rest", max(total - sum(seconds.values()), 0.0)), ("a step", total)]
+    rows = [item for item in seconds.items() if item != ("sync", 0.0)]  # there is nobody to send weights to
+    rows += [("the rest", max(total - sum(seconds.values()), 0.0)), ("a step", total)]
     rows += [(f"{name}, overlapping", s) for name, s in (overlap or {}).items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {s / steps:9.4f} s  {100 * s / total:5.1f} %" for name, s in rows]

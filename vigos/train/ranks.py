@@ -1,4 +1,4 @@
-"""Sums over the ranks of a run."""
+"""Sums and maxima over the ranks of a run."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def sum_over_ranks(accelerator: Any, values: Tensor) -> Tensor:
 def count_over_ranks(accelerator: Any, count: int) -> int:
     """Return the sum of a count over all ranks; every rank has to call it together."""
     return int(sum_over_ranks(accelerator, torch.tensor(count)))
+
+
+def max_over_ranks(accelerator: Any, value: Tensor) -> Tensor:
+    """Return the largest of the ranks' values; every rank has to call it together."""
+    if accelerator.num_processes == 1:
+        return value
+    return accelerator.gather(value.to(accelerator.device).reshape(1)).max()

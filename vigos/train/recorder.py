@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from vigos.divergence.api import DivergenceOutput
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
 from vigos.method.supervise import Rollout, SupervisedBatch
-from vigos.train.metrics import Metrics, peak_gib, peak_tflops
-from vigos.train.ranks import sum_over_ranks
+from vigos.train.metrics import PARTS, Metrics, peak_gib, peak_tflops
+from vigos.train.ranks import max_over_ranks, sum_over_ranks
 from vigos.train.records import TopTokens, completion_records, fault_record
 from vigos.train.top_tokens import top_tokens
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from vigos.train.config import ViGOSConfig
     from vigos.train.profiling import Phases
     from vigos.train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+DRIFT = 0.05  # nats a token, in the mean, from which on engine and trainer are said to differ
 
 
 class Recorder(TrainerCallback):
@@ -50,7 +55,7 @@ class Recorder(TrainerCallback):
         self._peak_tflops = peak_tflops(accelerator.device)
         self._records: list[dict[str, Any]] = []  # of the step under way
         self._before: list[list[float]] = self.metrics.state()
-        self._started = 0.0
+        self._started, self._warned = 0.0, False
 
     @property
     def _share(self) -> float:
@@ -69,20 +74,26 @@ class Recorder(TrainerCallback):
         self.metrics.add("examples/skipped", 1.0, 0.0)  # a count for each step
         self.folder.write_skipped(step, bad)
 
-    def sampled(self, rollouts: Sequence[Rollout], sampling_s: float) -> None:
+    def sampled(self, step: int, rollouts: Sequence[Rollout], sampling_s: float) -> None:
         """Record the step's rollouts, once its micro-batches are ready to be computed.
 
         Args:
+            step: optimizer steps before this one.
             sampling_s: seconds that sampling took, most of it during the step before with `async_rollout`.
         """
         self.metrics.add_step(self._share)
         self.metrics.add_rollouts(rollouts)
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started - self.phases.lap["sync"]
         if self.args.async_rollout:
+            for rollout in rollouts:
+                if rollout.version is not None:
+                    self.metrics.add("rollout/age", step - rollout.version)
             self.metrics.add("perf/rollout_wait_s", seconds * self._share, self._share)
             seconds = sampling_s
         self.metrics.add("perf/rollout_s", seconds * self._share, 0.0)
-        self.metrics.add("perf/tokens_per_s", sum(r.spans.length for r in rollouts), 0.0)
+        tokens = sum(r.spans.length for r in rollouts)
+        self.metrics.add("perf/rollout_tokens_per_s", tokens, seconds * self._share)
+        self.metrics.add("perf/tokens_per_s", tokens, 0.0)
 
     def palr(self, sums: Mapping[str, tuple[float, float]]) -> None:
         """Record the sums of a PALR measurement, by group."""
@@ -126,9 +137,11 @@ class Recorder(TrainerCallback):
             top: the likeliest tokens at each pair, if they are to be written.
         """
         self.metrics.add_terms(batch, out, self.lambdas, scale=float(self.accelerator.num_processes))
-        seconds = self.phases.take_lap()
-        self.metrics.add("perf/teacher_s", seconds["teachers"] * self._share, 0.0)
-        self.metrics.add("perf/student_s", (seconds["student forward"] + seconds["divergence"]) * self._share, 0.0)
+        if out.student_logprob is not None and self.args.divergence_temperature == 1:
+            self.metrics.add_mismatch(batch.sampled_logprob, out.student_logprob)
+        student, teacher = _tokens_read(batch)
+        for part, tokens in zip(PARTS[1:], (teacher, student, batch.n_pairs, student), strict=True):
+            self.metrics.add(f"perf/{part}_tokens_per_s", tokens, 0.0)
         if self.writes_completions(step):
             images = [self.folder.write_images(r.images, self.args.completion_images) for r in batch.rollouts]
             self._records += completion_records(step, batch, out, self.tokenizer, images, top)
@@ -136,10 +149,7 @@ class Recorder(TrainerCallback):
     def operations(self, batch: SupervisedBatch) -> int:
         """Record and return a micro-batch's floating-point operations: about 6 a student token and parameter, 2 a
         teacher token."""
-        student, teacher = (
-            sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
-            for sequences in (batch.student_sequences, batch.teacher_sequences)
-        )
+        student, teacher = _tokens_read(batch)
         operations = (6 * student + 2 * teacher) * self.parameters
         self.metrics.add("perf/tflops", operations / 1e12, 0.0)
         if self._peak_tflops:
@@ -153,7 +163,17 @@ class Recorder(TrainerCallback):
 
     def logs(self) -> dict[str, float]:
         """Return the metrics since the last call, over all ranks, which call it together."""
-        found = self.metrics.collect(lambda sums: sum_over_ranks(self.accelerator, sums))
+        found = self.metrics.collect(
+            lambda sums: sum_over_ranks(self.accelerator, sums), lambda top: max_over_ranks(self.accelerator, top)
+        )
+        if found.get("mismatch/mean", 0.0) > DRIFT and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the engine that samples and the trainer differ by %.3f nats a token (largest %.3f); rounding gives "
+                "hundredths. Look for another dtype, chat template or image size on the engine's side, weights "
+                "that did not arrive, or (async_rollout) too large a learning rate",
+                found["mismatch/mean"], found["mismatch/largest"],
+            )  # fmt: skip
         return found | {"perf/peak_gib": peak_gib(self.accelerator.device)}
 
     # --- The loop's events, checkpoints ---------------------------------------------------------------------------
@@ -167,6 +187,13 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the step's clock."""
+        lap, share = self.phases.take_lap(), self._share
+        phases = ("teachers", "student forward", "divergence", "backward")
+        for part, phase in zip(PARTS[1:], phases, strict=True):
+            self.metrics.add(f"perf/{part}_s", lap[phase] * share, 0.0)
+            self.metrics.add(f"perf/{part}_tokens_per_s", 0.0, lap[phase] * share)
+        if lap["sync"]:
+            self.metrics.add("perf/sync_s", lap["sync"] * share, share)
         seconds = time.perf_counter() - self._started
         self.metrics.add("perf/step_s", seconds * self._share, 0.0)
         self.metrics.add("perf/tokens_per_s", 0.0, seconds * self._share)
@@ -189,3 +216,12 @@ class Recorder(TrainerCallback):
         """Go on from a `state_dict`."""
         if state:
             self.metrics.restore(state["metrics"])
+
+
+def _tokens_read(batch: SupervisedBatch) -> tuple[int, int]:
+    """Return the tokens of a micro-batch's sequences, shared prefixes counted each time: student's and teachers'."""
+    student, teacher = (
+        sum(len(s.prompt.ids) + len(s.completion_ids) for s in sequences)
+        for sequences in (batch.student_sequences, batch.teacher_sequences)
+    )
+    return student, teacher

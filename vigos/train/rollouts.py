@@ -11,9 +11,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt, encode_prompt
@@ -22,7 +23,9 @@ from vigos.method.spans import Spans, parse_rollout
 from vigos.method.supervise import Rollout, assign, teacher_prefill
 from vigos.models.parts import base_model, unwrap
 from vigos.models.sharding import gather_trained
-from vigos.rollout.engine import RolloutEngine, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout.checks import RolloutError
+from vigos.rollout.engine import Completion, RolloutEngine, eos_ids, placeholder_ids, stream_seed
+from vigos.rollout.full_weights import StaleWeights, checkpoint_groups
 from vigos.rollout.prefetch import Request, RolloutsAhead, check_engine
 from vigos.train.ranks import count_over_ranks
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRIES = 3  # of sending the weights
 UNUSABLE_EXAMPLES = 64  # if so many are refused at the start, and none usable, the run stops with the reasons
 
 Batches = Iterator[list[Example | BadExample]]
@@ -145,7 +149,7 @@ class RolloutLoader:
                 seeds.append(stream_seed(self.args.seed, step, place))
         return Request(step, len(micro_batches), usable, seeds, bad)
 
-    def _completions(self, request: Request) -> list[Tensor]:
+    def _completions(self, request: Request) -> list[Completion]:
         """Return the request's completions, under way on the other thread or sampled now; record its bad examples."""
         for bad in request.bad:
             self._skip(bad, request.step)
@@ -155,10 +159,17 @@ class RolloutLoader:
                 self.sampling_s = self.ahead.seconds
                 self.phases.overlapped("rollouts", self.sampling_s)
                 return completions
-            started = time.perf_counter()
-            self._update_engine(request.step)
-            with self.accelerator.autocast():
-                completions = self.engine.generate(request.prompts, self.sampling, request.seeds)
+            for attempt in itertools.count(1):
+                started = time.perf_counter()
+                self._update_engine(request.step)
+                try:
+                    with self.accelerator.autocast():
+                        completions = self._sample(request, request.step)
+                    break
+                except StaleWeights as error:  # a server that was started again while it sampled
+                    if self.accelerator.num_processes > 1 or attempt == TRIES:
+                        raise
+                    logger.warning("%s; sending them and sampling step %d again", error, request.step + 1)
             self.sampling_s = time.perf_counter() - started
             return completions
 
@@ -166,8 +177,12 @@ class RolloutLoader:
         """Start to sample the next step's `request` on another thread, from the weights before the step under way."""
         with self.phases("rollouts"):
             self._update_engine(request.step - 1)
-            engine, prompts, sampling = self.engine, request.prompts, self.sampling
-            self.ahead.start(request, lambda: engine.generate(prompts, sampling, request.seeds))
+            self.ahead.start(request, lambda: self._sample(request, request.step - 1))
+
+    def _sample(self, request: Request, version: int) -> list[Completion]:
+        """Sample a request's completions from the weights after `version` steps."""
+        found = self.engine.sample(request.prompts, self.sampling, request.seeds)
+        return [replace(completion, version=version) for completion in found]
 
     def _resume(self, request: Request) -> None:
         """Take the completions of the first step after a restart from the checkpoint, if every rank has them."""
@@ -177,24 +192,50 @@ class RolloutLoader:
             self.ahead.start(request, lambda: saved)
 
     def _update_engine(self, step: int) -> None:
-        """Send an engine with weights of its own the adapter after `step` steps, unless it has it."""
-        if step == self._engine_step or not self.engine.owns_weights:
+        """Send an engine with weights of its own those after `step` steps, unless it has them."""
+        engine = self.engine
+        if not engine.owns_weights:
             return
+        if step == self._engine_step:
+            if not engine.takes_groups or not count_over_ranks(self.accelerator, int(not engine.holds(step))):
+                return
+            logger.warning("the engine has lost the weights after %d steps, and is sent them again", step)
         if self.args.async_rollout:  # until no rank samples from the adapter that the engine now drops
             self.ahead.wait()
             self.accelerator.wait_for_everyone()
         student = unwrap(self.model)
-        weights = gather_trained(student)
-        if self.accelerator.is_main_process:
-            self.engine.update_weights(step, student, weights)
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            self.engine.update_weights(step, student, None)
+        with self.phases("sync"):
+            if engine.takes_groups:
+                self._send_groups(step, student)
+            else:
+                weights = gather_trained(student)
+                if self.accelerator.is_main_process or engine.one_a_rank:
+                    engine.update_weights(step, student, weights)
+            self.accelerator.wait_for_everyone()
+            if not self.accelerator.is_main_process and not engine.one_a_rank:
+                engine.update_weights(step, student, None)
         self._engine_step = step
+
+    def _send_groups(self, step: int, student: nn.Module) -> None:
+        """Send all trained weights in groups; an update that did not end on every rank is repeated."""
+        for attempt in range(1, TRIES + 1):
+            groups, failure = checkpoint_groups(student), None
+            if self.accelerator.is_main_process or self.engine.one_a_rank:
+                try:
+                    self.engine.update_weights(step, student, groups)
+                except RolloutError as error:
+                    failure = error
+            for _ in groups:  # gathered by all ranks together, whatever became of those before
+                pass
+            if not count_over_ranks(self.accelerator, int(failure is not None)):
+                return
+            if attempt == TRIES:
+                raise failure or RolloutError(f"another rank's engine did not take the weights after {step} steps")
+            logger.warning("the weights after %d steps did not arrive whole, and are sent again: %s", step, failure)
 
     # --- Parsing and grading --------------------------------------------------------------------------------------
 
-    def _rollouts(self, request: Request, completions: Sequence[Tensor]) -> list[list[Rollout]]:
+    def _rollouts(self, request: Request, completions: Sequence[Completion]) -> list[list[Rollout]]:
         """Parse the completions; return the rollouts of each micro-batch."""
         groups: list[list[Rollout]] = [[] for _ in range(request.micro_batches)]
         n = self.sampling.n
@@ -211,14 +252,14 @@ class RolloutLoader:
             raise ValueError(self._nothing_usable())
         return groups
 
-    def _parse(self, example: Example, prompt: EncodedPrompt, completions: Sequence[Tensor]) -> list[Rollout]:
+    def _parse(self, example: Example, prompt: EncodedPrompt, completions: Sequence[Completion]) -> list[Rollout]:
         """Return an example's rollouts, with the prompts of the teachers that they meet: encoded once, if needed."""
         objective = self.objective
         prompts: dict[Role, EncodedPrompt] = {"student": prompt}
         rollouts = []
-        for ids in completions:
+        for completion in completions:
             spans = parse_rollout(
-                ids,
+                completion.ids,
                 self.tokenizer,
                 style=objective.span_style,
                 validity=objective.validity,
@@ -236,8 +277,10 @@ class RolloutLoader:
                     answer=example["answer"],
                     images=tuple(example["images"]),
                     prompts=prompts,
-                    completion_ids=ids,
+                    completion_ids=completion.ids,
                     spans=spans,
+                    logprobs=completion.logprobs,
+                    version=completion.version,
                     reference=self._reference(example),
                     correct=_is_correct(spans, example) if self.args.grade_rollouts else None,
                 )

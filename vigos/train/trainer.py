@@ -159,6 +159,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             processor=processing_class, prompts=self.prompts, accelerator=self.accelerator, recorder=self.recorder,
             phases=self.phases,
         )  # fmt: skip
+        if self.rollouts.engine.takes_groups:
+            self.rollouts.engine.check_weights(base_model(model))
         self.guard = StepGuard(args, scorer=self.scorer, recorder=self.recorder, accelerator=self.accelerator)
         self._loss_sums = LossSums(self)
         self.parts: dict[str, Stateful] = {
@@ -204,7 +206,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             for group, count in zip(groups, counts, strict=True)
         ]
         rollouts = [rollout for group in groups for rollout in group]
-        self.recorder.sampled(rollouts, self.rollouts.sampling_s)
+        self.recorder.sampled(self.state.global_step, rollouts, self.rollouts.sampling_s)
         if self.args.palr_steps and (self.state.global_step + 1) % self.args.palr_steps == 0:
             self.recorder.palr(self.measure_palr(rollouts).sums())
         self.recorder.begin_micro_batches()
@@ -254,7 +256,10 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             )  # fmt: skip
             top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
         self.recorder.micro_batch(step, batch, out, top)
-        loss = out.loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
+        loss = out.loss
+        if self.args.importance_clip:
+            loss = batch.importance_weighted(out.divergence, out.student_logprob, self.args.importance_clip)
+        loss = loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
         return (loss, out) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
