@@ -74,7 +74,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,bench]'
-	for name in divergence precision dropins logits_rows prefix_tree train_step async_rollout plots pages; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in divergence precision dropins logits_rows prefix_tree train_step generate async_rollout plots pages; do $(BIN)/python bench/$$name.py || exit 1; done
 
 # On the GPU machine, with its own Python: no network, no installs.
 gpu-check:
