@@ -98,6 +98,29 @@ VIGOS_HD float expm1_small(float x) {
   return y * x;
 }
 
+// exp(-a) - 1 + a for a >= 0; `fallen` is 1 - exp(-a).
+VIGOS_HD float second_order(float a, float fallen) {
+  if (!(a < 0.25f)) return a - fallen;
+  float y = -1.0f / 5040.0f;
+  y = fmaf(y, a, 1.0f / 720.0f);
+  y = fmaf(y, a, -1.0f / 120.0f);
+  y = fmaf(y, a, 1.0f / 24.0f);
+  y = fmaf(y, a, -1.0f / 6.0f);
+  return fmaf(y, a, 0.5f) * a * a;
+}
+
+// (1 + z) log(1 + z) - z, given the logarithm; to rounding also where z is small.
+VIGOS_HD float entropy_gap(float z, float log) {
+  if (!(fabsf(z) < 0.125f)) return (1.0f + z) * log - z;
+  float y = 1.0f / 56.0f;
+  y = fmaf(y, z, -1.0f / 42.0f);
+  y = fmaf(y, z, 1.0f / 30.0f);
+  y = fmaf(y, z, -1.0f / 20.0f);
+  y = fmaf(y, z, 1.0f / 12.0f);
+  y = fmaf(y, z, -1.0f / 6.0f);
+  return fmaf(y, z, 0.5f) * z * z;
+}
+
 // Running sums over some entries of a row. Both sides are summed under one shift, m = max(max_s, max_t - offset), the
 // teacher's logits lowered by `offset`: e_s = exp(z_s - m), e_t = exp(z_t - offset - m). That makes sum_t - sum_s a sum
 // of small differences where the models agree, and L_t - L_s = offset + log(1 + (sum_t - sum_s) / sum_s) exact to the
@@ -203,7 +226,8 @@ struct SecondSums {
 struct Row {
   Kind kind = kForwardKL;
   bool entries_clipped = false;  // entry_clip is finite
-  float entry_clip = INFINITY, beta = 0.5f;
+  float entry_clip = INFINITY;
+  float share = 0.5f;  // of JSD: the smaller of beta and 1 - beta, negative where it is the student's
   float origin_s = 0.0f, origin_t = 0.0f, inv_sum_s = 0.0f, inv_sum_t = 0.0f;
   float lse_gap = 0.0f;   // L_s - L_t
   float mean_gap = 0.0f;  // gap / sum
@@ -220,10 +244,10 @@ struct Row {
   VIGOS_HD float divergence() const { return second() ? sums.divergence : kl(); }
 };
 
-VIGOS_HD Row finish(const RowStats& stats, Kind kind, float beta, float entry_clip) {
+VIGOS_HD Row finish(const RowStats& stats, Kind kind, float share, float entry_clip) {
   Row row;
   row.kind = kind;
-  row.beta = beta;
+  row.share = share;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
   row.origin_s = stats.shift();
@@ -252,10 +276,10 @@ VIGOS_HD void save(const Row& row, float* state) {
   state[State::kMeanSlope] = row.sums.mean_slope;
 }
 
-VIGOS_HD Row restore(const float* state, Kind kind, float beta, float entry_clip) {
+VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_clip) {
   Row row;
   row.kind = kind;
-  row.beta = beta;
+  row.share = share;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
   row.origin_s = state[State::kOriginS];
@@ -281,40 +305,68 @@ VIGOS_HD Entry entry_of(const Row& row, const Logits& x) {
           x.gap - row.lse_gap, x.gap};
 }
 
-// log(p_s / m); log(p_t / m) is this less delta, except where delta = -inf.
-VIGOS_HD float log_student_over_mixture(float delta, float beta) {
-  return delta < 0.0f ? delta - log1pf((1.0f - beta) * expm1f(delta)) : -log1pf(beta * expm1f(-delta));
+// An entry's term of a divergence before the entry clip, and p_s times its derivative to p_s; for reverse KL less p_s,
+// which sums to 1 and drops out.
+struct Term {
+  float value, slope;
+};
+
+// JSD. With a = |delta|, c = |share| the smaller of the mixture's weights, and that weight on the smaller probability,
+// m = larger (1 + z), z = -c (1 - exp(-a)), and the term is larger (c k(a) - g(z)), k = 1 - exp(-a) - a exp(-a),
+// g = (1 + z) log(1 + z) - z. With it on the larger one, m = smaller (1 + z), z = c (exp(a) - 1), and the term is
+// larger (c h(a) - exp(-a) g(z)), h = exp(-a) - 1 + a. Both are of order c (1 - c) a^2 / 2 and at most half of their
+// first part cancels, however small c and a are. Where z > 1, m / larger = c (1 - exp(-a)) + exp(-a) is used as it is.
+VIGOS_HD Term jsd_term(const Entry& e, float share) {
+  if (e.p_s == 0.0f && e.p_t == 0.0f) return {0.0f, 0.0f};
+  const float c = fabsf(share), a = fabsf(e.delta), most = a > 1e3f ? 1e3f : a;
+  const float fallen = -expm1f(-a), kept = expf(-a);
+  const bool up = e.delta > 0.0f;
+  const float part = c * fallen, mixed = part + kept, second = second_order(most, fallen);
+  float z, log, value, to_larger, to_smaller;  // log m - log of each
+  if (up == (share > 0.0f)) {
+    z = -part;
+    log = log1pf(z);
+    const float k = a < 0.25f ? fallen * a - second : fallen - most * kept;
+    value = c * k - entropy_gap(z, log);
+    to_larger = log;
+    to_smaller = log + most;
+  } else if (part > kept) {
+    log = log1pf((1.0f - mixed) / mixed);
+    value = mixed * log - (1.0f - c) * most * kept;
+    to_larger = -log;
+    to_smaller = most - log;
+  } else {
+    z = part / kept;
+    log = log1pf(z);
+    value = c * second - kept * entropy_gap(z, log);
+    to_larger = log - most;
+    to_smaller = log;
+  }
+  const float student = (share < 0.0f ? c : 1.0f - c) * e.p_s;
+  return {(up ? e.p_s : e.p_t) * value, e.p_s == 0.0f ? 0.0f : -student * (up ? to_larger : to_smaller)};
 }
 
-VIGOS_HD float log_teacher_over_mixture(float delta, float beta) {
-  return delta < 0.0f ? -log1pf((1.0f - beta) * expm1f(delta)) : -delta - log1pf(beta * expm1f(-delta));
+VIGOS_HD Term term(const Row& row, const Entry& e) {
+  if (row.kind == kJSD) return jsd_term(e, row.share);
+  if (row.kind == kForwardKL) return {e.p_t == 0.0f ? 0.0f : -e.p_t * e.delta, 0.0f};
+  const float value = e.p_s == 0.0f ? 0.0f : e.p_s * e.delta;
+  return {value, value};
 }
 
-// The entry's term of the divergence, before the entry clip.
-VIGOS_HD float term(const Row& row, const Entry& e) {
-  if (row.kind == kForwardKL) return e.p_t == 0.0f ? 0.0f : -e.p_t * e.delta;
-  if (row.kind == kReverseKL) return e.p_s == 0.0f ? 0.0f : e.p_s * e.delta;
-  const float teacher = e.p_t == 0.0f ? 0.0f : row.beta * e.p_t * log_teacher_over_mixture(e.delta, row.beta);
-  const float student = e.p_s == 0.0f ? 0.0f : (1.0f - row.beta) * e.p_s * log_student_over_mixture(e.delta, row.beta);
-  return teacher + student;
-}
-
-// p_s times the derivative of an entry's term to p_s; for reverse KL less p_s, which sums to 1 and drops out.
-VIGOS_HD float term_slope(const Row& row, const Entry& e, bool clipped) {
-  if (row.kind == kReverseKL && clipped) return -e.p_s;
-  if (clipped || e.p_s == 0.0f) return 0.0f;
-  if (row.kind == kReverseKL) return e.p_s * e.delta;
-  return (1.0f - row.beta) * e.p_s * log_student_over_mixture(e.delta, row.beta);
+// The slope of a term that may be clipped.
+VIGOS_HD float clipped_slope(const Row& row, const Entry& e, float slope, bool clipped) {
+  if (!clipped) return slope;
+  return row.kind == kReverseKL ? -e.p_s : 0.0f;
 }
 
 VIGOS_HD void add_second(SecondSums& sums, const Row& row, const Entry& e) {
-  const float value = term(row, e);
-  const bool clipped = value > row.entry_clip;
-  sums.divergence += clipped ? row.entry_clip : value;
+  const Term t = term(row, e);
+  const bool clipped = t.value > row.entry_clip;
+  sums.divergence += clipped ? row.entry_clip : t.value;
   if (row.kind == kForwardKL) {
     sums.mean_slope += clipped ? e.p_t : 0.0f;  // 1 - the kept mass: p_s * kept - p_t would cancel
   } else {
-    sums.mean_slope += term_slope(row, e, clipped);
+    sums.mean_slope += clipped_slope(row, e, t.slope, clipped);
   }
 }
 
@@ -332,10 +384,11 @@ VIGOS_HD float gradient_kl(const Row& row, const Entry& e) {
 
 // The same after a second visit.
 VIGOS_HD float gradient_second(const Row& row, const Entry& e) {
-  const bool clipped = term(row, e) > row.entry_clip;
+  const Term t = term(row, e);
+  const bool clipped = t.value > row.entry_clip;
   const float subtracted = e.p_s * row.sums.mean_slope;
   if (row.kind == kForwardKL) return (clipped ? e.p_s : difference(e)) - subtracted;
-  return term_slope(row, e, clipped) - subtracted;
+  return clipped_slope(row, e, t.slope, clipped) - subtracted;
 }
 
 VIGOS_HD float gradient(const Row& row, const Entry& e) {

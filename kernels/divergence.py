@@ -103,7 +103,7 @@ class Options:
     vocab_start: int  # global id of the first column
     student_transform: tuple[float, float, float]  # (alpha, inner, height) of numerics.transform; inner 0: no softcap
     teacher_transform: tuple[float, float, float]
-    beta: float
+    share: float  # of JSD: the smaller of beta and 1 - beta, negative where it is the student's
     entry_clip: float | None
     difference: bool = False  # a student row's logits are given less its teacher row's
     launch: Launch = LAUNCH
@@ -264,7 +264,7 @@ def _finish_kernel(
 @triton.jit
 def _second_stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, partial_ptr,
-    V, vocab, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, beta, entry_clip,
+    V, vocab, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc, stride_state,
     BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -289,7 +289,7 @@ def _second_stats_kernel(
                 alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
             )  # fmt: skip
             p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap)
-            more, slope = second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES)
+            more, slope = second_terms(p_s, p_t, delta, kind, share, entry_clip, CLIP_ENTRIES)
             value += more
             mean += slope
         tl.store(out, tl.sum(value, 0))
@@ -319,7 +319,7 @@ def _second_finish_kernel(
 def _grad_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, row_grad_ptr,
     order_ptr, offsets_ptr, out_ptr,
-    V, vocab, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, beta, entry_clip,
+    V, vocab, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_state, stride_om, stride_ov,
     BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -349,7 +349,7 @@ def _grad_kernel(
             )  # fmt: skip
             g = slope_of(
                 gap, p_s, p_t, delta, tl.load(state + PIVOT_OF_ROW), tl.load(state + MEAN_GAP),
-                tl.load(state + MEAN_SLOPE), kind, beta, entry_clip, CLIP_ENTRIES,
+                tl.load(state + MEAN_SLOPE), kind, share, entry_clip, CLIP_ENTRIES,
             )  # fmt: skip
             acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
     out = out_ptr + i.to(tl.int64) * stride_om + offs.to(tl.int64) * stride_ov
@@ -405,7 +405,7 @@ def second_partials(
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, partial, v, options.vocab, launch.span, *options.transforms, options.beta, options.clip_of_entries,
+            state, partial, v, options.vocab, launch.span, *options.transforms, options.share, options.clip_of_entries,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
             state.stride(0), BLOCK_V=min(launch.second_block, triton.next_power_of_2(v)), **options.softcaps,
             CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=launch.stats_warps,
@@ -440,7 +440,7 @@ def row_grad(
         block = min(options.launch.grad_block, triton.next_power_of_2(v))
         _grad_kernel[(n, triton.cdiv(v, block))](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, row_grad, order, offsets, out, v, options.vocab, *options.transforms, options.beta,
+            state, row_grad, order, offsets, out, v, options.vocab, *options.transforms, options.share,
             options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
             state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.softcaps,
             CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference,

@@ -39,8 +39,8 @@ JSD = tl.constexpr(2)
 
 
 @triton.jit
-def expm1(x):
-    """Return exp(x) - 1; below 0.7 its Taylor polynomial, whose remainder there is under 2**-26 of the value."""
+def expm1_tail(x):
+    """Return exp(x) - 1 - x for |x| < 0.7, a Taylor polynomial whose remainder is under 2**-26 of exp(x) - 1."""
     y = x * (1.0 / 362880.0) + (1.0 / 40320.0)
     y = y * x + (1.0 / 5040.0)
     y = y * x + (1.0 / 720.0)
@@ -48,8 +48,13 @@ def expm1(x):
     y = y * x + (1.0 / 24.0)
     y = y * x + (1.0 / 6.0)
     y = y * x + 0.5
-    y = y * x + 1.0
-    return tl.where(tl.abs(x) < 0.7, y * x, tl.exp(x) - 1.0)
+    return y * x * x
+
+
+@triton.jit
+def expm1(x):
+    """Return exp(x) - 1."""
+    return tl.where(tl.abs(x) < 0.7, x + expm1_tail(x), tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -181,29 +186,52 @@ def bregman(p, other, log_ratio):
 
     An error of lse_gap, which is one of rounding in L, is of second order in the sum.
     """
-    near = tl.where(tl.abs(log_ratio) < 0.7, p * (log_ratio + expm1(-log_ratio)), p * log_ratio + (other - p))
+    near = tl.where(tl.abs(log_ratio) < 0.7, p * expm1_tail(-log_ratio), p * log_ratio + (other - p))
     return tl.where(p == 0.0, other, near)
 
 
 @triton.jit
-def mixture_logs(delta, beta):
-    """Return (log(p_s / m), log(p_t / m)); not for delta = +-inf on the side whose probability is 0."""
-    e = expm1(-tl.abs(delta))
-    down = delta < 0.0
-    shared = log1p(tl.where(down, 1.0 - beta, beta) * e)
-    return tl.where(down, delta, 0.0) - shared, tl.where(down, 0.0, -delta) - shared
+def jsd_term(p_s, p_t, delta, share):
+    """Return the entry's term of JSD and the student's part of it, as csrc/numerics.h derives them."""
+    c, a = tl.abs(share), tl.abs(delta)
+    e, kept = expm1(-a), tl.exp(-a)
+    up = delta > 0.0
+    of_smaller = up == (share > 0.0)
+    part = -c * e
+    mixed = part + kept
+    far = (part > kept) & (of_smaller == 0)
+    z = tl.where(of_smaller, -part, tl.where(far, (1.0 - mixed) / mixed, part / tl.where(kept == 0.0, 1.0, kept)))
+    log = log1p(z)
+    most = tl.where(a > 1e3, 1e3, a)  # NaN stays
+    to_larger = tl.where(far, -log, tl.where(of_smaller, log, log - most))
+    to_smaller = tl.where(of_smaller | far, most + to_larger, log)
+    second_order = tl.where(a < 0.7, expm1_tail(-a), e + most)
+    curve = tl.where(a < 0.25, -(second_order + e * most), -e - most * kept)
+    square = z * (1.0 / 56.0) - (1.0 / 42.0)
+    square = square * z + (1.0 / 30.0)
+    square = square * z - (1.0 / 20.0)
+    square = square * z + (1.0 / 12.0)
+    square = square * z - (1.0 / 6.0)
+    square = square * z + 0.5
+    square = tl.where(tl.abs(z) < 0.125, square * z * z, (1.0 + z) * log - z)  # (1 + z) log(1 + z) - z
+    value = tl.where(of_smaller, c * curve - square, c * second_order - kept * square)
+    value = tl.where(far, mixed * log - (1.0 - c) * most * kept, value)
+    larger = tl.where(up, p_s, p_t)
+    student = tl.where(share < 0.0, c, 1.0 - c) * p_s
+    return (
+        tl.where((p_s == 0.0) & (p_t == 0.0), 0.0, larger * value),
+        tl.where(p_s == 0.0, 0.0, -student * tl.where(up, to_larger, to_smaller)),
+    )
 
 
 @triton.jit
-def term(p_s, p_t, delta, kind, beta):
+def term(p_s, p_t, delta, kind, share):
     """Return (the entry's term of the divergence, p_s times its derivative to p_s, for reverse KL less p_s).
 
     The p_s that is subtracted sums to 1 and drops out of the gradient. Forward KL has no use for the second.
     """
     if kind == JSD:
-        log_s, log_t = mixture_logs(delta, beta)
-        slope = tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * log_s)
-        value = slope + tl.where(p_t == 0.0, 0.0, beta * p_t * log_t)
+        value, slope = jsd_term(p_s, p_t, delta, share)
     else:
         if kind == REVERSE:
             value = tl.where(p_s == 0.0, 0.0, p_s * delta)
@@ -226,9 +254,9 @@ def clipped_slope(slope, p_s, p_t, delta, clipped, kind):
 
 
 @triton.jit
-def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr):
+def second_terms(p_s, p_t, delta, kind, share, entry_clip, CLIP_ENTRIES: tl.constexpr):
     """Return what an entry adds to (divergence, mean slope) in the second sweep."""
-    value, slope = term(p_s, p_t, delta, kind, beta)
+    value, slope = term(p_s, p_t, delta, kind, share)
     clipped = value > entry_clip
     divergence = tl.where(clipped, entry_clip, value)
     if not CLIP_ENTRIES:
@@ -241,15 +269,15 @@ def second_terms(p_s, p_t, delta, kind, beta, entry_clip, CLIP_ENTRIES: tl.const
 
 @triton.jit
 def slope_of(
-    gap, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, beta, entry_clip, CLIP_ENTRIES: tl.constexpr
+    gap, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, share, entry_clip, CLIP_ENTRIES: tl.constexpr
 ):  # fmt: skip
     """Return d divergence / d z_s."""
     if CLIP_ENTRIES:
-        value, slope = term(p_s, p_t, delta, kind, beta)
+        value, slope = term(p_s, p_t, delta, kind, share)
         g = clipped_slope(slope, p_s, p_t, delta, value > entry_clip, kind) - p_s * mean_slope
     else:
         if kind == JSD:
-            value, slope = term(p_s, p_t, delta, kind, beta)
+            value, slope = term(p_s, p_t, delta, kind, share)
             g = slope - p_s * mean_slope
         else:
             if kind == REVERSE:

@@ -88,23 +88,6 @@ def test_the_beta_of_trl_and_liger():
         vigos.kind_and_beta(1.5)
 
 
-@pytest.mark.parametrize("beta", [1e-4, 1e-3, 1 - 1e-3, 1 - 1e-4])
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_jsd_near_its_ends(impl, beta):
-    """Right to 5e-4 where float32 is taken; closer, where it was 1.3 % off and then 0, float64 or nothing."""
-    g = torch.Generator().manual_seed(0)
-    s, t = torch.randn(8, 50, generator=g) * 2, torch.randn(8, 50, generator=g) * 2
-    rows = vigos.Supervision.aligned(8, kind="jsd")
-    ours = vigos.logits_divergence(s, t, supervision=rows, beta=beta, impl=impl).divergence
-    torch.testing.assert_close(ours.double(), reference.jsd(s.double(), t.double(), beta), rtol=5e-4, atol=0)
-    for closer in (1e-8, 1e-6, 1 - 1e-6, 1 - 1e-8):
-        with pytest.raises(ValueError, match=r"beta must be at least 0\.0001 away from 0 and 1"):
-            vigos.logits_divergence(s, t, supervision=rows, beta=closer, impl=impl)
-        exact = reference.jsd(s.double(), t.double(), closer)
-        ours = vigos.logits_divergence(s.double(), t.double(), supervision=rows, beta=closer).divergence
-        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("op", ["linear", "logits"])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_reductions(op, reduction):

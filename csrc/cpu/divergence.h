@@ -20,7 +20,7 @@ struct Transforms {
 };
 
 struct Options {
-  float beta = 0.5f;
+  float share = 0.5f;       // as Row::share
   float entry_clip = 0.0f;  // used if has_clip
   bool has_clip = false;
 };

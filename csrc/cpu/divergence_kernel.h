@@ -150,6 +150,17 @@ struct Terms {
   vf p_s;
 };
 
+// (1 + z) log(1 + z) - z, given the logarithm; to rounding also where z is small.
+inline vf entropy_gap(vf z, vf log) {
+  vf y = z * (1.0f / 56.0f) - 1.0f / 42.0f;
+  y = y * z + 1.0f / 30.0f;
+  y = y * z - 1.0f / 20.0f;
+  y = y * z + 1.0f / 12.0f;
+  y = y * z - 1.0f / 6.0f;
+  y = y * z + 0.5f;
+  return abs_(z) < 0.125f ? y * z * z : (1.0f + z) * log - z;
+}
+
 // VALUE: of the unclipped KL, whose terms the third visit has no use for.
 template <int KIND, bool CLIP, bool VALUE>
 inline Terms terms(const Entry& e, const Column& c, const Options& o) {
@@ -162,12 +173,20 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
   const vf p_s = up ? larger : smaller, p_t = up ? smaller : larger;
   const vf nothing = delta == delta ? vf{} : delta;
   if constexpr (KIND == kJSD) {
-    const vf b = up ? splat(o.beta) : splat(1.0f - o.beta);
-    const vf to_m = log1p_(b * f.e);      // log m - log larger
-    const vf of_larger = -larger * to_m;  // p (log p - log m)
-    const vf of_smaller = -smaller * (capped(a, 200.0f) + to_m);
-    const vf g = (1.0f - o.beta) * (up ? of_larger : of_smaller);
-    const vf u = g + o.beta * (up ? of_smaller : of_larger);
+    // The arms of jsd_term in csrc/numerics.h.
+    const float share = o.share < 0.0f ? -o.share : o.share;
+    const vi of_smaller = o.share > 0.0f ? up : ~up;
+    const vf part = -share * f.e, mixed = part + f.ex, most = capped(a, 200.0f);
+    const vi far = ~of_smaller & (part > f.ex);
+    const vf z = of_smaller ? -part : (far ? (1.0f - mixed) / mixed : part / f.ex);
+    const vf log = log1p_(z);
+    const vf to_larger = far ? -log : (of_smaller ? log : log - most);  // log m - log larger
+    const vf to_smaller = of_smaller | far ? to_larger + most : log;
+    const vf k = a < 0.25f ? -(f.h + f.e * a) : -f.e - most * f.ex;
+    const vf gap = entropy_gap(z, log);
+    const vf near = of_smaller ? share * k - gap : share * f.h - f.ex * gap;
+    const vf u = larger * (far ? mixed * log - (1.0f - share) * most * f.ex : near);
+    const vf g = (o.share > 0.0f ? share - 1.0f : -share) * (p_s * (up ? to_larger : to_smaller));
     if constexpr (CLIP) return {capped(u, o.entry_clip), u <= o.entry_clip ? g : nothing, p_s};
     return {u, g, p_s};
   } else {

@@ -53,11 +53,11 @@ void register_cpu(py::module_& m) {
             f.bias_gap = pointer<const float>(bias_gap);
           },
           py::arg("bias_s"), py::arg("bias_t"), py::arg("bias_gap"));
-  py::class_<Options>(m, "Options", py::module_local(), "beta of JSD, and the clip of each entry's term or None.")
-      .def(py::init([](float beta, std::optional<float> clip) {
-             return Options{beta, clip.value_or(0.0f), clip.has_value()};
+  py::class_<Options>(m, "Options", py::module_local(), "The share of JSD, and the clip of each entry's term or None.")
+      .def(py::init([](float share, std::optional<float> clip) {
+             return Options{share, clip.value_or(0.0f), clip.has_value()};
            }),
-           py::arg("beta"), py::arg("entry_clip"));
+           py::arg("share"), py::arg("entry_clip"));
   py::class_<Chunk>(m, "Chunk", py::module_local(), "Logits (v, width) of both sides.")
       .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width) {
              return Chunk{pointer<float>(s), pointer<float>(t), ld_s, ld_t, v, width};

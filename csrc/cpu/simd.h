@@ -80,7 +80,7 @@ inline Fall fall(vf a) {
   return {e, far, unscaled ? tail : e + a};
 }
 
-// log(1 + u) for -1 < u <= 0.
+// log(1 + u) for finite u > -1.
 inline vf log1p_(vf u) {
   const vf w = 1.0f + u;
   const vi k = (bits(w) - 0x3f3504f3) >> 23;  // w = 2^k m, m in [sqrt(1/2), sqrt(2))

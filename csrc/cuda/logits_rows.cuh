@@ -265,7 +265,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
       stats = warp_merge<FAST>(stats, 32, reverse);
     }
   }
-  if (thread == 0) shared.row = finish(stats, kind, p.beta, p.entry_clip);
+  if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip);
   device::block_sync();
   Row row = shared.row;
 
@@ -368,7 +368,7 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
   const int64_t begin = p.offsets[n], end = p.offsets[n + 1];
 
   const auto row_of = [&](int64_t r) {
-    return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.beta, p.entry_clip);
+    return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.share, p.entry_clip);
   };
   const auto teacher_of = [&](int64_t r) {
     return static_cast<const T*>(p.teacher) + p.teacher_row[r] * p.stride_teacher;

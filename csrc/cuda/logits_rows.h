@@ -36,8 +36,8 @@ struct LogitsRowsParams {
   int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
 
   Transform student_transform, teacher_transform;
-  bool alike = true;  // the transforms are the same; set by the launcher
-  float beta = 0.5f;
+  bool alike = true;   // the transforms are the same; set by the launcher
+  float share = 0.5f;  // as Row::share
   float entry_clip = INFINITY;
 };
 
@@ -71,8 +71,8 @@ struct LogitsGradientParams {
   int64_t rows = 0, vocab = 0, logical_vocab = 0;
   int64_t stride_student = 0, stride_teacher = 0, stride_dlogits = 0;
   Transform student_transform, teacher_transform;
-  bool alike = true;  // the transforms are the same; set by the launcher
-  float beta = 0.5f;
+  bool alike = true;   // the transforms are the same; set by the launcher
+  float share = 0.5f;  // as Row::share
   float entry_clip = INFINITY;
 };
 

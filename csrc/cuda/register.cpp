@@ -108,7 +108,7 @@ void register_cuda(py::module_& parent) {
     VIGOS_FIELD(stride_dlogits);
     VIGOS_FIELD(student_transform);
     VIGOS_FIELD(teacher_transform);
-    VIGOS_FIELD(beta);
+    VIGOS_FIELD(share);
     VIGOS_FIELD(entry_clip);
   }
   {
@@ -133,7 +133,7 @@ void register_cuda(py::module_& parent) {
     VIGOS_FIELD(stride_dlogits);
     VIGOS_FIELD(student_transform);
     VIGOS_FIELD(teacher_transform);
-    VIGOS_FIELD(beta);
+    VIGOS_FIELD(share);
     VIGOS_FIELD(entry_clip);
   }
 #undef VIGOS_FIELD

@@ -256,7 +256,7 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
 }  // namespace vigos
 
 // One row through numerics.h: out (4, n) is gap, delta, term and gradient of each entry.
-void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, float beta, float entry_clip,
+void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, float share, float entry_clip,
                       float* out) {
   using namespace vigos;
   const bool reverse = kind == kReverseKL;
@@ -265,13 +265,13 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
     raise<false>(stats, z_s[i], z_t[i], reverse);
     add<false>(stats, scaled_pair(z_s[i], z_t[i], 1.0f), reverse);
   }
-  Row row = finish(stats, static_cast<Kind>(kind), beta, entry_clip);
+  Row row = finish(stats, static_cast<Kind>(kind), share, entry_clip);
   for (int64_t i = 0; i < n && row.second(); ++i) {
     add_second(row.sums, row, entry_of<false>(row, scaled_pair(z_s[i], z_t[i], 1.0f)));
   }
   for (int64_t i = 0; i < n; ++i) {
     const Entry e = entry_of<false>(row, scaled_pair(z_s[i], z_t[i], 1.0f));
-    const float fields[4] = {e.gap, e.delta, term(row, e), gradient(row, e)};
+    const float fields[4] = {e.gap, e.delta, term(row, e).value, gradient(row, e)};
     for (int k = 0; k < 4; ++k) out[k * n + i] = fields[k];
   }
 }
@@ -279,8 +279,8 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
 PYBIND11_MODULE(cuda_emulator, m) {
   vigos::register_cuda(m);
   m.def("entries_of_a_row",
-        [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float beta, float clip, uintptr_t out) {
-          entries_of_a_row(reinterpret_cast<const float*>(z_s), reinterpret_cast<const float*>(z_t), n, kind, beta,
+        [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float share, float clip, uintptr_t out) {
+          entries_of_a_row(reinterpret_cast<const float*>(z_s), reinterpret_cast<const float*>(z_t), n, kind, share,
                            clip, reinterpret_cast<float*>(out));
         });
   m.def("set_device", [](int capability, int64_t limit) {

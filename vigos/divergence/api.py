@@ -85,7 +85,7 @@ def linear_divergence(
         temperature: both distributions are softmax(logits / temperature); no temperature squared in the loss.
         beta: of rows of kind JSD, beta * KL(teacher || m) + (1 - beta) * KL(student || m) with
             m = (1 - beta) * student + beta * teacher. Towards 0 it approaches forward KL times beta, towards 1 reverse
-            KL times 1 - beta; closer than 1e-4 to either it needs float64 operands. `kind_and_beta` translates TRL's
+            KL times 1 - beta. `kind_and_beta` translates TRL's
             and Liger's meaning.
         entry_clip: each vocabulary entry's term is clipped to this before the sum (OPSD's clip).
         labels: int64, ids whose log-probabilities are returned; (R,), or of the mask's shape.

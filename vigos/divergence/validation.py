@@ -20,7 +20,7 @@ from vigos.divergence.head import Head
 from vigos.divergence.supervision import KINDS, Supervision
 
 T = TypeVar("T")
-MARGIN = 1e-4  # of beta: a JSD of float32 logits is then right to about 1e-4 of its value
+SMALLEST_BETA = 1e-30  # a JSD is about beta times a KL, and float32 ends at 1e-38
 REDUCTIONS = ("sum", "mean", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -111,10 +111,10 @@ def check_scalars(
         ("beta", beta, lambda x: 0 < x < 1, "strictly between 0 and 1 (forward and reverse KL are kinds of their own)"),
         ("entry_clip", entry_clip, lambda x: x is None or x > 0, "a positive number or None"),
     )
-    if dtype != torch.float64 and not MARGIN <= beta <= 1 - MARGIN:
+    if dtype != torch.float64 and beta < SMALLEST_BETA:
         raise ValueError(
-            f"beta must be at least {MARGIN:g} away from 0 and 1, got {beta!r}: the mixture's weights are float32, in "
-            'which a JSD so close to a KL is lost; use kind "forward" or "reverse", or float64 operands'
+            f"beta must be at least {SMALLEST_BETA:g} with {dtype} operands, got {beta!r}: the divergence, about beta "
+            'times a KL, would be lost; use kind "forward"'
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")

@@ -188,22 +188,45 @@ def _kl_terms(terms: _Terms, of_student: bool) -> Tensor:
     )
 
 
-def _jsd_terms(terms: _Terms, beta: float) -> tuple[Tensor, Tensor]:
-    """Return (the divergence's terms, the student's share of them)."""
-    a = terms.delta.abs()
-    other = (1 - beta) + (2 * beta - 1) * terms.student_larger.to(a.dtype)  # the mixture's weight of the smaller one
-    to_mixture = torch.log1p(other * torch.expm1(-a))
-    larger = -terms.larger * to_mixture  # p (log p - log m)
-    smaller = -torch.where(terms.student_larger, terms.p_t, terms.p_s) * (a.clamp(max=1e3) + to_mixture)
-    student = (1 - beta) * torch.where(terms.student_larger, larger, smaller)
-    return student + beta * torch.where(terms.student_larger, smaller, larger), student
+def _entropy_gap(z: Tensor, log: Tensor) -> Tensor:
+    """Return (1 + z) log(1 + z) - z given log(1 + z), to rounding also where z is small."""
+    series = torch.zeros_like(z)
+    for k in range(16 if z.dtype == torch.float64 else 8, 1, -1):
+        series.mul_(-z).add_(1 / (k * (k - 1)))
+    return torch.where(z.abs() < 0.125, series * z * z, (1 + z) * log - z)
+
+
+def _jsd_terms(terms: _Terms, share: float) -> tuple[Tensor, Tensor]:
+    """Return (the divergence's terms, the student's share of them).
+
+    c = |share|, the smaller weight of the mixture m, is of the smaller probability or of the larger one. A term is
+    larger (c k(a) - g(z)) or larger (c h(a) - exp(-a) g(z)), both of order c (1 - c) a^2 / 2 without a cancellation.
+    """
+    c, a = abs(share), terms.delta.abs()
+    fallen, kept = -torch.expm1(-a), torch.exp(-a)
+    of_smaller = terms.student_larger == (share > 0)
+    part = c * fallen
+    mixed = part + kept  # m / larger, where c is of the larger one
+    far = ~of_smaller & (part > kept)
+    z = torch.where(of_smaller, -part, torch.where(far, (1 - mixed) / mixed, part / kept))
+    log = torch.log1p(z)
+    most = a.clamp(max=1e3)
+    to_larger = torch.where(far, -log, torch.where(of_smaller, log, log - most))  # log m - log larger
+    to_smaller = torch.where(of_smaller | far, most + to_larger, log)
+    second_order = _expm1_plus(a)
+    curve = torch.where(a < 0.25, fallen * a - second_order, fallen - most * kept)
+    gap = _entropy_gap(z, log)
+    value = torch.where(of_smaller, c * curve - gap, c * second_order - kept * gap)
+    value = torch.where(far, mixed * log - (1 - c) * most * kept, value)
+    student = -terms.p_s * torch.where(terms.student_larger, to_larger, to_smaller)
+    return terms.larger * value, (c if share < 0 else 1 - c) * student
 
 
 def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
     """Return (terms of the divergence, a), (C, V) each."""
     clip = rows.entry_clip
     if kind == JSD:
-        u, a = _jsd_terms(terms, rows.beta)
+        u, a = _jsd_terms(terms, rows.share)
         return (u, a) if clip is None else (torch.where(u > clip, clip, u), torch.where(u > clip, 0.0, a))
     nothing = torch.where(terms.delta.isnan(), terms.delta, 0.0)
     if kind == REVERSE_KL:

@@ -189,7 +189,7 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     seen = replace(problem, teacher_transform=theirs)
     difference = head_t is None and seen.alike
     transform = _Transforms(seen, problem.student_bias, teacher_bias, real, difference)
-    options = c.Options(problem.beta, problem.entry_clip)
+    options = c.Options(problem.share, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
     width = chunk_width(r, min(config.most_columns, config.chunk_bytes // (8 * problem.entries_a_rank(v))))
@@ -353,7 +353,7 @@ def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsRes
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
     out = torch.empty(r, KNOWN + 5, dtype=torch.float64)  # what is known, divergence, entropies, lse
-    transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
+    transform, options = _Transforms(problem), c.Options(problem.share, problem.entry_clip)
     kind = problem.kind.int()
     for rows in _row_blocks(problem, torch.arange(r), config):
         student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
@@ -403,7 +403,7 @@ def logits_backward(
         target.copy_(logits_backward(problem, state, row_grad, config=config))
         return target
     active = (row_grad != 0).nonzero().squeeze(1)
-    transform, options = _Transforms(problem), c.Options(problem.beta, problem.entry_clip)
+    transform, options = _Transforms(problem), c.Options(problem.share, problem.entry_clip)
     v = problem.local_vocab(logits.shape[1])
     for i, round_ in enumerate(_rounds(problem.student_row[active])):
         for rows in _row_blocks(problem, active[round_], config):

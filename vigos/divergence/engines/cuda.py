@@ -136,7 +136,7 @@ def _address(x: Tensor | None) -> int:
 def _scalars(rows: Rows, v: int) -> dict[str, object]:
     return {
         "vocab": v, "logical_vocab": rows.local_vocab(v), "student_transform": rows.student_transform.constants,
-        "teacher_transform": rows.teacher_transform.constants, "beta": rows.beta,
+        "teacher_transform": rows.teacher_transform.constants, "share": rows.share,
         "entry_clip": math.inf if rows.entry_clip is None else rows.entry_clip,
     }  # fmt: skip
 

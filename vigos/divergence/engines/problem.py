@@ -106,6 +106,14 @@ class Rows:
         return replace(self, **({"labels": None} | chosen | changes))
 
     @property
+    def share(self) -> float:
+        """Return the smaller of beta and 1 - beta, as kernels take it: negative where it is the student's.
+
+        In float32 1 - beta would lose the digits of a beta close to 1.
+        """
+        return self.beta if self.beta <= 0.5 else self.beta - 1
+
+    @property
     def n_rows(self) -> int:
         """R, the number of pairs."""
         return self.student_row.shape[0]

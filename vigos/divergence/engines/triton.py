@@ -110,7 +110,7 @@ def options_of(rows: Rows, v: int, config: Config, *, difference: bool = False) 
         student_row=rows.student_row.contiguous(), teacher_row=rows.teacher_row.contiguous(),
         kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
         vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, student_transform=rows.student_transform.constants,
-        teacher_transform=rows.teacher_transform.constants, beta=rows.beta, entry_clip=rows.entry_clip,
+        teacher_transform=rows.teacher_transform.constants, share=rows.share, entry_clip=rows.entry_clip,
         difference=difference, launch=config.launch or LAUNCH,
     )  # fmt: skip
 
