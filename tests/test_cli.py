@@ -42,6 +42,20 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (config.learning_rate, config.top_k, config.top_p) == (2e-4, 7, 0.95)
 
 
+def test_what_messages_advise_can_be_typed(tmp_path):
+    """`no` in YAML is a word where words are wanted; None unsets an option; a split can be named."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\nsave_strategy: no\nlora: no\ngrade_rollouts: off\nuse_cpu: yes\n")
+    flags = ["--output-dir", str(tmp_path), "--images-column", "None", "--split", "validation", "--normalize", "null"]
+    source, config = TRAIN.parse(file, [*flags, "--report-to", "none"])
+    assert (source.split, config.images_column, config.save_strategy) == ("validation", None, "no")
+    assert (config.lora, config.grade_rollouts, config.use_cpu, config.report_to) == (False, False, True, [])
+    source, _ = EVAL.parse(
+        None, [*["--model", "m", "--data", "d", "--output-dir", "o", "--images-column", "None", "--split", "test"]]
+    )
+    assert (source.images_column, source.split) == (None, "test")
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
@@ -73,7 +87,7 @@ def test_a_wrong_value_is_one_line_before_anything_is_imported(tmp_path, flags, 
     script = "import sys; from vigos.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     options = ["--model", "m", "--data", "d", "--output-dir", str(tmp_path)]
     command = [sys.executable, "-c", script, "train", *options, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert done.stdout == "False\n", "torch was imported"
     assert done.stderr.count("\n") == 1, done.stderr
@@ -184,7 +198,7 @@ def test_missing_model_folder_is_one_line(tmp_path):
     data.write_text('{"problem": "What?", "answer": "7"}\n')
     options = ["--model", str(tmp_path / "none"), "--data", str(data), "--output-dir", str(tmp_path)]
     command = [sys.executable, "-m", "vigos", "eval", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stderr) == (2, f"error: --model: no such folder: {tmp_path / 'none'}\n")
 
 

@@ -581,3 +581,9 @@ def test_a_replaced_parquet_file_gives_its_own_rows_whatever_its_time_stamp(tmp_
         os.utime(new, (1, 1))
         new.replace(path)
         assert load_rows(path, images_column=None)[0]["answer"] == answer
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", " ", [], [None], [""], [float("nan")]])
+def test_what_stands_for_no_image(nothing):
+    (example,) = load_rows([{"problem": "What?", "answer": "1", "images": nothing}])
+    assert example["images"] == []

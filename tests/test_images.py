@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.hostile_images import bmp_of_runs, encoded, jpeg_of_scans, png_of_empty_chunks, tiff_of_scans
 from PIL import Image
@@ -174,7 +175,7 @@ def test_waiting_is_not_decoding() -> None:
 def test_a_child_forked_while_another_thread_decodes() -> None:
     good = encoded(Image.new("RGB", (32, 32), "red"), "TIFF")
     with decoding._worker().lock, multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(decode, (good, ImageLimits())).get(timeout=60).getpixel((3, 3)) == (255, 0, 0)
+        assert pool.apply_async(decode, (good, ImageLimits())).get(timeout=300).getpixel((3, 3)) == (255, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce RLIMIT_AS")
@@ -274,3 +275,35 @@ def test_benchmarks_have_the_same_bounds(tree: Path) -> None:
     assert found == ["ok", "outside_root", "remote_image", "decode_too_slow"]
     allowed = load_benchmark("realworldqa", tree / "rows.jsonl", allow_outside_root=True)
     assert allowed[1]["images"][0].size == (32, 32)
+
+
+def _deep(values, mode, name, folder):
+    """A file of one grey deeper than 8 bits, written as `name` says."""
+    array = np.tile(np.array(values, dtype=mode), (8, 8))
+    path = folder / name
+    if name.endswith(".pgm"):
+        head = f"P5 {array.shape[1]} {array.shape[0]} 65535\n".encode()
+        path.write_bytes(head + array.astype(">u2").tobytes())
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "name", "wanted"),
+    [
+        ([0, 256, 32768, 65535], "uint16", "a.pgm", [0, 1, 128, 255]),
+        ([0, 100, 200, 255], "uint16", "dark.pgm", [0, 0, 0, 0]),
+        ([0, 256, 32768, 65535], "uint16", "a.png", [0, 1, 128, 255]),
+        ([0, 256, 32768, 65535], "uint16", "a.tif", [0, 1, 128, 255]),
+        ([0, 7, 128, 255], "int32", "eight.tif", [0, 7, 128, 255]),
+        ([0, 256, 32768, 65535], "int32", "sixteen.tif", [0, 1, 128, 255]),
+        ([-5, 2**23, 2**30, 2**31 - 1], "int32", "full.tif", [0, 1, 128, 255]),
+        ([0, 0.25, 0.5, 1], "float32", "unit.tif", [0, 63, 127, 255]),
+        ([0, 7, 128, 255], "float32", "eight-float.tif", [0, 7, 128, 255]),
+        ([-1, float("nan"), 32768, 65535], "float32", "sixteen-float.tif", [0, 0, 128, 255]),
+    ],
+)
+def test_grey_deeper_than_8_bits_keeps_its_shades(tmp_path, values, mode, name, wanted):
+    image = ImageLoader(tmp_path).load(str(_deep(values, mode, name, tmp_path)))
+    assert [image.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in wanted]

@@ -124,6 +124,17 @@ def test_a_new_run_sets_aside_what_an_earlier_one_left(tmp_path: Path) -> None:
     assert (tmp_path / "aside" / "2" / "checkpoint-3").is_dir()
 
 
+@pytest.mark.parametrize("space", ["\u2028", "\u0085", "\x0b", "\x1c"])
+def test_an_id_with_a_space_that_ends_lines_elsewhere_can_be_resumed(tmp_path: Path, space: str) -> None:
+    log = RunFolder(tmp_path)
+    log.write_skipped(1, BadExample(f"a{space}b", "missing_image", f"no{space}file"))
+    log.write_skipped(3, BadExample("c", "missing_image", ""))
+    log.cut_after(2)
+    (line,) = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["step"] == 1
+    assert f"a{space}b" in json.loads(line).values()
+
+
 def test_metrics_of_somebody_else_are_not_thrown_away(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("epoch,loss\n")
     with pytest.raises(

@@ -14,7 +14,7 @@ import importlib.util
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def declared(module: str, name: str) -> tuple[Option, ...]:
     path = _source_of(module)
     text = path.read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-    lines = text.splitlines()
+    lines = text.split("\n")
     found: dict[str, Option] = {}
     for base in classes[name].bases:
         if isinstance(base, ast.Name) and base.id in classes:
@@ -215,7 +215,10 @@ def read_file(path: Path, options: Sequence[Option]) -> dict[str, Any]:
         check_value(known[key], value, f"{path}, line {lines[key]}: {key}")
     # Text is converted as a flag's is; transformers takes other values as they are, 1 for true among them.
     truths = {name for name, option in known.items() if option.kind in ("bool", "bool | None")}
-    return {name: str(v) if name in truths and v is not None else v for name, v in loaded.items()}
+    words = {"on": "true", "off": "false"}
+    return {
+        name: words.get(str(v).lower(), str(v)) if name in truths and v is not None else v for name, v in loaded.items()
+    }
 
 
 def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -237,8 +240,13 @@ def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[st
     return found
 
 
-def fill(kinds: Sequence[type], loaded: Mapping[str, Any], flags: Sequence[str]) -> list[Any]:
+def fill(
+    kinds: Sequence[type], loaded: Mapping[str, Any], flags: Sequence[str], unset: Set[str] = frozenset()
+) -> list[Any]:
     """Fill dataclasses from their defaults, then `loaded`, then flags.
+
+    Args:
+        unset: options for which `None` and `null` in a flag stand for no value.
 
     Raises:
         UsageError: a value that a field cannot have.
@@ -248,6 +256,14 @@ def fill(kinds: Sequence[type], loaded: Mapping[str, Any], flags: Sequence[str])
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:  # argparse would print every option first
             raise UsageError(message.removeprefix("argument "))
+
+        def _get_value(self, action: Any, text: str) -> Any:
+            none = action.dest in unset and text.lower() in ("none", "null")
+            return None if none else super()._get_value(action, text)  # type: ignore[misc]
+
+        def _check_value(self, action: Any, value: Any) -> None:
+            if value is not None:
+                super()._check_value(action, value)
 
     parser = Parser(kinds, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**loaded)
@@ -369,7 +385,8 @@ class Reading:
     def fill(self) -> list[Any]:
         """Return the command's dataclasses, filled; those of transformers itself are left out."""
         kinds = [(m, name) for m, name in self.command.kinds if m.startswith("vigos.")]
-        return fill([getattr(importlib.import_module(m), name) for m, name in kinds], self.loaded, self.flags)
+        unset = {o.name for kind in kinds for o in declared(*kind) if "None" in o.kind}
+        return fill([getattr(importlib.import_module(m), name) for m, name in kinds], self.loaded, self.flags, unset)
 
 
 def _holder(option: Option) -> str:

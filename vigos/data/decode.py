@@ -165,7 +165,7 @@ def check_size(image: Image, limits: ImageLimits, name: str) -> None:
 
 
 def to_rgb(image: Image, name: str) -> Image:
-    """Decode, turn as the camera was held, put transparent pixels on white and 16-bit grey on 8 bits."""
+    """Decode, turn as the camera was held, put transparent pixels on white and deeper grey on 8 bits (`_grey`)."""
     from PIL import Image as PILImage
     from PIL import ImageOps
 
@@ -173,9 +173,10 @@ def to_rgb(image: Image, name: str) -> Image:
         image.load()
         if len(image.info.get("exif", b"")) > MAX_EXIF:
             raise BadImage("unreadable_image", f"{name}: Exif data of more than {MAX_EXIF} bytes")
+        sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _grey(image, sixteen_bits)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = PILImage.new("RGBA", image.size, "white")
@@ -185,6 +186,26 @@ def to_rgb(image: Image, name: str) -> Image:
         raise
     except _DECODER_ERRORS as error:
         raise BadImage("unreadable_image", f"{name}: {error}") from error
+
+
+def _grey(image: Image, sixteen_bits: bool) -> Image:
+    """Return an image of 16-bit, 32-bit or float grey in 8 bits, as `convert` would not: it cuts at 255.
+
+    Where the format does not say how deep pixels are, the largest one does: at most 1 in float is white at 1, at most
+    255 is 8 bits, at most 65,535 is 16, more is 31. Negative pixels and NaN are black.
+    """
+    import numpy as np
+    from PIL import Image as PILImage
+
+    values: Any = np.nan_to_num(np.asarray(image.convert("I") if sixteen_bits else image, dtype=np.float32))
+    top = float(values.max(initial=0))
+    if sixteen_bits or 255 < top <= 65535:
+        values = values / 256
+    elif top > 65535:
+        values = values / 2**23
+    elif image.mode == "F" and top <= 1:
+        values = values * 255
+    return PILImage.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 class _OutOfTime(Exception):

@@ -105,13 +105,13 @@ class _Reader:
         _check_text(problem, columns.problem, MAX_PROBLEM, example_id)
         answer = self._answer(record[columns.answer], example_id)
         entries = record.get(columns.images) if columns.images else None
-        other = next((name for name in _IMAGE_NAMES if record.get(name)), None)
+        other = next((name for name in _IMAGE_NAMES if not _is_nothing(record.get(name))), None)
         if columns.images == "images" and "images" not in record and other is not None:
             raise BadExample(example_id, "image_column", f"it has {other!r}; name the column: images_column={other!r}")
-        if entries is None:
-            entries = []
-        elif not isinstance(entries, list | tuple):
+        if not isinstance(entries, list | tuple):
             entries = [entries]
+        if all(_is_nothing(entry) for entry in entries):
+            entries = []
         if len(entries) > MAX_IMAGES:
             raise BadExample(example_id, "image_count", f"{len(entries)} images, more than {MAX_IMAGES}")
         problem = self._without_placeholders(problem, len(entries), example_id)
@@ -156,6 +156,13 @@ def _check_text(text: str, column: str, limit: int, example_id: str) -> None:
         raise BadExample(example_id, "too_long", f"{column} has {len(text)} characters, more than {limit}")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise BadExample(example_id, "not_text", f"{column} {short(text)} holds half a surrogate pair")
+
+
+def _is_nothing(entry: Any) -> bool:
+    """Tell whether an entry says that there is no image: null, NaN (a null in pandas), an empty text or list."""
+    if isinstance(entry, float):
+        return entry != entry
+    return entry is None or entry == [] or (isinstance(entry, str) and not entry.strip())
 
 
 def _path_of(entry: Any) -> str | None:
@@ -268,8 +275,8 @@ def load_rows(
             images, also under `<split>/`; with `<split>.jsonl`; or with Parquet files); a hub name for
             `datasets.load_dataset`; a `datasets.Dataset` or `IterableDataset` (for hub names with several
             configurations); or a list of dicts.
-        images_column: one image or a list of them an example; missing, null and empty mean none. None: the dataset has
-            none. An image is a path, bytes, a base64 `data:` address, `datasets`' Image or a PIL image.
+        images_column: one image or a list of them an example; missing, null, NaN and empty mean none. None: the dataset
+            has none. An image is a path, bytes, a base64 `data:` address, `datasets`' Image or a PIL image.
         id_column: where the dataset has no such column, examples are numbered.
         split: for folders and hub names that have several.
         streaming: read in order and return an `ExampleStream` instead of an `ExampleDataset`.

@@ -45,7 +45,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
             change_references(train, arm.reference, cell.seed)
         options = cell_config(cell, scratch / "run")
         if arm.kind == "sft":
-            records = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
+            records = [json.loads(line) for line in train.read_text(encoding="utf-8").split("\n") if line]
             model = train_sft(model, processor, load_rows(train), [stated(r) for r in records], options)
         else:
             trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=train)

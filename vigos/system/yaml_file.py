@@ -50,11 +50,16 @@ def _loader() -> Any:
         return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
     class Loader(yaml.SafeLoader):
-        """Safe loading without tags, aliases and dates."""
+        """Safe loading without tags, aliases and dates; `no`, `off` and their like are words, as in YAML 1.2."""
 
         depth = 0
         yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "merge", "value"))]
+            first: [
+                (tag, pattern)
+                for tag, pattern in found
+                if not tag.endswith(("timestamp", "merge", "value"))
+                and not (tag.endswith("bool") and first in "yYnNoO")
+            ]
             for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
