@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from copy import copy
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What a processor returns about text; everything else it returns belongs to the images.
+# How chat templates of thinking models open the assistant's turn: the method says where thinking begins.
+_OPEN_THINKING = re.compile(r"(?:<think>|\[THINK\]|<seed:think>|◁think▷)\s*\Z")
 _TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -47,6 +50,7 @@ class Chat:
     messages: Seq[dict[str, Any]]  # contents are parts, {"type": "image"} in place of each image
     images: Seq[Image]
     prefill: str
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class EncodedPrompt:
     token_type_ids: Tensor | None  # (P,) int64, the processor's mm_token_type_ids: 0 text, 1 image; None without images
     images: ImageInputs | None
     chat: Chat | None = field(default=None, repr=False, compare=False)
+    text: str = field(default="", repr=False, compare=False)  # as rendered, with one placeholder an image
     processed: Seq[Any] = field(
         default=(), repr=False, compare=False
     )  # what the image processor returned, call by call
@@ -88,20 +93,31 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """Render the chat template of `role`, append the assistant's prefill and tokenise the text at once.
 
+    A thinking model's template may open `<think>` itself: that is taken off before a prefill and for teachers, since
+    the method's format says where thinking begins. Special tokens that someone typed into `problem` or `answer` stay
+    text: an invisible character (U+2060) breaks them.
+
     Args:
         processor: a transformers processor (or, for text-only models, a tokenizer) with a chat template.
         prefill: text that opens the assistant's turn; None takes the role's own (`Prompts.prefill` for the student and
             the reference teacher, nothing for the perception and reasoning teachers).
         like: another prompt of the same images and processor, whose processed images are taken instead of processing
             them again: resizing and cutting a large image takes longer than the text of many prompts.
+
+    Raises:
+        ValueError: the chat template refuses the conversation, or the image processor an image.
     """
     if prefill is None:
         prefill = prompts.prefill if role in ("student", "reference") else ""
+    problem, answer = (typed_text(processor, text) for text in (problem, answer))
     messages = prompts.messages(role, problem, answer, num_images=len(images))
-    chat = Chat(messages, tuple(images), prefill)
+    chat = Chat(messages, tuple(images), prefill, prompts.template_kwargs(role))
     if not hasattr(processor, "image_processor"):  # a tokenizer: its templates expect plain strings
         messages = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefill
+    text = _rendered(processor, messages, chat.template_kwargs)
+    if prefill or role != "student":
+        text = _OPEN_THINKING.sub("", text)
+    text += prefill
     tokenizer = getattr(processor, "tokenizer", processor)
     # A template that writes BOS (Gemma, Llama, Mistral) would get a second one from the tokenizer.
     special = {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
@@ -114,14 +130,37 @@ def encode_prompt(
     else:
         batch = processor(text=[text], return_tensors="pt", **special)
     tensors = {k: v for k, v in batch.items() if k not in _TEXT_KEYS and isinstance(v, Tensor)}
-    types = batch.get("mm_token_type_ids") if images else None
+    types = batch.get("mm_token_type_ids", batch.get("token_type_ids")) if images else None  # Gemma 3 has the latter
     return EncodedPrompt(
         ids=batch["input_ids"][0],
         token_type_ids=None if types is None else torch.as_tensor(types)[0],
         images=_image_inputs(tensors, like) if tensors else None,
         chat=chat,
+        text=text,
         processed=processed,
     )
+
+
+def typed_text(processor: Any, text: str) -> str:
+    """Return `text` with an invisible word joiner inside every special token, which then is tokenised as text."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    special |= {getattr(processor, name, None) for name in ("image_token", "video_token", "audio_token", "boi_token")}
+    for token in sorted((t for t in special if isinstance(t, str) and len(t) > 2), key=len, reverse=True):
+        text = text.replace(token, f"{token[0]}\u2060{token[1:]}")
+    return text
+
+
+def _rendered(processor: Any, messages: Seq[Any], options: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        system = messages[0]["role"] == "system"
+        hint = "; set `system: ''` in prompts_file, and say there in the user turns what it said" if system else ""
+        raise ValueError(f"the chat template refuses the conversation: {error}{hint}") from error
 
 
 @contextmanager

@@ -6,7 +6,9 @@ of the fields below. Placeholders are `{problem}`, `{answer}` and `{format}`; ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +30,8 @@ class Prompts:
     Each of `student`, `perception`, `reasoning`, `reference` is the text of one user turn, put after the row's images;
     `system` is the system turn they share (empty: none). `prefill` opens the assistant's turn of the student and of the
     reference teacher; `think_prefill` opens the reasoning teacher's when it does not read the student's description
-    (preset "released").
+    (preset "released"). `chat_template_kwargs` are handed to the chat template, such as {"enable_thinking": False};
+    under a role's name stand those of this role alone, such as {"student": {"enable_thinking": True}}.
     """
 
     system: str = "You are a careful assistant who looks at the image before answering."
@@ -45,6 +48,7 @@ class Prompts:
     reference: str = "{problem}\n\nA trusted solution gives this answer: {answer}\n\n{format}"
     prefill: str = DESCRIPTION_OPEN
     think_prefill: str = THINK_OPEN
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Prompts:
@@ -64,9 +68,30 @@ class Prompts:
                 near = get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise ValueError(f"prompts file {path}: unknown template {key!r}{hint}")
-            if not isinstance(value, str):
-                raise ValueError(f"prompts file {path}: {key} must be text, got {type(value).__name__}")
+            wanted, kind = ("a mapping", dict) if key == "chat_template_kwargs" else ("text", str)
+            if not isinstance(value, kind):
+                raise ValueError(f"prompts file {path}: {key} must be {wanted}, got {type(value).__name__}")
         return cls(**loaded)
+
+    def with_template_kwargs(self, more: str | Mapping[str, Any] | None) -> Prompts:
+        """Return the prompts with further `chat_template_kwargs`, given as a mapping or as JSON of one.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        if isinstance(more, str):
+            try:
+                more = json.loads(more)
+            except ValueError as error:
+                raise ValueError(f"chat_template_kwargs must be a JSON object, got {more!r}: {error}") from error
+        if more is not None and not isinstance(more, Mapping):
+            raise ValueError(f"chat_template_kwargs must be a JSON object, got {more!r}")
+        return replace(self, chat_template_kwargs={**self.chat_template_kwargs, **more}) if more else self
+
+    def template_kwargs(self, role: Role) -> dict[str, Any]:
+        """Return what the chat template is given for `role`."""
+        shared = {name: value for name, value in self.chat_template_kwargs.items() if name not in ROLES}
+        return shared | dict(self.chat_template_kwargs.get(role) or {})
 
     def user_text(self, role: Role, problem: str, answer: str = "") -> str:
         """Return the text of the user turn of `role`. Braces inside the values are never expanded."""

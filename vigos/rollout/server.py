@@ -217,13 +217,14 @@ class ServerEngine(RolloutEngine):
         if prompt.chat is None:
             raise ValueError("prompts must come from encode_prompt, which keeps the chat that a server renders")
         prefilled = bool(prompt.chat.prefill)
+        options = {"chat_template_kwargs": dict(prompt.chat.template_kwargs)} if prompt.chat.template_kwargs else {}
         return {
             "model": self.served_name, "messages": wire_messages(prompt.chat), "n": sampling.n, "seed": seed,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "max_tokens": sampling.max_new_tokens, "logit_bias": {str(i): -100 for i in self.checks.banned_token_ids},
             "add_generation_prompt": not prefilled, "continue_final_message": prefilled,
-            "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt,
+            "return_token_ids": True, "skip_special_tokens": False, "cache_salt": self._salt, **options,
         }  # fmt: skip
 
     def _completions(self, prompt: EncodedPrompt, body: dict[str, Any], sampling: Sampling) -> list[Completion]:

@@ -145,6 +145,9 @@ class ViGOSConfig(TrainingArguments):
     # Where an example's fields are, and what the roles are asked.
     max_prompt_length: int = _option(8192, "Examples with a longer student prompt are skipped; 0: no limit.")
     prompts_file: str | None = _option(None, "YAML with prompt templates; unset: the built-in wording.")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None, 'JSON for the chat template, such as {"enable_thinking": false}; under a role\'s name, for it alone.'
+    )
     problem_column: str = _option("problem", "Column with the question.")
     images_column: str | None = _option("images", "Column with the image or list of images.")
     answer_column: str = _option("answer", "Column with the reference answer.")

@@ -20,7 +20,7 @@ from vigos.data.examples import BadExample, Example
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import Spans, parse_rollout
-from vigos.method.supervise import Rollout, assign, teacher_prefill
+from vigos.method.supervise import TERMS, Rollout, assign, teacher_prefill
 from vigos.models.parts import base_model, unwrap
 from vigos.models.sharding import gather_trained
 from vigos.rollout.checks import RolloutError
@@ -288,6 +288,24 @@ class RolloutLoader:
         return rollouts
 
     # --- Prompts --------------------------------------------------------------------------------------------------
+
+    def show_prompts(self, dataset: Any) -> None:
+        """Log as text what each role reads of the first usable example of the data."""
+        for example in itertools.islice(dataset, 16):
+            if isinstance(example, BadExample):
+                continue
+            try:
+                prompt = self._student_prompt(example)
+                shown: dict[str, EncodedPrompt] = {"student": prompt}
+                for term, weight in zip(TERMS, self.objective.lambdas, strict=True):
+                    if weight and (term != "perception" or example["images"]):
+                        prefill = teacher_prefill(term, self.objective, self.prompts)
+                        shown[f"{term} teacher"] = self._encode(term, example, prefill, like=prompt)
+            except BadExample:
+                continue
+            for name, each in shown.items():
+                logger.info("the %s's prompt, example %s:\n%s", name, example["problem_id"], each.text)
+            return
 
     def _student_prompt(self, example: Example) -> EncodedPrompt:
         example_id, limit = example["problem_id"], self.args.max_prompt_length
