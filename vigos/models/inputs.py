@@ -67,7 +67,8 @@ def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     """Join the images of several prompts as one processor call would have returned them.
 
     Every family stacks along the first axis (patches, tiles, images or prompts). Where the second axis counts tiles or
-    images and differs, it is filled with zeros, the filling that these families' own processors use and models skip.
+    images and differs, it is filled with zeros, the filling that these families' own processors use and models skip; so
+    are height and width where `image_sizes` say how much of each image is real (Pixtral's tower).
     """
     names = list(images[0].tensors)
     for each in images:
@@ -77,6 +78,9 @@ def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     for name in names:
         tensors = [each.tensors[name] for each in images]
         if tensors[0].ndim >= 4:
+            if name == "pixel_values" and "image_sizes" in names and tensors[0].ndim == 4:
+                height, width = (max(t.shape[axis] for t in tensors) for axis in (2, 3))
+                tensors = [F.pad(t, (0, width - t.shape[3], 0, height - t.shape[2])) for t in tensors]
             second = max(t.shape[1] for t in tensors)
             if len({t.shape[2:] for t in tensors}) > 1:
                 raise ValueError(

@@ -20,8 +20,9 @@ from vigos.method.encode import ImageInputs
 from vigos.models.parts import inner_model, text_model
 from vigos.models.sharding import sharding_of
 
-# What the models read of their vision tower's output; the tower's own hidden states are not kept.
-_FIELDS = ("pooler_output", "deepstack_features")
+# What the models read of their vision tower's output. Where there is a pooled one, the tower's own hidden states are
+# not kept; Llama 4 has none, and reads those.
+_FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")
 
 
 class VisionCache:
@@ -89,14 +90,17 @@ class VisionCache:
             if features is None:
                 inputs = {name: tensor.to(device) for name, tensor in each.tensors.items() if name in accepted}
                 output = compute(**inputs, return_dict=True)
-                features = SimpleNamespace(
-                    **{f: getattr(output, f) for f in _FIELDS if getattr(output, f, None) is not None}
-                )
+                kept = {f: getattr(output, f) for f in _FIELDS if getattr(output, f, None) is not None}
+                if "pooler_output" in kept:
+                    kept.pop("last_hidden_state", None)
+                features = SimpleNamespace(**kept)
                 self._features[each.key] = features
             self._features.move_to_end(each.key)
             shown.append(features)
         while len(self._features) > self.max_images:
             self._features.popitem(last=False)
+        if not hasattr(shown[0], "pooler_output"):
+            return SimpleNamespace(last_hidden_state=_concat([f.last_hidden_state for f in shown]))
         pooled = _concat([f.pooler_output for f in shown])
         if not hasattr(shown[0], "deepstack_features"):
             return SimpleNamespace(pooler_output=pooled)
