@@ -33,8 +33,8 @@ def test_a_crash_outside_python_is_given_one_more_start(where: str, code: int, s
     script.write_text(CRASH)
     if starts == 2:
         with pytest.warns(UserWarning, match=r"rank 0 of crash\.py crashed in a thread without Python"):
-            codes = run_ranks(script, [where, str(folder)], 1, folder, timeout=60)
+            codes = run_ranks(script, [where, str(folder)], 1, folder, timeout=300)
     else:
-        codes = run_ranks(script, [where, str(folder)], 1, folder, timeout=60)
+        codes = run_ranks(script, [where, str(folder)], 1, folder, timeout=300)
     assert codes == [code]
     assert len(list(tmp_path.glob("start*"))) == starts

@@ -44,6 +44,7 @@ class _ModelAndData:
 
     model: str = _option("", "Model folder or hub name; 'builtin' for the built-in model.")
     data: str = _option("", "JSONL, JSON or Parquet file, folder, or name for `datasets`.")
+    split: str = _option("train", "Split of a folder or of a dataset on the hub.")
     data_root: str | None = _option(None, "Folder that image paths are relative to; default: the folder of the data.")
     allow_outside_root: bool = _option(False, "Read images outside that folder, or behind links that lead out of it.")
     limit: int | None = _option(None, "Use the first examples of the data alone.")
@@ -55,7 +56,7 @@ class _ModelAndData:
 
         names = {f"{n}_column": getattr(columns, f"{n}_column") for n in ("problem", "images", "answer", "id")}
         rules: dict[str, Any] = {"data_root": self.data_root, "allow_outside_root": self.allow_outside_root}
-        return self.head_of(load_rows(self.data, **names, **rules, **options))
+        return self.head_of(load_rows(self.data, split=self.split, **names, **rules, **options))
 
     def head_of(self, examples: ExampleDataset | ExampleStream) -> ExampleDataset | ExampleStream:
         """Return the first `limit` examples."""
@@ -91,6 +92,9 @@ class EvalSource(_ModelAndData):
     output_dir: str = _option("", "Folder for records and their summary; finished examples are kept.")
     adapter: str | None = _option(None, "Folder of a LoRA adapter that is put on the model.")
     prompts_file: str | None = _option(None, "YAML with prompt templates; unset: those saved with the weights.")
+    chat_template_kwargs: str | None = _option(
+        None, 'JSON for the chat template, such as {"enable_thinking": false}; adds to those saved with them.'
+    )
     problem_column: str = _option("problem", "Column with the question.")
     images_column: str | None = _option("images", "Column with the image or list of images.")
     answer_column: str = _option("answer", "Column with the reference answer.")
@@ -131,7 +135,8 @@ class EvalSource(_ModelAndData):
 
     def asking(self) -> Asking:
         """Return how the model is asked: as a file says, as was saved with its weights, or by default."""
-        return asking_of(self.model, self.prompts_file, adapter=self.adapter)
+        asking = asking_of(self.model, self.prompts_file, adapter=self.adapter)
+        return dataclasses.replace(asking, prompts=asking.prompts.with_template_kwargs(self.chat_template_kwargs))
 
     def student(self, *, concurrency: int = 16) -> tuple[Any, Any, ServerEngine | None]:
         """Load the model (with its adapter) and its processor; with `server_url` no model, but the server's engine.
@@ -317,7 +322,12 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
     if source.limit is None or source.limit < 2:
         raise ValueError(f"limit must be at least 2: examples lend each other answers and images; got {source.limit}")
     trainer = build_trainer(source, config, adapter=source.adapter)
-    scorer, teacher = trainer.scorer, None if source.teacher_model else trainer.teacher
+    scorer, teacher = trainer.scorer, None if source.teacher_model or source.adapter else trainer.teacher
+    if source.adapter and not source.teacher_model:  # the teacher is what the adapter was trained from
+        scorer = TeacherScorer(
+            trainer.model, scoring=config.teacher_scoring, verify=config.teacher_verify,
+            token_budget=config.token_budget,
+        )  # fmt: skip
     if source.teacher_model:
         taught: Any = load_model(source.teacher_model, dtype=source.dtype, trust_remote_code=source.trust_remote_code)[
             0

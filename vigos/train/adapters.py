@@ -23,6 +23,8 @@ from vigos.scoring.teacher import check_adapter
 if TYPE_CHECKING:
     from vigos.train.config import ViGOSConfig
 
+_TOKENS = ".token_adapter"  # where peft puts trained rows of an embedding, a level below the layer that it replaces
+
 
 def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
     """Return the model with exactly the weights trainable that `config` asks for: adapted by LoRA, or in full.
@@ -31,6 +33,8 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
     """
     if hasattr(model, "peft_config"):
         check_adapter(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model's adapter must be trainable; load it with is_trainable=True")
         if config.save_merged:
             check_mergeable(model)
         return model
@@ -140,11 +144,35 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
     Args:
         weights: the state dict of the adapted model where its parameters are sharded; None: read them from the model.
     """
-    from peft.tuners.lora import LoraLayer
+    state = _plain_state(model, weights, merge=True)
+    return plain_copy(base_model(model), {name: tensor.cpu() for name, tensor in state.items()})
+
+
+@torch.no_grad()
+def base_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Return a plain transformers model over the very tensors under the adapter, in evaluation mode.
+
+    Args:
+        weights: as in `merged_copy`.
+    """
+    base = base_model(model)
+    state = _plain_state(model, weights, merge=False)
+    copy, device = plain_copy(base, state), next(iter(state.values())).device
+    buffers = dict(base.named_buffers())
+    for name, buffer in list(copy.named_buffers()):
+        if buffer.is_meta:  # no state dict holds it
+            owner, _, last = name.rpartition(".")
+            setattr(copy.get_submodule(owner), last, buffers[name].to(device))
+    return copy.eval()
+
+
+def _plain_state(model: nn.Module, weights: Mapping[str, Tensor] | None, *, merge: bool) -> dict[str, Tensor]:
+    """Return the state dict of the model under the adapter, with or without what the adapter adds."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     core: Any = unwrap(model)
     base = base_model(model)
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     tensors = core.state_dict() if weights is None else weights
     above = next(f"{name}." if name else "" for name, module in core.named_modules() if module is base)
     state: dict[str, Tensor] = {}
@@ -153,7 +181,7 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
         owner, _, parameter = key.partition(".base_layer.")
         if owner in layers:
             layer: Any = layers[owner]
-            if parameter == "weight":
+            if merge and parameter == "weight":
                 total = tensor.float()
                 for adapter in layer.active_adapters:
                     if adapter in layer.lora_A:
@@ -162,10 +190,10 @@ def merged_copy(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -
                         )
                         total = total + layer.scaling[adapter] * (up @ down)
                 tensor = total.to(tensor.dtype)
-            state[f"{owner}.{parameter}"] = tensor.cpu()
+            state[f"{owner.removesuffix(_TOKENS)}.{parameter}"] = tensor
         elif not any(key.startswith(f"{name}.") for name in layers):
-            state[key] = tensor.cpu()
-    return plain_copy(base, state)
+            state[key] = tensor
+    return state
 
 
 def plain_class(model: Any) -> Any:

@@ -37,7 +37,7 @@ def final_state(config: ViGOSConfig) -> dict[str, Any] | None:
 
 def save_final(
     folder: str | Path, model: nn.Module, processor: Any, asking: Asking, *, merged: bool, facts: Mapping[str, Any],
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None, check: Callable[[str, Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write the trained weights into a run folder, each of its folders completely or not at all.
 
@@ -48,6 +48,7 @@ def save_final(
         merged: also write the adapter merged into a copy of the model.
         facts: of the run, for the manifests.
         weights: the gathered state dict where the model's parameters are sharded; None: the model's own.
+        check: called with name and path of each folder before it takes its place; it raises if that is a wrong one.
 
     Raises:
         CheckpointError: the disk is full, or cannot be written.
@@ -58,6 +59,8 @@ def save_final(
         with saving(folder, f"{name}/"):
             part = Path(folder) / SAVING / name
             save(part)
+            if check is not None:
+                check(name, part)
             asking.save(part)
             publish(folder, name, **facts)
 

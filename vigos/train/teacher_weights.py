@@ -1,7 +1,8 @@
 """`TeacherWeights`: frozen, moving-average or live weights, in place of the student's while the teacher scores.
 
-With an adapter the frozen teacher is the model with the adapter off; weights that train in place (full fine-tuning, a
-trained head) have an untouched copy, which takes their place while the teacher scores.
+Under a fresh adapter the frozen teacher is the model with the adapter off. Weights that train in place (full
+fine-tuning, a trained head, an adapter that was trained before) have an untouched copy, which takes their place while
+the teacher scores.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class TeacherWeights:
             must not change in between.
         is_leader: True on the rank whose `state_dict` goes into checkpoints.
 
-    A copy is kept of trained weights alone: none for a frozen teacher under LoRA, the adapter for a moving average.
+    A copy is kept of trained weights alone: none for a frozen teacher under a fresh adapter, the adapter for a moving
+    average and for the frozen teacher of an adapter that was trained before.
     """
 
     def __init__(
@@ -44,21 +46,25 @@ class TeacherWeights:
         is_leader: bool = True,
     ) -> None:
         self.kind, self.decay, self.is_leader = kind, decay, is_leader
-        core = unwrap(model)
-        self.adapter: Literal["off", "on"] = "off" if hasattr(core, "peft_config") and kind == "frozen" else "on"
+        core = self._core = unwrap(model)
+        self._adapted = hasattr(core, "peft_config")
+        off = self._adapted and kind == "frozen" and _adds_nothing(core)
+        self.adapter: Literal["off", "on"] = "off" if off else "on"
         self.copies: dict[str, Tensor] = {}  # this rank's shards
         self.parameters: dict[str, nn.Parameter] = {}
         self._sharded: nn.Module | None = None
         self._head: dict[str, str] = {}  # "weight", "bias" of a head that trains -> its parameter's name
-        if kind == "live":
-            return
-        in_adapter, head = _adapter_parameters(core), lm_head(core)._parameters
-        for name, parameter in core.named_parameters():
+        if kind != "live":
+            self._find_trained()
+            if not deferred:
+                self._copy()
+
+    def _find_trained(self) -> None:
+        in_adapter, head = _adapter_parameters(self._core), lm_head(self._core)._parameters
+        for name, parameter in self._core.named_parameters():
             if parameter.requires_grad and not (self.adapter == "off" and id(parameter) in in_adapter):
                 self.parameters[name] = parameter
                 self._head |= {part: name for part, value in head.items() if value is parameter}
-        if not deferred:
-            self._copy()
 
     @torch.no_grad()
     def _copy(self) -> None:
@@ -137,34 +143,63 @@ class TeacherWeights:
             for name, parameter in self.parameters.items():
                 self.copies[name].lerp_(local_shard(parameter).to(self.copies[name]), 1.0 - self.decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the moving average by parameter name, gathered on the CPU of the leader rank; empty on other ranks.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moving average, or the adapter that a run began with, by parameter name.
 
-        Copies of other kinds are not kept: they are taken from the base model again. Under FSDP2 every rank has to call
-        it together.
+        Tensors are gathered on the CPU of the leader rank. Copies of base weights are not kept: they are taken from the
+        base model again. Under FSDP2 every rank has to call it together.
         """
-        state: dict[str, Tensor] = {}
-        if self.kind == "ema":
+        state: dict[str, Any] = {}
+        if self.kind == "frozen" and self._adapted:
+            state["adapter"] = self.adapter
+        if self.kind == "ema" or "adapter" in state:
             for name, copy in self.copies.items():  # one by one, so that the gathered average is never on the device
                 gathered = gather(copy, self.parameters[name])
                 if self.is_leader:
                     state[name] = gathered.cpu().contiguous()
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the `state_dict` of the leader rank. Raises ValueError if it is of other weights."""
-        if self.kind != "ema":
+        state = dict(state)
+        adapter = state.pop("adapter", None)
+        if self.kind == "frozen" and adapter is not None and adapter != self.adapter:
+            # This process was given another adapter than the run began with: the checkpoint's, or a fresh one.
+            self.adapter = adapter
+            self.copies, self.parameters, self._head = {}, {}, {}
+            if adapter == "on":
+                self._find_trained()
+                self._copy()
+        if self.kind != "ema" and not (self.kind == "frozen" and adapter == "on"):
             return
         if state.keys() != self.copies.keys():
             missing = sorted(self.copies.keys() - state.keys())
             raise ValueError(
-                "teacher='ema' must resume from a checkpoint that holds the average of this model's trained weights, "
+                f"teacher={self.kind!r} must resume from a checkpoint that holds the "
+                f"{'average' if self.kind == 'ema' else 'first values'} of this model's trained weights, "
                 f"got {len(state)} tensors without {len(missing)} of its {len(self.copies)}"
                 + (f", such as {missing[0]}" if missing else "")
             )
         with torch.no_grad():
             for name, copy in self.copies.items():
                 copy.copy_(shard_of(state[name], self.parameters[name]))
+
+
+def _adds_nothing(model: nn.Module) -> bool:
+    """Return True if the model's adapters are LoRA whose second matrices are 0, as peft begins them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if not isinstance(layer, LoraLayer):
+            return False
+        for group in (layer.lora_B, layer.lora_embedding_B):
+            parameters = (p for name, p in group.named_parameters() if name.split(".")[0] in layer.active_adapters)
+            if any(p.detach().any() for p in parameters):
+                return False
+    return True
 
 
 def _adapter_parameters(model: nn.Module) -> set[int]:

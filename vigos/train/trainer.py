@@ -63,6 +63,7 @@ from vigos.train.checkpoint import (
     whole_checkpoint,
     write_parts,
 )
+from vigos.train.compare import SavedCheck, fixed_sequence
 from vigos.train.config import ViGOSConfig
 from vigos.train.engines import build_engine
 from vigos.train.final import save_final
@@ -85,7 +86,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
     Args:
         model: a transformers model with a language-model head; adapted or frozen in place as `args` say. One that
-            already carries a peft adapter trains that adapter.
+            already carries a peft adapter trains that adapter, and its frozen teacher keeps the adapter as it came.
         args: every option, see `ViGOSConfig`.
         processing_class: the model's processor, or the tokenizer of a text-only model.
         train_dataset: from `vigos.load_rows`, or anything that it opens (a path, a list of dicts, a
@@ -135,6 +136,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.objective: Objective = args.objective
         self.phases = Phases()
         self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
+        self.prompts = self.prompts.with_template_kwargs(args.chat_template_kwargs)
         self.folder = RunFolder(str(args.output_dir), rank=args.process_index)
         self.recorder = Recorder(
             args, folder=self.folder, phases=self.phases, accelerator=self.accelerator,
@@ -358,11 +360,14 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             weights = self.accelerator.get_state_dict(self.model)
         elif sharding_of(self.model) != "unsharded":  # ZeRO-3
             weights = gather_state(self.model, keep=self.is_world_process_zero())
+        check = None  # ZeRO-3 scores nothing outside its engine
+        if sharding_of(self.model_wrapped) != "zero3":
+            check = SavedCheck(self.model_wrapped, fixed_sequence(self.processing_class, self.prompts), weights)
         if self.is_world_process_zero():
             asking = Asking(self.prompts, self.objective.validity, self.objective.span_style)
             save_final(
                 str(self.args.output_dir), self.model, self.processing_class, asking, merged=self.args.save_merged,
-                facts=self._facts(), weights=weights,
+                facts=self._facts(), weights=weights, check=check,
             )  # fmt: skip
             last = Path(str(self.args.output_dir)) / f"checkpoint-{self._saved_step}"
             if self.args.save_strategy == "no" and last.is_dir():
@@ -389,11 +394,14 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.rollouts.bind(self.model_wrapped)
         if self._resumed_from is not None:
             read_parts(self._resumed_from, self.accelerator.process_index, self.parts)
+            self.scorer.adapter = self.teacher.adapter  # of the weights that the run began with
             if self.is_deepspeed_enabled and hasattr(unwrap(self.model), "peft_config"):
                 student = unwrap(self.model_wrapped)
                 check_loaded_adapter(student, self._resumed_from, gather_trained(student))
         facts = {"model": base_model(self.model).config.name_or_path, **self.facts, "id": self._run}
         self.folder.begin(self.args, state.global_step, **facts)
+        if state.is_world_process_zero:
+            self.rollouts.show_prompts(self.train_dataset)
         if sharding_of(self.model_wrapped) == "zero3" and self.rollouts.engine.collective:
             raise ValueError(
                 "rollout_engine must be a server's under ZeRO-3, which gathers all weights for every token of a "
