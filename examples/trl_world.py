@@ -80,7 +80,7 @@ class PrivilegedDistillationTrainer(DistillationTrainer):
 def dataset(file: Path) -> list[dict[str, Any]]:
     """Read the world's rows with TRL's columns: prompt, images, and the teacher's own prompt."""
     rows = []
-    for line in file.read_text().split("\n"):
+    for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
         row = json.loads(line)
         student = PROMPTS.user_text("student", row["problem"])
         teacher = PROMPTS.user_text("reference", row["problem"], row["answer"])
