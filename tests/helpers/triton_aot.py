@@ -48,7 +48,7 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         )  # fmt: skip
         second.append(
             common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
-            | {"beta": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
+            | {"share": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
             | {"BLOCK_V": LAUNCH.second_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
             | {"CLIP_ENTRIES": everything}
             | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.stats_warps}
@@ -56,7 +56,7 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         grad.append(
             common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
             | {"offsets_ptr": "*i64:16", "out_ptr": "*bf16:16", "V": I32, "vocab": COUNT} | z
-            | {"beta": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
+            | {"share": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
             | {"BLOCK_V": LAUNCH.grad_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
             | {"CLIP_ENTRIES": everything}
             | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.grad_warps}

@@ -165,6 +165,7 @@ _SCALE = re.compile(rf"(?<=\d)\s*({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 _FUNCTIONS = re.compile(r"\b(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|pi|max|min|gcd|lcm|or|and|inf)\b")
 _EQUALS = re.compile(r"(?<![<>!\\])=|\\(?:approx|in)(?![a-zA-Z])")
 _NAME = re.compile(r"[a-zA-Z\\{}'|()\s]+")
+_FORMULA = re.compile(r"[A-Z][a-z]?(?:_?\{?\d+\}?)?(?:[A-Z][a-z]?(?:_?\{?\d+\}?)?)+")  # H2O is no product
 _BRACKETED = re.compile(r"(?:\\\{|[(\[{])(.*)(?:\\\}|[)\]}])", re.DOTALL)
 
 
@@ -262,6 +263,8 @@ def _close(said: Fraction, wanted: Fraction, factor: float, precision: int | Non
         return False
     if precision is not None and round(x, precision) == round(y, precision):
         return True
+    if factor == 1 and 1 in (said.denominator, wanted.denominator):  # half a step from a million is not a million
+        return abs(x - y) <= min(1e-4, 1e-7 * abs(y))
     return math.isclose(x, y, rel_tol=2e-6, abs_tol=1e-12)
 
 
@@ -286,6 +289,8 @@ def _is_sentence(text: str) -> bool:
 
 def _is_mathematics(text: str) -> bool:
     """Tell if a text has digits or operators and no words: runs of letters that name no function and are no product."""
+    if re.search(r"\d", text) and _FORMULA.fullmatch(text):
+        return False
     bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
     runs = re.findall(r"[^\W\d_]{2,}", _FUNCTIONS.sub(" ", bare))
     if any(len(run) > 3 for run in runs) or (runs and " " in text and not re.search(r"[\\^=+*/<>]", text)):
