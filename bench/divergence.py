@@ -6,7 +6,8 @@
 
 The floor is the matrix products alone, as fast as torch has them in either orientation, in the operands' dtype: two
 for the logits of student and teacher, one for the gradient of the hidden states, and one more where the head is
-trained. Contenders take turns; medians. Memory is the peak above the inputs. The error is that of the gradient against
+trained. Contenders take turns; medians. On a CPU its peak is measured, and each line says which share of it the floor's
+operations would be in that time. Memory is the peak above the inputs. The error is that of the gradient against
 float64 on up to 32 rows. An engine of ours that is off by more than 0.5 %, or fails, is not timed, and the exit status
 is 1.
 """
@@ -14,7 +15,10 @@ is 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +26,7 @@ from pathlib import Path
 import losses
 import torch
 from losses import Inputs
-from measure import RESULTS, Table, checked, machine, peak_bytes, take_turns
+from measure import RESULTS, Table, checked, machine, peak_bytes, seconds, take_turns
 from torch import Tensor
 
 import vigos
@@ -98,6 +102,34 @@ def entropy_and_divergence(x: Inputs) -> tuple[float, float]:
     return out.teacher_entropy.mean().item(), out.divergence.mean().item()
 
 
+FIRST_CALL = """
+import sys, time
+import torch, vigos
+n, d, v = map(int, sys.argv[1:4])
+dtype = getattr(torch, sys.argv[4])
+student, teacher, head = (torch.randn(rows, d).to(dtype) for rows in (n, n, v))
+for _ in range(3):
+    begin = time.perf_counter()
+    vigos.linear_divergence(student.clone().requires_grad_(), head, teacher, impl="cpu").loss.backward()
+    print(time.perf_counter() - begin)
+"""
+
+
+def first_call(case: Case, dtype: torch.dtype) -> float:
+    """Time of the CPU engine's first call in a process, over that of the faster of the next two."""
+    sizes = [str(size) for size in (case.n, case.d, case.v)]
+    command = [sys.executable, "-c", FIRST_CALL, *sizes, str(dtype).removeprefix("torch.")]
+    first, *later = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return first / min(later)
+
+
+def peak_gflops() -> float:
+    """What this processor's threads compute in registers alone, multiplications and additions, in 10^9 a second."""
+    extension, threads = importlib.import_module("vigos._C"), torch.get_num_threads()
+    times = [(seconds(lambda: extension.multiply_add(10**7, threads), "cpu")) for _ in range(5)]
+    return float(extension.multiply_add(10**7, threads)) / min(times) / 1e9
+
+
 def run_case(
     case: Case, device: str, dtype: torch.dtype, repeats: int, only: list[str] | None, failed: list[str]
 ) -> list[dict[str, object]]:
@@ -143,8 +175,12 @@ def run_case(
     times = take_turns(products | runs, device, repeats)
     best = {name: min(times[name], times[f"{name}*"]) for name in products if not name.endswith("*")}
     least = 2 * best["z"] + best["dh"] + best.get("dw", 0.0)
-    lines = [shape | {"engine": "floor", "ms": 1e3 * least, "of_floor": 1.0}]
-    print(f"  {'floor':22} {1e3 * least:10.1f} ms")
+    operations = (4 if case.trained_head else 3) * 2e-9 * int(x.live.sum()) * case.d * case.v
+    peak = peak_gflops() if device == "cpu" else None
+    share = {} if peak is None else {"of_peak": operations / least / peak}
+    lines = [shape | {"engine": "floor", "ms": 1e3 * least, "of_floor": 1.0} | share]
+    shares = "".join(f"   {of:.0%} of {peak:.0f} GFLOP/s" for of in share.values())
+    print(f"  {'floor':22} {1e3 * least:10.1f} ms{shares}")
     if case.contrast or case.plausibility:  # beside the same call without: what the target costs
         plain = replace(x, contrast=0.0, plausibility=0.0)
         for name in list(runs):
@@ -155,9 +191,11 @@ def run_case(
     for name, line in out.items():
         if name in times:
             line |= {"ms": 1e3 * times[name], "of_floor": times[name] / least}
+            if peak is not None:
+                line["of_peak"] = operations / times[name] / peak
             print(
                 f"  {name:22} {line['ms']:10.1f} ms {line['of_floor']:6.2f} x floor {line['peak_mib']:9.0f} MiB"
-                f"   error {line['error']:.1e}",
+                f"   error {line['error']:.1e}" + (f" {line['of_peak']:5.0%} of the peak" if peak else ""),
                 flush=True,
             )
         lines.append(line)
@@ -180,6 +218,8 @@ def main() -> None:
         parser.error(f"--cases must be of {', '.join(groups)}; got {', '.join(sorted(unknown))}")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     about = machine(args.device, "triton", "trl", "liger-kernel")
+    if args.device == "cpu":
+        about["isa"] = importlib.import_module("vigos._C").isa()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     wanted, failed = args.cases or [name for name in groups if name != SMALL], list[str]()
     table = Table(args.out or RESULTS / args.device / "divergence.csv", about, wanted)
@@ -187,6 +227,8 @@ def main() -> None:
         for case in groups[name]:
             lines = run_case(case, args.device, dtype, args.repeats, args.only, failed)
             table.add({"group": name} | line for line in lines)
+            if name == "target" and args.device == "cpu" and not (args.only and "vigos cpu" not in args.only):
+                print(f"  vigos cpu: the first call of a process takes {first_call(case, dtype):.2f} x a later one")
     print(f"written to {table.path}")
     if failed:
         raise SystemExit("\n".join(failed))

@@ -78,15 +78,20 @@ def test_products(isa, v, d, n, dtype):
     torch.testing.assert_close(out[:, :n].double(), exact_head @ x.double().T, rtol=1e-5, atol=1e-5 * d**0.5)
     assert out[:, n:].isnan().all()
 
-    gradient = torch.randn(v, n + 5, generator=g)[:, :n]
+    width = (n + 15) // 16 * 16
+    a, p = torch.randn(2, v, width + 5, generator=g)
+    mean, live = torch.randn(width, generator=g), torch.randperm(width, generator=g)[:n].sort().values.int()
+    gradient = (a[:, :width].double() - p[:, :width].double() * mean.double())[:, live]
+    slopes = _C.Slopes(a.data_ptr(), p.data_ptr(), width + 5, width, mean.data_ptr(), live.data_ptr(), n)
     back = torch.full((n, d), float("nan"))
-    _C.backproject(gradient.data_ptr(), n + 5, n, head_, back.data_ptr(), 2)
-    torch.testing.assert_close(back.double(), gradient.double().T @ exact_head, rtol=1e-5, atol=1e-5 * v**0.5)
+    _C.backproject(slopes, head_, back.data_ptr(), 2)
+    torch.testing.assert_close(back.double(), gradient.T @ exact_head, rtol=1e-5, atol=2e-5 * v**0.5)
 
-    total = torch.randn(v, d, generator=g)
-    expected = total.double() + gradient.double() @ x.double()
-    _C.accumulate_head(gradient.data_ptr(), n + 5, v, n, x.data_ptr(), d, total.data_ptr(), 2)
+    total, bias, weight = (torch.randn(size, generator=g) for size in ((v, d), (v,), (n,)))
+    expected, expected_bias = total.double() + gradient @ x.double(), bias.double() + gradient @ weight.double()
+    _C.accumulate_head(slopes, v, x.data_ptr(), d, weight.data_ptr(), total.data_ptr(), bias.data_ptr(), 2)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * n**0.5)
+    torch.testing.assert_close(bias.double(), expected_bias, rtol=1e-5, atol=1e-5 * n**0.5)
 
 
 def test_a_product_rounds_each_element_alike(isa):

@@ -16,9 +16,9 @@ namespace vigos::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16;       // columns come in multiples of it
-constexpr int64_t kSuperBlock = 96;  // rows of a head whose piece of it stays in the second-level cache
-constexpr int64_t kPiece = 256;      // vocabulary entries of a packed piece of the head, and its panels: both and
-constexpr int64_t kPanels = 7;       // the sums they add to stay in the second-level cache
+constexpr int64_t kSuperBlock = 96;  // rows of a head whose logits stay in the second-level cache
+constexpr int64_t kPanels = 7;       // of a packed piece of the head: it and the sums it adds to stay there too
+constexpr int64_t kStrip = 448;      // columns of the head that share a packed piece of the gradient
 constexpr int64_t kRowBlock = 1024;  // entries of a row at a time: 64 steps of 16 lanes
 constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
 
@@ -60,21 +60,25 @@ std::atomic<const Isa*>& chosen() {
   return isa;
 }
 
-// Vocabulary slices of a visit: a function of the sizes alone.
+// Vocabulary slices of a visit, whole super-blocks: a function of the sizes alone.
 struct Slices {
   int64_t n, length;
 
-  explicit Slices(int64_t v, int64_t most = 32) {
-    const int64_t blocks = (v + 63) / 64;
-    n = std::max<int64_t>(1, std::min(most, blocks / 8));
-    length = (blocks + n - 1) / n * 64;
+  explicit Slices(int64_t v) {
+    const int64_t blocks = (v + kSuperBlock - 1) / kSuperBlock;
+    n = std::max<int64_t>(1, std::min<int64_t>(64, blocks / 8));
+    length = (blocks + n - 1) / n * kSuperBlock;
   }
 };
 
-View slice_of(const Chunk& chunk, const Slices& slices, int64_t i) {
-  const int64_t from = std::min(chunk.v, i * slices.length), end = std::min(chunk.v, from + slices.length);
-  return {
-      chunk.s + from * chunk.ld_s, chunk.t + from * chunk.ld_t, chunk.ld_s, chunk.ld_t, from, end - from, chunk.width};
+View view_of(const Chunk& chunk, int64_t from, int64_t end) {
+  return {chunk.s + from * chunk.ld_s,
+          chunk.t + from * chunk.ld_t,
+          chunk.ld_s,
+          chunk.ld_t,
+          chunk.start + from,
+          end - from,
+          chunk.width};
 }
 
 void merge(double& top, double& total, double& first, double other_top, double other_total, double other_first) {
@@ -92,12 +96,29 @@ void merge(double& top, double& total, double& first, double other_top, double o
   first += other_first;
 }
 
-void merge(ColumnStatistics& into, const ColumnStatistics& other) {
-  merge(into.top_s, into.total_s, into.first_s, other.top_s, other.total_s, other.first_s);
-  merge(into.top_t, into.total_t, into.first_t, other.top_t, other.total_t, other.first_t);
+// Merges column `theirs` of other sums, (Sums::kRows, width), into column `ours`.
+void merge(double* sums, int64_t ours, const double* other, int64_t theirs, int64_t width) {
+  for (const int side : {0, 1}) {
+    double* row = sums + side * width + ours;
+    const double* other_row = other + side * width + theirs;
+    merge(row[Sums::kTopS * width], row[Sums::kTotalS * width], row[Sums::kFirstS * width],
+          other_row[Sums::kTopS * width], other_row[Sums::kTotalS * width], other_row[Sums::kFirstS * width]);
+  }
 }
 
-constexpr ColumnStatistics kNothing = {kMinusInf, kMinusInf, 0.0, 0.0, 0.0, 0.0};
+// Merges every slice's sums, in order.
+void merge(double* sums, const std::vector<double>& partial, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) {
+    for (size_t i = 0; i < partial.size(); i += Sums::kRows * width) merge(sums, c, partial.data() + i, c, width);
+  }
+}
+
+void clear(double* sums, int64_t width) {
+  std::fill_n(sums, Sums::kTotalS * width, kMinusInf);
+  std::fill_n(sums + Sums::kTotalS * width, (Sums::kRows - Sums::kTotalS) * width, 0.0);
+}
+
+int64_t rounded_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 }  // namespace
 
@@ -123,59 +144,98 @@ bool select_isa(const char* name) {
   return false;
 }
 
-void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float* out, int64_t ld_out, int threads) {
+void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float* out, int64_t ld_out,
+             const Statistics* statistics, int threads) {
   const Isa& table = isa();
-  const int64_t k = head.columns;
+  const int64_t k = head.columns, v = head.rows, size = item_size(head.dtype),
+                width = statistics ? statistics->chunk.width : 0;
   static thread_local Scratch packed_scratch;
-  float* packed = packed_scratch.at_least(k * ((n + kLanes - 1) / kLanes * kLanes));
-  const int64_t panels = (n + table.panel - 1) / table.panel;
-  parallel_for(panels, threads, [&](int64_t p) {
-    const int64_t from = p * table.panel, columns = std::min<int64_t>(table.panel, n - from);
-    table.pack_rows(x + from * ld_x, ld_x, k, columns, packed + from * k);
-  });
-  parallel_for((head.rows + kSuperBlock - 1) / kSuperBlock, threads, [&](int64_t i) {
-    static thread_local Scratch wide_scratch;
-    const int64_t from = i * kSuperBlock, rows = std::min(kSuperBlock, head.rows - from);
-    const float* a = static_cast<const float*>(head.at(from, 0));
-    int64_t ld = head.ld;
-    if (head.dtype != Dtype::kFloat32) {
-      float* wide = wide_scratch.at_least(rows * k);
-      for (int64_t r = 0; r < rows; ++r) table.widen(head.at(from + r, 0), head.dtype, k, wide + r * k);
-      a = wide;
-      ld = k;
+  float* packed = packed_scratch.at_least(k * rounded_up(n));  // a block for each piece of the depth
+  parallel_for((n + table.panel - 1) / table.panel, threads, [&](int64_t i) {
+    const int64_t from = i * table.panel, columns = std::min<int64_t>(table.panel, n - from);
+    for (int64_t p = 0; p < k; p += kDepth) {
+      const int64_t depth = std::min(kDepth, k - p);
+      table.pack_rows(x + from * ld_x + p, ld_x, depth, columns, packed + p * rounded_up(n) + from * depth);
     }
-    table.multiply(a, ld, packed, rows, n, k, out + from * ld_out, ld_out, false);
   });
+  const Slices slices(v);
+  std::vector<double> partial(slices.n * Sums::kRows * width);
+  parallel_for(slices.n, threads, [&](int64_t i) {
+    static thread_local Scratch wide_scratch;
+    float* wide = head.dtype == Dtype::kFloat32 ? nullptr : wide_scratch.at_least(kSuperBlock * kDepth);
+    double* sums = partial.data() + i * Sums::kRows * width;
+    if (statistics != nullptr) clear(sums, width);
+    const int64_t end = std::min(v, (i + 1) * slices.length);
+    for (int64_t from = i * slices.length; from < end; from += kSuperBlock) {
+      const int64_t rows = std::min(kSuperBlock, end - from);
+      for (int64_t p = 0; p < k; p += kDepth) {
+        const int64_t depth = std::min(kDepth, k - p), after = p + depth < k ? p + depth : 0;
+        const int64_t then = after > 0 ? from : from + rows;  // the rows that are multiplied next
+        Prefetch next;
+        if (then < end) {
+          next = {static_cast<const char*>(head.at(then, after)), std::min(kSuperBlock, end - then),
+                  (std::min(kDepth, k - after) * size + 63) / 64, head.ld * size};
+        }
+        for (int64_t r = 0; wide != nullptr && r < rows; ++r) {
+          table.widen(head.at(from + r, p), head.dtype, depth, wide + r * depth);
+        }
+        table.multiply(wide != nullptr ? wide : static_cast<const float*>(head.at(from, p)),
+                       wide != nullptr ? depth : head.ld, packed + p * rounded_up(n), rows, n, depth,
+                       out + from * ld_out, ld_out, p > 0, next);
+      }
+      if (statistics != nullptr) {
+        table.statistics(view_of(statistics->chunk, from, from + rows), statistics->f, sums);
+      }
+    }
+  });
+  if (statistics != nullptr) merge(statistics->sums, partial, width);
 }
 
-void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, float* out, int threads) {
+void chunk_statistics(const Statistics& statistics, int threads) {
   const Isa& table = isa();
-  const int64_t d = head.columns, v = head.rows;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, v / 4096));
-  const int64_t length = (v + parts - 1) / parts, group = kPanels * table.panel, groups = (d + group - 1) / group;
+  const int64_t v = statistics.chunk.v, width = statistics.chunk.width;
+  const Slices slices(v);
+  std::vector<double> partial(slices.n * Sums::kRows * width);
+  parallel_for(slices.n, threads, [&](int64_t i) {
+    double* sums = partial.data() + i * Sums::kRows * width;
+    clear(sums, width);
+    const int64_t from = std::min(v, i * slices.length), end = std::min(v, from + slices.length);
+    table.statistics(view_of(statistics.chunk, from, end), statistics.f, sums);
+  });
+  merge(statistics.sums, partial, width);
+}
+
+void backproject(const Slopes& g, const Matrix& head, float* out, int threads) {
+  const Isa& table = isa();
+  const int64_t d = head.columns, v = head.rows, l = g.n, size = item_size(head.dtype);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, v / 4096)), length = (v + parts - 1) / parts;
+  const int64_t group = std::min(kStrip, kPanels * table.panel), strips = (d + kStrip - 1) / kStrip;
   static thread_local Scratch partial_scratch;
   float* partial = partial_scratch.at_least(parts * l * d);
-  parallel_for(parts * groups, threads, [&](int64_t i) {
-    static thread_local Scratch packed_scratch, tiles_scratch;
-    float* packed = packed_scratch.at_least(kPiece * group);
-    float* tiles = tiles_scratch.at_least(kPiece * (l + table.tile_rows));
-    const int64_t part = i / groups, column = i % groups * group, columns = std::min(group, d - column);
+  parallel_for(parts * strips, threads, [&](int64_t i) {
+    static thread_local Scratch packed_scratch, tiles_scratch, work_scratch;
+    float* packed = packed_scratch.at_least(kDepth * group);
+    float* tiles = tiles_scratch.at_least(kDepth * (l + table.tile_rows));
+    float* work = work_scratch.at_least(kGradientRows * g.width);
+    const int64_t part = i / strips, left = i % strips * kStrip, right = std::min(d, left + kStrip);
     const int64_t begin = part * length, end = std::min(v, begin + length);
-    float* dest = partial + part * l * d + column;
-    if (begin >= end) {
-      for (int64_t r = 0; r < l; ++r) std::fill_n(dest + r * d, columns, 0.0f);
-    }
-    for (int64_t from = begin; from < end; from += kPiece) {
-      const int64_t rows = std::min(kPiece, end - from);
-      table.pack_columns(head.at(from, column), head.dtype, head.ld, rows, columns, packed);
-      table.pack_tiles(g + from * ld_g, ld_g, rows, l, tiles);
-      Prefetch next;
-      if (from + rows < end) {
-        const int64_t size = item_size(head.dtype);
-        next = {static_cast<const char*>(head.at(from + rows, column)), std::min(kPiece, end - from - rows),
-                (columns * size + 63) / 64, head.ld * size};
+    float* dest = partial + part * l * d;
+    for (int64_t r = 0; begin >= end && r < l; ++r) std::fill(dest + r * d + left, dest + r * d + right, 0.0f);
+    for (int64_t from = begin; from < end; from += kDepth) {
+      const int64_t rows = std::min(kDepth, end - from);
+      table.pack_tiles(g, from, rows, work, tiles);
+      for (int64_t column = left; column < right; column += group) {
+        const int64_t columns = std::min(group, right - column);
+        const int64_t after = column + columns < right ? column + columns : left;
+        const int64_t then = after > left ? from : from + rows;
+        Prefetch next;
+        if (then < end) {
+          next = {static_cast<const char*>(head.at(then, after)), std::min(kDepth, end - then),
+                  (std::min(group, right - after) * size + 63) / 64, head.ld * size};
+        }
+        table.pack_columns(head.at(from, column), head.dtype, head.ld, rows, columns, packed);
+        table.multiply(tiles, 0, packed, l, columns, rows, dest + column, d, from > begin, next);
       }
-      table.multiply_tiles(tiles, packed, l, columns, rows, dest, d, from > begin, next);
     }
   });
   parallel_for(l, threads, [&](int64_t r) {
@@ -187,68 +247,46 @@ void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, fl
   });
 }
 
-void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const float* hidden, int64_t d, float* out,
-                     int threads) {
+void accumulate_head(const Slopes& g, int64_t v, const float* hidden, int64_t d, const float* weight, float* out,
+                     float* bias, int threads) {
   const Isa& table = isa();
+  const int64_t l = g.n;
   static thread_local Scratch packed_scratch;
-  float* packed = packed_scratch.at_least(l * ((d + kLanes - 1) / kLanes * kLanes));
-  table.pack_columns(hidden, Dtype::kFloat32, d, l, d, packed);
+  float* packed = packed_scratch.at_least(l * rounded_up(d));
+  for (int64_t p = 0; p < l; p += kDepth) {
+    table.pack_columns(hidden + p * d, Dtype::kFloat32, d, std::min(kDepth, l - p), d, packed + p * rounded_up(d));
+  }
   parallel_for((v + kSuperBlock - 1) / kSuperBlock, threads, [&](int64_t i) {
+    static thread_local Scratch rows_scratch;
     const int64_t from = i * kSuperBlock, rows = std::min(kSuperBlock, v - from);
-    table.multiply(g + from * ld_g, ld_g, packed, rows, d, l, out + from * d, d, true);
+    float* block = rows_scratch.at_least(rows * rounded_up(l));
+    for (int64_t r = 0; r < rows; ++r) {
+      table.gradient_row(g, from + r, block + r * rounded_up(l));
+      for (int64_t j = 0; bias != nullptr && j < l; ++j) bias[from + r] += block[r * rounded_up(l) + j] * weight[j];
+    }
+    for (int64_t p = 0; out != nullptr && p < l; p += kDepth) {
+      table.multiply(block + p, rounded_up(l), packed + p * rounded_up(d), rows, d, std::min(kDepth, l - p),
+                     out + from * d, d, true, {});
+    }
   });
 }
 
-void chunk_statistics(const Chunk& chunk, const Transforms& f, double* out, int threads) {
-  const Isa& table = isa();
-  const Slices slices(chunk.v);
-  std::vector<ColumnStatistics> partial(slices.n * chunk.width, kNothing);
-  parallel_for(slices.n, threads,
-               [&](int64_t i) { table.statistics(slice_of(chunk, slices, i), f, partial.data() + i * chunk.width); });
-  for (int64_t c = 0; c < chunk.width; ++c) {
-    ColumnStatistics all = partial[c];
-    for (int64_t i = 1; i < slices.n; ++i) merge(all, partial[i * chunk.width + c]);
-    const double fields[6] = {all.top_s, all.top_t, all.total_s, all.total_t, all.first_s, all.first_t};
-    for (int i = 0; i < 6; ++i) out[i * chunk.width + c] = fields[i];
-  }
-}
-
-void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, double* out,
-                   int threads) {
+void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, bool write,
+                   double* out, int threads) {
   const Isa& table = isa();
   const Slices slices(chunk.v);
   std::vector<double> partial(slices.n * 2 * chunk.width, 0.0);
   parallel_for(slices.n, threads, [&](int64_t i) {
+    const int64_t from = std::min(chunk.v, i * slices.length), end = std::min(chunk.v, from + slices.length);
+    const View view = view_of(chunk, from, end);
     double* value = partial.data() + i * 2 * chunk.width;
-    table.measure(slice_of(chunk, slices, i), f, o, normalised, value, value + chunk.width);
+    table.measure(view, f, o, normalised, value, value + chunk.width, write ? chunk.s + from * chunk.ld_s : nullptr,
+                  write ? chunk.t + from * chunk.ld_t : nullptr);
   });
   std::copy_n(partial.data(), 2 * chunk.width, out);
   for (int64_t i = 1; i < slices.n; ++i) {
     for (int64_t c = 0; c < 2 * chunk.width; ++c) out[c] += partial[i * 2 * chunk.width + c];
   }
-}
-
-void chunk_gradient(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised,
-                    const int32_t* live, int64_t n_live, int64_t padded, int threads) {
-  const Isa& table = isa();
-  const std::vector<float> ones(chunk.width, 1.0f);
-  bool all_live = n_live == chunk.width;
-  for (int64_t j = 0; all_live && j < n_live; ++j) all_live = live[j] == j;
-  constexpr int64_t kSteps = 64;
-  parallel_for((chunk.v + kSteps - 1) / kSteps, threads, [&](int64_t i) {
-    static thread_local Scratch scratch;
-    const int64_t from = i * kSteps, steps = std::min(kSteps, chunk.v - from);
-    float* s = chunk.s + from * chunk.ld_s;
-    const View view = {s, chunk.t + from * chunk.ld_t, chunk.ld_s, chunk.ld_t, from, steps, chunk.width};
-    if (all_live) return table.gradient(view, f, o, normalised, ones.data(), s, chunk.ld_s);
-    float* block = scratch.at_least(kSteps * chunk.width);
-    table.gradient(view, f, o, normalised, ones.data(), block, chunk.width);
-    for (int64_t k = 0; k < steps; ++k) {
-      float* dest = s + k * chunk.ld_s;
-      for (int64_t j = 0; j < n_live; ++j) dest[j] = block[k * chunk.width + live[j]];
-      for (int64_t j = n_live; j < padded; ++j) dest[j] = 0.0f;
-    }
-  });
 }
 
 namespace {
@@ -294,30 +332,32 @@ void rows_forward(const Matrix& student, const Matrix& teacher, const int64_t* s
                   int threads) {
   const Isa& table = isa();
   parallel_for(n, threads, [&](int64_t r) {
-    ColumnStatistics lanes[kLanes];
-    std::fill_n(lanes, kLanes, kNothing);
+    double sums[Sums::kRows * kLanes];
+    clear(sums, kLanes);
     for_row_blocks(table, student, teacher, student_row[r], teacher_row[r], v,
-                   [&](const View& view, int64_t) { table.statistics(view, f, lanes); });
-    ColumnStatistics all = lanes[0];
-    for (int64_t l = 1; l < kLanes; ++l) merge(all, lanes[l]);
-    const double log_s = std::log(all.total_s), log_t = std::log(all.total_t);
+                   [&](const View& view, int64_t) { table.statistics(view, f, sums); });
+    for (int64_t l = 1; l < kLanes; ++l) merge(sums, 0, sums, l, kLanes);
+    const auto all = [&](int row) { return sums[row * kLanes]; };
+    const double top_s = all(Sums::kTopS), top_t = all(Sums::kTopT), total_s = all(Sums::kTotalS),
+                 total_t = all(Sums::kTotalT), log_s = std::log(total_s), log_t = std::log(total_t);
     double* dest = out + r * RowOutput::kColumns;
-    dest[Known::kTopS] = all.top_s;
+    dest[Known::kTopS] = top_s;
     dest[Known::kLogSumS] = log_s;
-    dest[Known::kTopT] = all.top_t;
+    dest[Known::kTopT] = top_t;
     dest[Known::kLogSumT] = log_t;
-    dest[Known::kLseGap] = (all.top_s - all.top_t) + std::log(all.total_s / all.total_t);
+    dest[Known::kLseGap] = (top_s - top_t) + std::log(total_s / total_t);
     dest[Known::kMeanSlope] = dest[RowOutput::kDivergence] = 0.0;
-    dest[RowOutput::kEntropyS] = log_s - all.first_s / all.total_s;
-    dest[RowOutput::kEntropyT] = log_t - all.first_t / all.total_t;
-    dest[RowOutput::kLseS] = all.top_s + log_s;
-    dest[RowOutput::kLseT] = all.top_t + log_t;
+    dest[RowOutput::kEntropyS] = log_s - all(Sums::kFirstS) / total_s;
+    dest[RowOutput::kEntropyT] = log_t - all(Sums::kFirstT) / total_t;
+    dest[RowOutput::kLseS] = top_s + log_s;
+    dest[RowOutput::kLseT] = top_t + log_t;
     float known[Known::kColumns];
     for (int i = 0; i < Known::kColumns; ++i) known[i] = static_cast<float>(dest[i]);
     const RowConstants constants(known, kind[r]);
     double value[kLanes] = {}, gradient[kLanes] = {};
-    for_row_blocks(table, student, teacher, student_row[r], teacher_row[r], v,
-                   [&](const View& view, int64_t) { table.measure(view, f, o, constants.view(), value, gradient); });
+    for_row_blocks(table, student, teacher, student_row[r], teacher_row[r], v, [&](const View& view, int64_t) {
+      table.measure(view, f, o, constants.view(), value, gradient, nullptr, nullptr);
+    });
     for (int64_t l = 0; l < kLanes; ++l) {
       dest[RowOutput::kDivergence] += value[l];
       dest[Known::kMeanSlope] += gradient[l];

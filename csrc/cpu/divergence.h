@@ -10,6 +10,9 @@
 
 namespace vigos::cpu {
 
+constexpr int64_t kGradientRows = 16;
+constexpr int64_t kDepth = 256;  // of a product in one piece: a panel of it stays in the first-level cache
+
 // From both sides' raw logits to z.
 struct Transforms {
   Transform student, teacher;
@@ -25,11 +28,10 @@ struct Options {
   bool has_clip = false;
 };
 
-// Sums over part of the vocabulary for one column. Maxima are relative to nothing, sums to the maximum.
-struct ColumnStatistics {
-  double top_s, top_t;      // max z
-  double total_s, total_t;  // sum exp(z - top)
-  double first_s, first_t;  // sum exp(z - top) (z - top)
+// Rows of (Sums::kRows, columns) doubles, sums over part of the vocabulary: max z; sum exp(z - max); sum exp(z - max)
+// (z - max).
+struct Sums {
+  enum : int { kTopS, kTopT, kTotalS, kTotalT, kFirstS, kFirstT, kRows };
 };
 
 // Columns of what the second and third visits know of a row, as in vigos/divergence/engines/problem.py.
@@ -75,6 +77,17 @@ struct View {
   int64_t lanes;
 };
 
+// The gradient of a chunk's student logits, as measure leaves it: entry v of column live[j] is a - p_s S.
+struct Slopes {
+  const float* a;
+  const float* p_s;
+  int64_t ld;               // floats from one entry to the next
+  int64_t width;            // columns, a multiple of 16
+  const float* mean_slope;  // S, (width,)
+  const int32_t* live;      // (n,), ascending
+  int64_t n;
+};
+
 // Rows of memory to bring into the second-level cache: `lines` cache lines of each, `stride` bytes apart.
 struct Prefetch {
   const char* data = nullptr;
@@ -87,11 +100,14 @@ struct Isa {
   int panel;      // columns of a packed panel of the matrix products
   int tile_rows;  // rows of a tile of them
 
-  // First visit: adds a view to the running statistics of its columns.
-  void (*statistics)(const View&, const Transforms&, ColumnStatistics*);
-  // Second visit: value[c] += the divergence's terms, gradient[c] += the terms of S.
-  void (*measure)(const View&, const Transforms&, const Options&, const Normalised&, double* value, double* gradient);
-  // Third visit: d divergence / d raw student logit, (steps, lanes) to out (row stride ld_out), times scale[c].
+  // First visit: adds a view to the running sums of its columns, (Sums::kRows, lanes).
+  void (*statistics)(const View&, const Transforms&, double* sums);
+  // Second visit: value[c] += the divergence's terms, gradient[c] += the terms of S. a and p_s, both times dz_s / d
+  // raw_s, are written to `a` and `p_s`, or not if these are null; they lie as the view's s and t do, and may be those.
+  void (*measure)(const View&, const Transforms&, const Options&, const Normalised&, double* value, double* gradient,
+                  float* a, float* p_s);
+  // The same entries' gradient, a - p_s S, from logits that stay: (steps, lanes) to out (row stride ld_out), times
+  // scale[c].
   void (*gradient)(const View&, const Transforms&, const Options&, const Normalised&, const float* scale, float* out,
                    int64_t ld_out);
   // Rows of any dtype to and from float32.
@@ -101,14 +117,17 @@ struct Isa {
   void (*pack_rows)(const float* x, int64_t ld, int64_t k, int64_t n, float* dest);
   // Rows of it, B(k, j) = x[k * ld + j] of any dtype, into panels.
   void (*pack_columns)(const void* x, Dtype dtype, int64_t ld, int64_t k, int64_t n, float* dest);
-  // Columns of the left operand, A(i, k) = x[k * ld + i], into tiles; room for m + rows - 1 rows.
-  void (*pack_tiles)(const float* x, int64_t ld, int64_t k, int64_t m, float* dest);
-  // c (m, n) = or += A (m, k) @ packed panels, A(i, k) = a[i * ld + k].
+  // The gradient of a vocabulary entry v, live columns only: n floats.
+  void (*gradient_row)(const Slopes&, int64_t v, float* dest);
+  // The gradient of entries from v on as columns of the left operand, A(i, k) = gradient(v + k, i), in tiles; room for
+  // n + rows - 1 rows. rows: kGradientRows * width floats to work in.
+  void (*pack_tiles)(const Slopes&, int64_t v, int64_t k, float* rows, float* dest);
+  // c (m, n) = or += A (m, k) @ packed panels over a depth k in one piece, A(i, k) = a[i * ld + k] or, with ld 0, in
+  // tiles; what comes next is fetched meanwhile.
   void (*multiply)(const float* a, int64_t ld, const float* packed, int64_t m, int64_t n, int64_t k, float* c,
-                   int64_t ld_c, bool add);
-  // The same from tiles, over a depth k in one piece; what comes next is fetched meanwhile.
-  void (*multiply_tiles)(const float* tiles, const float* packed, int64_t m, int64_t n, int64_t k, float* c,
-                         int64_t ld_c, bool add, const Prefetch& next);
+                   int64_t ld_c, bool add, const Prefetch& next);
+  // The operations of n rounds of multiplications and additions in registers, on 0 < x < 1: to measure the peak with.
+  int64_t (*multiply_add)(int64_t n, float x);
   // The functions of simd.h, for their tests: 0 exp, 1 expm1(-x), 2 log1p, 3 tanh.
   void (*evaluate)(int function, const float* x, int64_t n, float* y);
 };
@@ -136,31 +155,37 @@ struct Matrix {
 };
 
 // A chunk's logits: (v, width) of the student and of the teacher, each with row stride `ld`; width a multiple of 16.
+// `start`: index into the biases of the first.
 struct Chunk {
   float* s;
   float* t;
   int64_t ld_s, ld_t;
-  int64_t v, width;
+  int64_t v, width, start;
 };
 
 // Every function below splits its work into pieces that do not depend on `threads`, so neither does its result.
 
-// out (v, n) = head (v, k) @ x (n, k)^T
-void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float* out, int64_t ld_out, int threads);
-// out (l, d) = g (v, l)^T @ head (v, d)
-void backproject(const float* g, int64_t ld_g, int64_t l, const Matrix& head, float* out, int threads);
-// out (v, d) += g (v, l) @ hidden (l, d)
-void accumulate_head(const float* g, int64_t ld_g, int64_t v, int64_t l, const float* hidden, int64_t d, float* out,
-                     int threads);
+// Logits of a chunk that are complete with a product: their sums are taken while they are in the second-level cache,
+// and merged into `sums`, (Sums::kRows, width).
+struct Statistics {
+  const Chunk& chunk;
+  const Transforms& f;
+  double* sums;
+};
 
-// out (6, width): the fields of ColumnStatistics.
-void chunk_statistics(const Chunk& chunk, const Transforms& f, double* out, int threads);
-// out (2, width): divergence and S.
-void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, double* out,
-                   int threads);
-// Writes the gradient of column live[j] over column j of the student's logits, for j < n_live, and 0 up to `padded`.
-void chunk_gradient(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised,
-                    const int32_t* live, int64_t n_live, int64_t padded, int threads);
+// out (v, n) = head (v, k) @ x (n, k)^T
+void project(const Matrix& head, const float* x, int64_t ld_x, int64_t n, float* out, int64_t ld_out,
+             const Statistics* statistics, int threads);
+// out (l, d) = g^T @ head (v, d)
+void backproject(const Slopes& g, const Matrix& head, float* out, int threads);
+// out (v, d) += g (v, l) @ hidden (l, d); bias (v,), or null, += g @ weight (l,)
+void accumulate_head(const Slopes& g, int64_t v, const float* hidden, int64_t d, const float* weight, float* out,
+                     float* bias, int threads);
+// The same sums of logits that were changed after their product.
+void chunk_statistics(const Statistics& statistics, int threads);
+// out (2, width): divergence and S. Where `write`, the chunk holds Slopes afterwards.
+void chunk_measure(const Chunk& chunk, const Transforms& f, const Options& o, const Normalised& normalised, bool write,
+                   double* out, int threads);
 
 // Rows of logits that exist: row r of `n` is student row student_row[r] against teacher row teacher_row[r], over the
 // first v columns. out (n, RowOutput::kColumns).

@@ -70,22 +70,49 @@ inline Entry entry(vf raw_s, vf raw_t, const Transforms& f, int64_t v) {
   } else {
     difference *= alpha;
   }
-  const vi neither = (out.z_s == -kInf) & (out.z_t == -kInf);
-  out.gap = neither ? vf{} : difference;
+  if constexpr (FORM == kScaled + kDifference) {
+    out.gap = difference;  // products of finite numbers: none is -inf
+  } else {
+    const vi neither = (out.z_s == -kInf) & (out.z_t == -kInf);
+    out.gap = neither ? vf{} : difference;
+  }
   return out;
 }
 
+// Brings what the next block has at the same place into the second-level cache: its rows lie far apart, and the
+// hardware does not look past a page.
+inline void fetch_next_block(const float* p, int64_t ld) { __builtin_prefetch(p + kBlock * ld, 0, 2); }
+
+// Moves a column's running sums to a maximum at least as high and adds a block's.
+inline void add_block(double* top, double* total, double* first, vf most, vf sum, vf sum_first) {
+  for (int l = 0; l < W; ++l) {
+    if (most[l] != top[l] && total[l] != 0.0) {  // exp of the fall of everything summed so far
+      const double fall = top[l] - most[l], fallen = __builtin_exp(fall);
+      first[l] = fallen * (first[l] + total[l] * fall);
+      total[l] *= fallen;
+    }
+  }
+  for (int l = 0; l < W; ++l) {
+    top[l] = most[l];
+    total[l] += sum[l];
+    first[l] += sum_first[l];
+  }
+}
+
 template <int FORM>
-void statistics_form(const View& view, const Transforms& f, ColumnStatistics* statistics) {
+void statistics_form(const View& view, const Transforms& f, double* sums) {
   vf z_s[kBlock], z_t[kBlock];
   for (int64_t from = 0; from < view.steps; from += kBlock) {
     const int n = static_cast<int>(view.steps - from < kBlock ? view.steps - from : kBlock);
     for (int64_t lane = 0; lane < view.lanes; lane += W) {
       const float* s = view.s + from * view.ld_s + lane;
       const float* t = view.t + from * view.ld_t + lane;
-      ColumnStatistics* lanes = statistics + lane;
-      float top_s[W], top_t[W], total_s[W], total_t[W], first_s[W], first_t[W];
-      vf most_s = splat(-kInf), most_t = splat(-kInf);
+      const auto row = [&](int i) { return sums + i * view.lanes + lane; };
+      vf most_s{}, most_t{};
+      for (int l = 0; l < W; ++l) {
+        most_s[l] = static_cast<float>(row(Sums::kTopS)[l]);
+        most_t[l] = static_cast<float>(row(Sums::kTopT)[l]);
+      }
       for (int i = 0; i < n; ++i) {
         const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
         z_s[i] = e.z_s;
@@ -93,41 +120,19 @@ void statistics_form(const View& view, const Transforms& f, ColumnStatistics* st
         most_s = max_(e.z_s, most_s);
         most_t = max_(e.z_t, most_t);
       }
-      for (int l = 0; l < W; ++l)
-        top_s[l] = static_cast<float>(lanes[l].top_s), top_t[l] = static_cast<float>(lanes[l].top_t);
-      most_s = max_(load(top_s), most_s);
-      most_t = max_(load(top_t), most_t);
-      store(top_s, most_s);
-      store(top_t, most_t);
       const vf base_s = most_s == -kInf ? vf{} : most_s, base_t = most_t == -kInf ? vf{} : most_t;
       vf sum_s{}, sum_t{}, sum_first_s{}, sum_first_t{};
       for (int i = 0; i < n; ++i) {
-        const vf d_s = z_s[i] - base_s, d_t = z_t[i] - base_t;
+        // Where exp is 0 all the same, but not -inf, whose product with 0 is NaN; a NaN stays.
+        const vf d_s = max_(splat(-100.0f), z_s[i] - base_s), d_t = max_(splat(-100.0f), z_t[i] - base_t);
         const vf e_s = exp_(d_s), e_t = exp_(d_t);
         sum_s += e_s;
         sum_t += e_t;
-        sum_first_s += e_s * max_(d_s, splat(-100.0f));  // 0 * -inf
-        sum_first_t += e_t * max_(d_t, splat(-100.0f));
+        sum_first_s += e_s * d_s;
+        sum_first_t += e_t * d_t;
       }
-      store(total_s, sum_s);
-      store(total_t, sum_t);
-      store(first_s, sum_first_s);
-      store(first_t, sum_first_t);
-      for (int l = 0; l < W; ++l) {
-        const auto add = [](double& top, double& total, double& first, double top_now, double total_now,
-                            double first_now) {
-          if (top_now != top && total != 0.0) {  // exp of the fall of everything summed so far
-            const double fallen = __builtin_exp(top - top_now);
-            first = fallen * (first + total * (top - top_now));
-            total *= fallen;
-          }
-          top = top_now;
-          total += total_now;
-          first += first_now;
-        };
-        add(lanes[l].top_s, lanes[l].total_s, lanes[l].first_s, top_s[l], total_s[l], first_s[l]);
-        add(lanes[l].top_t, lanes[l].total_t, lanes[l].first_t, top_t[l], total_t[l], first_t[l]);
-      }
+      add_block(row(Sums::kTopS), row(Sums::kTotalS), row(Sums::kFirstS), most_s, sum_s, sum_first_s);
+      add_block(row(Sums::kTopT), row(Sums::kTotalT), row(Sums::kFirstT), most_t, sum_t, sum_first_t);
     }
   }
 }
@@ -213,16 +218,26 @@ inline Terms terms(const Entry& e, const Column& c, const Options& o) {
 // who stands beside it, to the last bit.
 template <int FORM, int KIND, bool CLIP>
 void measure_strip(const View& view, int64_t from, int n, int64_t lane, const Transforms& f, const Options& o,
-                   const Normalised& normalised, double* value, double* gradient) {
+                   const Normalised& normalised, double* value, double* gradient, float* a, float* p_s) {
   const Column c = column(normalised, lane);
-  const float* s = view.s + from * view.ld_s + lane;
-  const float* t = view.t + from * view.ld_t + lane;
+  const vi mine = load(normalised.kind + lane) == KIND;
+  bool all_mine = true;
+  for (int l = 0; l < W; ++l) all_mine &= mine[l] != 0;
+  const int64_t at_s = from * view.ld_s + lane, at_t = from * view.ld_t + lane;
+  const float *s = view.s + at_s, *t = view.t + at_t;
   vf sum_value{}, sum_a{};
   for (int i = 0; i < n; ++i) {
     const Entry e = entry<FORM>(load(s + i * view.ld_s), load(t + i * view.ld_t), f, view.start + from + i);
     const Terms term = terms<KIND, CLIP, !CLIP>(e, c, o);
     sum_value += term.value;
     sum_a += term.a;
+    fetch_next_block(s + i * view.ld_s, view.ld_s);
+    fetch_next_block(t + i * view.ld_t, view.ld_t);
+    if (a != nullptr) {
+      float *to_a = a + at_s + i * view.ld_s, *to_p = p_s + at_t + i * view.ld_t;
+      store(to_a, all_mine ? term.a * e.slope : (mine ? term.a * e.slope : load(to_a)));
+      store(to_p, all_mine ? term.p_s * e.slope : (mine ? term.p_s * e.slope : load(to_p)));
+    }
   }
   for (int l = 0; l < W; ++l) {
     if (normalised.kind[lane + l] != KIND) continue;
@@ -293,14 +308,14 @@ void for_strips(const View& view, const Transforms& f, const Options& o, const N
   });
 }
 
-void statistics(const View& view, const Transforms& f, ColumnStatistics* dest) {
-  with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, dest); });
+void statistics(const View& view, const Transforms& f, double* sums) {
+  with_form(f, [&]<int FORM>() { statistics_form<FORM>(view, f, sums); });
 }
 
 void measure(const View& view, const Transforms& f, const Options& o, const Normalised& normalised, double* value,
-             double* gradient) {
+             double* gradient, float* a, float* p_s) {
   for_strips(view, f, o, normalised, [&]<int FORM, int KIND, bool CLIP>(int64_t from, int n, int64_t lane) {
-    measure_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, value, gradient);
+    measure_strip<FORM, KIND, CLIP>(view, from, n, lane, f, o, normalised, value, gradient, a, p_s);
   });
 }
 

@@ -11,10 +11,10 @@ namespace vigos::cpu {
 
 const Isa& VIGOS_TABLE_NAME(VIGOS_ISA)() {
   namespace ours = VIGOS_ISA;
-  static const Isa table = {VIGOS_STRING(VIGOS_ISA), ours::kPanel,       ours::kRows,      ours::statistics,
-                            ours::measure,           ours::gradient,     ours::widen,      ours::narrow,
-                            ours::pack_rows,         ours::pack_columns, ours::pack_tiles, ours::multiply,
-                            ours::multiply_tiles,    ours::evaluate};
+  static const Isa table = {VIGOS_STRING(VIGOS_ISA), ours::kPanel,       ours::kRows,        ours::statistics,
+                            ours::measure,           ours::gradient,     ours::widen,        ours::narrow,
+                            ours::pack_rows,         ours::pack_columns, ours::gradient_row, ours::pack_tiles,
+                            ours::multiply,          ours::multiply_add, ours::evaluate};
   return table;
 }
 

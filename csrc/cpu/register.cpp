@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -59,10 +60,19 @@ void register_cpu(py::module_& m) {
            }),
            py::arg("share"), py::arg("entry_clip"));
   py::class_<Chunk>(m, "Chunk", py::module_local(), "Logits (v, width) of both sides.")
-      .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width) {
-             return Chunk{pointer<float>(s), pointer<float>(t), ld_s, ld_t, v, width};
+      .def(py::init([](Address s, Address t, int64_t ld_s, int64_t ld_t, int64_t v, int64_t width, int64_t start) {
+             return Chunk{pointer<float>(s), pointer<float>(t), ld_s, ld_t, v, width, start};
            }),
-           py::arg("s"), py::arg("t"), py::arg("ld_s"), py::arg("ld_t"), py::arg("v"), py::arg("width"));
+           py::arg("s"), py::arg("t"), py::arg("ld_s"), py::arg("ld_t"), py::arg("v"), py::arg("width"),
+           py::arg("start") = 0);
+  py::class_<Slopes>(m, "Slopes", py::module_local(),
+                     "What chunk_measure left of a chunk's logits, and its live columns.")
+      .def(py::init([](Address a, Address p_s, int64_t ld, int64_t width, Address mean_slope, Address live, int64_t n) {
+             return Slopes{pointer<float>(a),          pointer<float>(p_s),    ld, width,
+                           pointer<float>(mean_slope), pointer<int32_t>(live), n};
+           }),
+           py::arg("a"), py::arg("p_s"), py::arg("ld"), py::arg("width"), py::arg("mean_slope"), py::arg("live"),
+           py::arg("n"));
 
   m.attr("dtypes") = py::dict(py::arg("float32") = static_cast<int>(Dtype::kFloat32),
                               py::arg("bfloat16") = static_cast<int>(Dtype::kBFloat16),
@@ -77,53 +87,59 @@ void register_cpu(py::module_& m) {
         if (!select_isa(name.c_str())) throw std::invalid_argument("this machine does not run " + name);
       },
       py::arg("name"), "Use a named instruction set, or the best one again with \"best\".");
+  m.def(
+      "multiply_add",
+      [](int64_t n, int threads) {
+        std::atomic<int64_t> operations{0};
+        parallel_for(threads, threads, [&](int64_t) { operations += isa().multiply_add(n, 0.5f); });
+        return operations.load();
+      },
+      py::arg("n"), py::arg("threads"), released, "Run n rounds of register arithmetic a thread; operations in all.");
   m.def("thread_backend", &thread_backend, "What threads come from: openmp (torch's own) or std::thread.");
 
   m.def(
       "project",
-      [](const Matrix& head, Address x, int64_t ld_x, int64_t n, Address out, int64_t ld_out, int threads) {
-        project(head, pointer<const float>(x), ld_x, n, pointer<float>(out), ld_out, threads);
+      [](const Matrix& head, Address x, int64_t ld_x, int64_t n, Address out, int64_t ld_out, int threads,
+         const Chunk* chunk, const Transforms* f, Address sums) {
+        const auto run = [&](const Statistics* s) {
+          project(head, pointer<const float>(x), ld_x, n, pointer<float>(out), ld_out, s, threads);
+        };
+        if (chunk == nullptr) return run(nullptr);
+        const Statistics statistics{*chunk, *f, pointer<double>(sums)};
+        run(&statistics);
       },
       py::arg("head"), py::arg("x"), py::arg("ld_x"), py::arg("n"), py::arg("out"), py::arg("ld_out"),
-      py::arg("threads"), released);
+      py::arg("threads"), py::arg("chunk") = nullptr, py::arg("transform") = nullptr, py::arg("sums") = 0, released);
   m.def(
       "backproject",
-      [](Address g, int64_t ld_g, int64_t l, const Matrix& head, Address out, int threads) {
-        backproject(pointer<const float>(g), ld_g, l, head, pointer<float>(out), threads);
+      [](const Slopes& g, const Matrix& head, Address out, int threads) {
+        backproject(g, head, pointer<float>(out), threads);
       },
-      py::arg("g"), py::arg("ld_g"), py::arg("l"), py::arg("head"), py::arg("out"), py::arg("threads"), released);
+      py::arg("g"), py::arg("head"), py::arg("out"), py::arg("threads"), released);
   m.def(
       "accumulate_head",
-      [](Address g, int64_t ld_g, int64_t v, int64_t l, Address hidden, int64_t d, Address out, int threads) {
-        accumulate_head(pointer<const float>(g), ld_g, v, l, pointer<const float>(hidden), d, pointer<float>(out),
-                        threads);
+      [](const Slopes& g, int64_t v, Address hidden, int64_t d, Address weight, Address out, Address bias,
+         int threads) {
+        accumulate_head(g, v, pointer<const float>(hidden), d, pointer<const float>(weight), pointer<float>(out),
+                        pointer<float>(bias), threads);
       },
-      py::arg("g"), py::arg("ld_g"), py::arg("v"), py::arg("l"), py::arg("hidden"), py::arg("d"), py::arg("out"),
+      py::arg("g"), py::arg("v"), py::arg("hidden"), py::arg("d"), py::arg("weight"), py::arg("out"), py::arg("bias"),
       py::arg("threads"), released);
   m.def(
       "chunk_statistics",
-      [](const Chunk& chunk, const Transforms& f, Address out, int threads) {
-        chunk_statistics(chunk, f, pointer<double>(out), threads);
+      [](const Chunk& chunk, const Transforms& f, Address sums, int threads) {
+        chunk_statistics({chunk, f, pointer<double>(sums)}, threads);
       },
-      py::arg("chunk"), py::arg("transform"), py::arg("out"), py::arg("threads"), released);
+      py::arg("chunk"), py::arg("transform"), py::arg("sums"), py::arg("threads"), released);
   m.def(
       "chunk_measure",
-      [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address out,
-         int threads) {
+      [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, bool write,
+         Address out, int threads) {
         chunk_measure(chunk, f, o, normalised(pointer<const float>(floats), chunk.width, pointer<const int32_t>(kind)),
-                      pointer<double>(out), threads);
+                      write, pointer<double>(out), threads);
       },
       py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
-      py::arg("out"), py::arg("threads"), released);
-  m.def(
-      "chunk_gradient",
-      [](const Chunk& chunk, const Transforms& f, const Options& o, Address floats, Address kind, Address live,
-         int64_t n_live, int64_t padded, int threads) {
-        chunk_gradient(chunk, f, o, normalised(pointer<const float>(floats), chunk.width, pointer<const int32_t>(kind)),
-                       pointer<const int32_t>(live), n_live, padded, threads);
-      },
-      py::arg("chunk"), py::arg("transform"), py::arg("options"), py::arg("normalised"), py::arg("kind"),
-      py::arg("live"), py::arg("n_live"), py::arg("padded"), py::arg("threads"), released);
+      py::arg("write"), py::arg("out"), py::arg("threads"), released);
   m.def(
       "rows_forward",
       [](const Matrix& student, const Matrix& teacher, Address student_row, Address teacher_row, Address kind,

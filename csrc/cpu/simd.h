@@ -15,7 +15,7 @@ typedef int32_t vi __attribute__((vector_size(VIGOS_LANES * 4)));
 
 constexpr float kInf = __builtin_inff();
 
-inline vf splat(float x) { return x + vf{}; }
+inline vf splat(float x) { return x - vf{}; }  // x + 0 would be an addition: -0 + 0 is 0
 inline vf load(const float* p) {
   vf v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -35,12 +35,10 @@ inline vf abs_(vf a) { return from_bits(bits(a) & 0x7fffffff); }
 
 // exp(r) - 1 - r for |r| <= log(2) / 2: r^2 times a Chebyshev fit of degree 5, relative error 3e-9.
 inline vf exp_tail(vf r) {
-  vf q = 1.989108044e-04f * r + 1.393373071e-03f;
-  q = q * r + 8.333310845e-03f;
-  q = q * r + 4.166646420e-02f;
-  q = q * r + 1.666666668e-01f;
-  q = q * r + 5.000000014e-01f;
-  return r * r * q;
+  const vf r2 = r * r;  // Estrin's scheme: a loop of these waits for results more than for room to compute
+  const vf q0 = 1.666666668e-01f * r + 5.000000014e-01f, q1 = 8.333310845e-03f * r + 4.166646420e-02f;
+  const vf q2 = 1.989108044e-04f * r + 1.393373071e-03f;
+  return r2 * ((q2 * r2 + q1) * r2 + q0);
 }
 
 struct Reduced {
@@ -58,9 +56,9 @@ inline Reduced reduce(vf x) {
 
 // exp(x) for x <= 80; 0 below -87.3, where the result would be denormal. NaN stays NaN.
 inline vf exp_(vf x) {
-  const Reduced a = reduce(max_(x, splat(-100.0f)));
-  const vf e = from_bits(bits(1.0f + (a.r + exp_tail(a.r))) + a.shift);
-  return x < -87.3f ? vf{} : (x == x ? e : x);
+  const Reduced a = reduce(x);
+  const vf two_n = from_bits(a.shift + 0x3f800000);
+  return x < -87.3f ? vf{} : (a.r + exp_tail(a.r)) * two_n + two_n;
 }
 
 // What falling by a >= 0 does to a probability, each to rounding for small a as well.

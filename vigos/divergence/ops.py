@@ -9,7 +9,7 @@ weights of the supervision and scaled by the upstream of `loss`, or computed aga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,22 @@ from vigos.divergence.supervision import REVERSE_KL
 
 # Values are checked, and rows counted, on the host: no operator can be captured in a CUDA graph.
 NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
+
+
+def _operator(name: str) -> Callable[[Callable[..., object]], Any]:
+    """Register a function that changes none of its arguments as an operator.
+
+    torch.library.custom_op does the same, but its first call imports torch._dynamo: two seconds.
+    """
+
+    def register(function: Callable[..., object]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *NOT_CAPTURED))
+        torch.library.impl(name, "default", function)
+        namespace, operator = name.split("::")
+        return getattr(getattr(torch.ops, namespace), operator).default
+
+    return register
 
 
 def _check_rows(
@@ -275,7 +291,7 @@ def linear(
     return linear_op(*student, list(teacher), list(supervision), labels, *call.packed(), need)
 
 
-@torch.library.custom_op("vigos::linear_divergence", mutates_args=(), tags=NOT_CAPTURED)
+@_operator("vigos::linear_divergence")
 def linear_op(
     student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher: list[Tensor | None],
     supervision: list[Tensor], labels: Tensor | None, scalars: list[float], vocab_size: int, group_name: str, impl: str,
@@ -300,7 +316,7 @@ def linear_op(
         )  # type: ignore[return-value] # fmt: skip
 
 
-@linear_op.register_fake
+@torch.library.register_fake("vigos::linear_divergence")
 def _linear_fake(  # type: ignore[no-untyped-def]
     student_hidden, student_weight, student_bias, teacher, supervision, labels, scalars, vocab_size, group_name, impl,
     need,
@@ -315,7 +331,7 @@ def _linear_fake(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("vigos::linear_divergence_backward", mutates_args=(), tags=NOT_CAPTURED)
+@_operator("vigos::linear_divergence_backward")
 def _linear_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student: list[Tensor | None], teacher: list[Tensor | None],
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str, need: list[bool],
@@ -360,7 +376,7 @@ def _linear_backward_op(
         return tuple(x.clone() if any(x is y for y in given) else x for x in outputs)  # type: ignore[return-value]
 
 
-@_linear_backward_op.register_fake
+@torch.library.register_fake("vigos::linear_divergence_backward")
 def _linear_backward_fake(  # type: ignore[no-untyped-def]
     upstream, saved, student, teacher, supervision, scalars, vocab_size, group_name, impl, need
 ):
@@ -389,8 +405,8 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor
     return (*gradients, _no_gradient(teacher), _no_gradient(supervision), *(None,) * 6)
 
 
-linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
-_linear_backward_op.register_autograd(_once)
+torch.library.register_autograd("vigos::linear_divergence", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("vigos::linear_divergence_backward", _once)
 
 
 # --- from logits -----------------------------------------------------------------------------------------------------
@@ -418,7 +434,7 @@ def logits(
     return logits_op(student_logits, teacher_logits, list(supervision), labels, *call.packed(), inplace)
 
 
-@torch.library.custom_op("vigos::logits_divergence", mutates_args=(), tags=NOT_CAPTURED)
+@_operator("vigos::logits_divergence")
 def logits_op(
     student_logits: Tensor, teacher_logits: Tensor, supervision: list[Tensor], labels: Tensor | None,
     scalars: list[float], vocab_size: int, group_name: str, impl: str, inplace: bool,
@@ -432,7 +448,7 @@ def logits_op(
         return (loss, *_flat(result.statistics), result.state)  # type: ignore[return-value]
 
 
-@logits_op.register_fake
+@torch.library.register_fake("vigos::logits_divergence")
 def _logits_fake(  # type: ignore[no-untyped-def]
     student_logits, teacher_logits, supervision, labels, scalars, vocab_size, group_name, impl, inplace
 ):
@@ -453,7 +469,7 @@ def _logits_gradient(
         return choose(call.impl, problem).logits_backward(problem, state, g, out=out)
 
 
-@torch.library.custom_op("vigos::logits_divergence_backward", mutates_args=(), tags=NOT_CAPTURED)
+@_operator("vigos::logits_divergence_backward")
 def _logits_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,
@@ -463,7 +479,7 @@ def _logits_backward_op(
     return _logits_gradient(upstream, saved, student_logits, teacher_logits, supervision, call, inplace=False)
 
 
-@_logits_backward_op.register_fake
+@torch.library.register_fake("vigos::logits_divergence_backward")
 def _logits_backward_fake(  # type: ignore[no-untyped-def]
     upstream, saved, student_logits, teacher_logits, supervision, scalars, vocab_size, group_name, impl
 ):
@@ -502,5 +518,5 @@ def _logits_backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor
     return (gradient, None, _no_gradient(supervision), *(None,) * 6)
 
 
-logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)
-_logits_backward_op.register_autograd(_once)
+torch.library.register_autograd("vigos::logits_divergence", _logits_backward, setup_context=_logits_setup)
+torch.library.register_autograd("vigos::logits_divergence_backward", _once)

@@ -3,8 +3,9 @@
 A chunk's logits lie as (V, columns): the student's columns, then the teacher's. With a shared head they come from one
 product of 2C columns, so the head is read once for both; the student's columns then are (student - teacher) @ head.T,
 whose rounding is relative to the difference that the gradient is made of. The row kernel (csrc/cpu/divergence_kernel.h)
-takes tokens along its SIMD lanes and visits the chunk three times: statistics; divergence; and, for rows that are live,
-the gradient, written over the student's logits and closed up so that the last product sees live rows alone.
+takes tokens along its SIMD lanes and visits the chunk twice: for the statistics, inside the product, while a block of
+logits is in the second-level cache; and for divergence and gradient, which is written over the logits as (a, p_s). The
+last product forms a - p_s S of the live rows while it packs them.
 
 The products are csrc/cpu/gemm_kernel.h: a row's result depends on nothing but that row, and 16-bit heads are widened a
 block at a time on the way in, so logits are float32 whatever the head is.
@@ -12,6 +13,8 @@ block at a time on the way in, so logits are float32 whatever the head is.
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -113,39 +116,31 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class _Head:
-    """A head's real rows for the products; one that C++ cannot read where it lies is copied block by block."""
+class _Heads:
+    """Iterate over both heads' real rows, the teacher's None if shared; C++ gets copies of what it cannot read."""
 
     BLOCK = 4096
 
-    def __init__(self, weight: Tensor, real: int) -> None:
-        weight = weight[:real]
-        self.parts = [weight] if _readable(weight) else list(weight.split(self.BLOCK))
-        self.real, self.d = real, weight.shape[1]
+    def __init__(self, student: Tensor, teacher: Tensor | None, real: int) -> None:
+        self.heads = [None if x is None else x[:real] for x in (student, teacher)]
+        readable = all(x is None or _readable(x) for x in self.heads)
+        self.real, self.step = real, max(1, real) if readable else self.BLOCK
 
-    def project(self, x: Tensor, out: Tensor) -> None:
-        """Write out (real, n) = head @ x.T for float32 x (n, D) and out, columns contiguous."""
-        start = 0
-        for part in self.parts:
-            part = part if _readable(part) else _copied(part)
-            dest = out[start : start + part.shape[0]]
-            _c().project(
-                _matrix(part), x.data_ptr(), x.stride(0), x.shape[0], dest.data_ptr(), out.stride(0), _threads()
-            )
-            start += part.shape[0]
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield (first row, rows of the student's head, the same of the teacher's)."""
+        for block in chunks(self.real, self.step):
+            student, teacher = (x if x is None or _readable(x) else _copied(x[block]) for x in self.heads)
+            assert student is not None
+            yield block.start, student, teacher
 
-    def backproject(self, g: Tensor, out: Tensor) -> None:
-        """Write out (l, D) = g.T @ head for float32 g (real, l)."""
-        start, rest = 0, out
-        for i, part in enumerate(self.parts):
-            part = part if _readable(part) else _copied(part)
-            if i == 1:
-                rest = torch.empty_like(out)
-            rows = g[start : start + part.shape[0]]
-            _c().backproject(rows.data_ptr(), g.stride(0), g.shape[1], _matrix(part), rest.data_ptr(), _threads())
-            if i > 0:
-                out += rest
-            start += part.shape[0]
+
+def _buffer(n: int) -> Tensor:
+    """Return n float32 of huge pages where the system has them: 4 KiB at a time 100 MiB take 30,000 faults."""
+    if n < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(n)
+    memory = mmap.mmap(-1, 4 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def _normalise(rows: Rows, sums: Tensor) -> tuple[Tensor, ...]:
@@ -183,62 +178,63 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
         result.dbias = torch.zeros(v)
     if r == 0:
         return result
-    head_s = _Head(problem.student_weight, real)
-    head_t = None if problem.teacher_weight is None else _Head(problem.teacher_weight, real)
+    heads = _Heads(problem.student_weight, problem.teacher_weight, real)
+    shared = problem.teacher_weight is None
     theirs, teacher_bias = adjusted_transform(problem)
     seen = replace(problem, teacher_transform=theirs)
-    difference = head_t is None and seen.alike
+    difference = shared and seen.alike
     transform = _Transforms(seen, problem.student_bias, teacher_bias, real, difference)
     options = c.Options(problem.share, problem.entry_clip)
     # Rows of one kind side by side: the kernel has code of its own for 16 columns of one kind.
     order = torch.argsort(problem.kind, stable=True)
     width = chunk_width(r, min(config.most_columns, config.chunk_bytes // (8 * problem.entries_a_rank(v))))
-    logits = torch.empty(max(real, 1), 2 * width)
-    hidden_s = torch.zeros(width, d)
-    hidden_t = hidden_s.new_zeros(width, problem.teacher_hidden.shape[1])
-    both = torch.zeros(2 * width, d) if head_t is None else None
-    if both is not None:
-        hidden_s, hidden_t = both[:width], both[width:]
-    sums = torch.empty(6, width, dtype=torch.float64)
-    measured = torch.empty(2, width, dtype=torch.float64)
-    known = torch.zeros(KNOWN, width)
-    kind = torch.zeros(width, dtype=torch.int32)
-    chunk = c.Chunk(logits.data_ptr(), logits.data_ptr() + 4 * width, logits.stride(0), logits.stride(0), real, width)
+    buffer = _buffer(max(1, real) * 2 * width)
     for block in chunks(r, width):
         rows, n = order[block], block.stop - block.start
-        hidden_s[:n] = problem.student_hidden[problem.student_row[rows]]
-        hidden_t[:n] = problem.teacher_hidden[problem.teacher_row[rows]]
+        w = (n + 15) // 16 * 16
+        logits = buffer[: real * 2 * w].view(real, 2 * w)
+        student, teacher = torch.zeros(w, d), torch.zeros(w, problem.teacher_hidden.shape[1])
+        student[:n] = problem.student_hidden[problem.student_row[rows]]
+        teacher[:n] = problem.teacher_hidden[problem.teacher_row[rows]]
+        kind = torch.zeros(w, dtype=torch.int32)
         kind[:n] = problem.kind[rows]
         kind[n:] = kind[n - 1]
         found, cut = targets(problem, rows), None
         step = None if found is None else found.step
-        if both is not None:
-            student = hidden_s[:n].clone() if difference and result.dweight is not None else None
+        first = student - teacher if difference else student
+        if step is not None:
+            teacher[:n] += step
             if difference:
-                hidden_s -= hidden_t
-                if step is not None:
-                    hidden_s[:n] -= step
-            if step is not None:
-                hidden_t[:n] += step
-            head_s.project(both, logits)
-            if student is not None:
-                hidden_s[:n] = student
-        else:
-            assert head_t is not None
-            if step is not None:
-                hidden_t[:n] += step
-            head_s.project(hidden_s, logits[:, :width])
-            head_t.project(hidden_t, logits[:, width:])
-        if found is not None and (found.places.shape[0] > 0 or theirs is not problem.teacher_transform):
+                first[:n] -= step
+        sums = torch.zeros(6, w, dtype=torch.float64)
+        sums[:2] = -float("inf")
+        chunk = c.Chunk(_address(logits), _address(logits, 0, w), 2 * w, 2 * w, real, w)
+        changed = found is not None and (found.places.shape[0] > 0 or theirs is not problem.teacher_transform)
+        _project(heads, first, teacher, logits, None if changed else (transform.native, sums))
+        if found is not None and changed:
             cut = adjust(
-                problem, found, logits[:real, :n], logits[:real, width : width + n],
+                problem, found, logits[:, :n], logits[:, w : w + n],
                 partial(_separation, problem, rows[found.places]), difference=difference,
             )  # fmt: skip
-        c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
+            c.chunk_statistics(chunk, transform.native, sums.data_ptr(), _threads())
+        known = torch.zeros(KNOWN, w)
         lse_s, lse_t, entropy_s, entropy_t, known[:MEAN_SLOPE] = _normalise(problem, sums)
+        if problem.labels is not None:
+            assert statistics.student_logprob is not None
+            assert statistics.teacher_logprob is not None
+            z_s, z_t = _label_logits(seen, teacher_bias, logits, problem.labels[rows], difference)
+            if found is not None and cut is not None:
+                z_t[found.places] = z_t[found.places].masked_fill(
+                    cut_labels(problem, cut, rows[found.places]), -float("inf")
+                )
+            statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
+            statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
+        weighted = problem.weight[rows] != 0
+        measured = torch.empty(2, w, dtype=torch.float64)
         c.chunk_measure(
-            chunk, transform.native, options, known.data_ptr(), kind.data_ptr(), measured.data_ptr(), _threads()
-        )
+            chunk, transform.native, options, known.data_ptr(), kind.data_ptr(), need and bool(weighted.any()),
+            measured.data_ptr(), _threads(),
+        )  # fmt: skip
         all_reduce(measured, problem.group)
         known[MEAN_SLOPE] = measured[1]
         statistics.divergence[rows] = measured[0, :n].float()
@@ -247,56 +243,56 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
             entropy_s[:n].float(),
             entropy_t[:n].float(),
         )
-        if problem.labels is not None:
-            assert statistics.student_logprob is not None
-            assert statistics.teacher_logprob is not None
-            z_s, z_t = _label_logits(seen, teacher_bias, logits[:real], problem.labels[rows], difference)
-            if found is not None and cut is not None:
-                z_t[found.places] = z_t[found.places].masked_fill(
-                    cut_labels(problem, cut, rows[found.places]), -float("inf")
-                )
-            statistics.student_logprob[rows] = (z_s - lse_s[:n]).float()
-            statistics.teacher_logprob[rows] = (z_t - lse_t[:n]).float()
-        if not need:
+        live = (weighted & ~(statistics.divergence[rows] > problem.clip[rows])).nonzero().squeeze(1)
+        if not need or live.shape[0] == 0:
             continue
-        divergence = statistics.divergence[rows]
-        live = (problem.weight[rows] != 0) & ~(divergence > problem.clip[rows])
-        columns = live.nonzero().squeeze(1)
-        n_live = columns.shape[0]
-        if n_live == 0:
-            continue
-        padded = min(width, (n_live + 15) // 16 * 16)
-        index = columns.int()
-        c.chunk_gradient(
-            chunk,
-            transform.native,
-            options,
-            known.data_ptr(),
-            kind.data_ptr(),
-            index.data_ptr(),
-            n_live,
-            padded,
-            _threads(),
-        )
-        g = logits[:real, :n_live]
-        live_at = rows[columns]
+        index, live_at = live.int(), rows[live]
+        slopes = partial(_slopes, logits, known[MEAN_SLOPE], index)
         if result.drow is not None and result.computed is not None:
-            drow = torch.zeros(n_live, d)
-            if real > 0:
-                head_s.backproject(g, drow)
+            drow = torch.zeros(live.shape[0], d)
+            for start, head_s, _ in heads:
+                part = drow if start == 0 else torch.empty_like(drow)
+                c.backproject(slopes(start), _matrix(head_s), part.data_ptr(), _threads())
+                if start > 0:
+                    drow += part
             result.drow[live_at] = drow
             result.computed[live_at] = True
-        weight = problem.weight[live_at].float()
-        if result.dweight is not None:
-            weighted = hidden_s[columns] * weight[:, None]
-            c.accumulate_head(
-                g.data_ptr(), g.stride(0), real, n_live, weighted.data_ptr(), d, result.dweight.data_ptr(), _threads()
-            )
-        if result.dbias is not None:
-            result.dbias[:real] += g @ weight
+        if result.dweight is not None or result.dbias is not None:
+            weight = problem.weight[live_at].float()
+            hidden = student[live] * weight[:, None]
+            dweight, dbias = (0 if x is None else x.data_ptr() for x in (result.dweight, result.dbias))
+            c.accumulate_head(slopes(0), real, hidden.data_ptr(), d, weight.data_ptr(), dweight, dbias, _threads())
     if result.drow is not None:
         all_reduce(result.drow, problem.group)
     return result
+
+
+def _address(logits: Tensor, row: int = 0, column: int = 0) -> int:
+    return logits.data_ptr() + 4 * (row * logits.shape[1] + column)
+
+
+def _project(
+    heads: _Heads, student: Tensor, teacher: Tensor, logits: Tensor, statistics: tuple[object, Tensor] | None
+) -> None:
+    """Write a chunk's logits (V, 2 w); with (transforms, sums) merge their sums, (6, w), into these."""
+    c, w = _c(), student.shape[0]
+    both = torch.cat([student, teacher]) if heads.heads[1] is None else student
+    for start, head_s, head_t in heads:
+        s, t = _address(logits, start), _address(logits, start, w)
+        if head_t is not None:
+            c.project(_matrix(head_t), teacher.data_ptr(), teacher.shape[1], w, t, 2 * w, _threads())
+        chunk = c.Chunk(s, t, 2 * w, 2 * w, head_s.shape[0], w, start)
+        done = () if statistics is None else (chunk, statistics[0], statistics[1].data_ptr())
+        c.project(_matrix(head_s), both.data_ptr(), both.shape[1], both.shape[0], s, 2 * w, _threads(), *done)
+
+
+def _slopes(logits: Tensor, mean_slope: Tensor, live: Tensor, start: int) -> object:
+    """Return the `_C.Slopes` of a measured chunk's live columns (int32) from vocabulary entry `start` on."""
+    w = logits.shape[1] // 2
+    return _c().Slopes(
+        _address(logits, start), _address(logits, start, w), 2 * w, w, mean_slope.data_ptr(), live.data_ptr(),
+        live.shape[0],
+    )  # fmt: skip
 
 
 def _separation(problem: LinearProblem, pairs: Tensor, entries: Tensor) -> Tensor:
@@ -307,7 +303,9 @@ def _separation(problem: LinearProblem, pairs: Tensor, entries: Tensor) -> Tenso
     separation = hidden[problem.teacher_row[pairs]].float() - hidden[problem.control_row[pairs]].float()
     out = torch.empty(entries.shape[0], separation.shape[0])
     few = head if entries.shape[0] == head.shape[0] else head[entries]
-    _Head(few, entries.shape[0]).project(separation, out)
+    k = separation.shape[0]
+    for start, part, _ in _Heads(few, None, entries.shape[0]):
+        _c().project(_matrix(part), separation.data_ptr(), few.shape[1], k, _address(out, start), k, _threads())
     return out
 
 
