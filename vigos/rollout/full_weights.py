@@ -175,9 +175,10 @@ class InProcess:
         self.llm.update_weights({"update_info": {"data": save(group)}})
 
     def finish(self, version: str) -> None:
-        """End the update, give the weights a version and forget prefixes of the old ones."""
+        """End the update, give the weights a version and forget what the old ones made of prompts and images."""
         self.llm.finish_weight_update(version)
         self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
 
     def version(self) -> str:
         """Return the version of the weights that vLLM holds."""
@@ -232,9 +233,10 @@ class Server:
             path.unlink()
 
     def finish(self, version: str) -> None:
-        """End the update, give the weights a version and forget prefixes of the old ones."""
+        """End the update, give the weights a version and forget what the old ones made of prompts and images."""
         self.request("finish_weight_update", {"weight_version": version})
         self.request("reset_prefix_cache", {})
+        self.request("reset_encoder_cache", {})
         self.request("resume", {})
 
     def version(self) -> str:
