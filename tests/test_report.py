@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,11 +31,22 @@ from helpers.training import (
     tiny_student,
     trainer,
 )
+from PIL import Image
 
 from vigos.cli import main
 from vigos.divergence.head import Head
 from vigos.eval.evaluate import evaluate
-from vigos.report.page import MAX_TOKENS, headline, load_run, render, rollout_data, script_json, write_report
+from vigos.report.evaluations import flipped
+from vigos.report.page import (
+    MAX_DATA_BYTES,
+    MAX_TOKENS,
+    headline,
+    load_run,
+    render,
+    rollout_data,
+    script_json,
+    write_report,
+)
 from vigos.train.records import token_texts
 from vigos.train.top_tokens import top_tokens
 
@@ -220,7 +232,7 @@ def test_nothing_of_a_run_becomes_markup(run: Path, page: Path) -> None:
 
 def test_headline_is_paired_and_has_intervals(run: Path) -> None:
     loaded = load_run(run)
-    score, prior, valid = headline(loaded.before, loaded.after)
+    score, prior, valid = headline(loaded.evaluations.before, loaded.evaluations.after)
     assert [n.label for n in (score, prior, valid)] == ["Score", "Prior", "In format"]
     assert score.before is not None
     assert score.after is not None
@@ -236,13 +248,13 @@ def test_headline_is_paired_and_has_intervals(run: Path) -> None:
 def test_evaluations_of_other_rows_are_not_paired(run: Path, tmp_path: Path) -> None:
     """Numbers yes, a difference no: neither for other keys nor for the same keys with other answers."""
     loaded = load_run(run / "train")
-    assert (loaded.name, loaded.before is not None) == (run.name, True)
+    assert (loaded.name, loaded.evaluations.before is not None) == (run.name, True)
     lines = (run / "after.jsonl").read_text().splitlines()
     for name, change in (("keys", {"key": "other"}), ("answers", {"answer": "other"})):
         path = tmp_path / f"{name}.jsonl"
         changed = [json.dumps(json.loads(line) | change) for line in lines[1:]]
         path.write_text("\n".join([lines[0], *changed]) + "\n")
-        numbers = headline(loaded.before, load_run(run, after=path).after)
+        numbers = headline(loaded.evaluations.before, load_run(run, after=path).evaluations.after)
         assert all(n.after is not None and n.comparison is None for n in numbers)
     render([load_run(run, after=tmp_path / "keys.jsonl")])
 
@@ -311,6 +323,76 @@ def test_older_and_emptier_runs(tmp_path: Path, run: Path) -> None:
     assert (loaded.written, len(loaded.rollouts)) == (2, 2)
     assert rollout_data([loaded])["images"] == []
     render([loaded])
+
+
+def test_questions_that_training_turned_come_with_image_before_and_after(run: Path, tmp_path: Path) -> None:
+    (run / "world").mkdir(exist_ok=True)
+    picture(3).save(run / "world" / "q.png")
+    changed = []
+    for name in ("before.jsonl", "after.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        lines[2] |= {"images": ["q.png", "../../secret.png"], "problem": EVIL}
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        changed.append(tmp_path / name)
+    loaded = load_run(run, before=changed[0], after=changed[1])
+    ((title, questions),) = flipped(loaded.evaluations)
+    assert title == "6 became right"
+    first = questions[0]
+    assert [(s["when"], s["prediction"], s["right"]) for s in first["said"]] == [
+        ("before", "blue", False), ("after", "red", True),
+    ]  # fmt: skip
+    assert [src[:22] for src in first["images"]] == ["data:image/png;base64,"], "and none of outside"
+    text = render([loaded])
+    assert text.index("6 became right") < text.index('id="rollouts"')
+    assert "<script>document.title" not in text
+    swapped = load_run(run, before=changed[1], after=changed[0])
+    assert [title for title, _ in flipped(swapped.evaluations)] == ["6 became wrong"]
+
+
+def test_evaluations_under_the_run_are_found(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "train", tmp_path / "run")
+    model = load_run(folder).config["run"]["model"]
+    names = {
+        "base": {"model": model},
+        "trained": {"model": str(folder / "merged")},
+        "another": {"model": "other/model"},
+    }
+    for (name, of), source in zip(models.items(), ("before", "after", "after"), strict=True):
+        (folder / name).mkdir()
+        shutil.copy(run / f"{source}.jsonl", folder / name / "records.jsonl")
+        (folder / name / "evaluation.json").write_text(json.dumps({"model": of}))
+    score = headline((found := load_run(folder).evaluations).before, found.after)[0]
+    assert score.comparison is not None
+    assert score.comparison.better == 6
+    shutil.rmtree(folder / "base")
+    assert load_run(folder).evaluations.before is None
+    (folder / "trained" / "evaluation.json").write_text("[")
+    assert load_run(folder).evaluations.after is None
+
+
+def test_the_page_is_bounded_whatever_rows_hold(run: Path, tmp_path: Path) -> None:
+    """Many small pictures a row, long questions, long tokens, one line of many megabytes."""
+    folder = shutil.copytree(run / "train", tmp_path / "run")
+    source = next((folder / "completions").glob("step-*.jsonl"))
+    record = json.loads(source.read_text().splitlines()[0])
+    rng = random.Random(0)
+    with (folder / "completions" / "step-000009.jsonl").open("w") as file:
+        for step in range(60):
+            names = []
+            for i in range(40):
+                names.append(f"images/{step:08x}{i:08x}.png")
+                Image.frombytes("RGB", (90, 90), rng.randbytes(24_300)).save(folder / "completions" / names[-1])
+            hostile = {"images": names, "problem": "x" * 300_000, "answer": "y" * 300_000, "problem_id": str(step)}
+            file.write(json.dumps(record | hostile | {"step": 9}) + "\n")
+        file.write(json.dumps(record | {"problem": "z" * 9_000_000}) + "\n")
+    loaded = load_run(folder)
+    assert loaded.damaged == 1
+    path = write_report(folder, tmp_path / "report.html")
+    assert path.stat().st_size < MAX_DATA_BYTES + 4_000_000
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])["rollouts"]  # type: ignore[index]
+    assert all(len(r["images"]) <= 8 for r in shown)
+    assert f"{len(shown)} of the {loaded.written} rollouts that were written are on this page" in path.read_text()
+    assert [r["step"] for r in shown] == sorted(r["step"] for r in shown)
 
 
 def test_mistakes(tmp_path: Path, run: Path) -> None:
@@ -387,7 +469,7 @@ class Tab:
         self.page.on("dialog", lambda dialog: self.trouble.append(f"dialog {dialog.message}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector(".card")
+        self.page.wait_for_selector("#list .card")
 
     def __enter__(self) -> Any:
         return self.page
@@ -403,7 +485,7 @@ def settle(tab: Any, cards: int) -> None:
     """Waits until the search has left so many cards."""
     from playwright.sync_api import expect
 
-    expect(tab.locator(".card")).to_have_count(cards)
+    expect(tab.locator("#list .card")).to_have_count(cards)
 
 
 @pytest.mark.slow
@@ -412,7 +494,7 @@ def settle(tab: Any, cards: int) -> None:
 def test_renders_without_complaints(browser: Any, page: Path, width: int, scheme: str) -> None:
     with Tab(browser, page, width, scheme) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out sideways"
-        assert tab.locator(".card").count() == 18
+        assert tab.locator("#list .card").count() == 18
         assert tab.locator("figure svg").count() >= 12
         loaded = "[...document.images].every((i) => i.complete ? i.naturalWidth > 0 : true)"
         assert tab.evaluate(loaded)
@@ -429,7 +511,7 @@ def test_renders_without_complaints(browser: Any, page: Path, width: int, scheme
 
 # Contrast ratios of ink on the deepest token of each teacher, painted on a canvas as the browser blends them.
 CONTRASTS = """() => [0, 1, 2].map((k) => {
-  const host = document.querySelector(".card"), token = document.createElement("span");
+  const host = document.querySelector("#list .card"), token = document.createElement("span");
   token.className = "tok t" + k; token.textContent = "x";
   token.style.setProperty("--k", "calc(4% + 1 * var(--deep))"); host.append(token);
   const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
@@ -446,12 +528,28 @@ CONTRASTS = """() => [0, 1, 2].map((k) => {
 
 
 @pytest.mark.slow
+def test_largest_kl_comes_first_and_charts_tell_their_values(browser: Any, page: Path) -> None:
+    with Tab(browser, page) as tab:
+        kl = tab.evaluate("[...document.querySelectorAll('#list .text')].map((text) => text.rollout.kl)")
+        assert kl == sorted(kl, reverse=True)
+        drawing = tab.locator(".drawing[data-chart=loss]")
+        drawing.scroll_into_view_if_needed()
+        box = drawing.bounding_box()
+        tab.mouse.move(box["x"] + 0.98 * box["width"], box["y"] + 0.5 * box["height"])
+        logged = json.loads(tab.locator("#data").inner_text())["charts"]["loss"]["curves"]
+        assert tab.locator("#tip").inner_text().split("\n")[0] == "step 3"
+        assert f"perception: {logged[0][2][-1]}" in tab.locator("#tip").inner_text()
+        tab.mouse.move(0, 0)
+        assert not tab.locator("#tip").is_visible()
+
+
+@pytest.mark.slow
 def test_script_in_a_rollout_stays_text(browser: Any, page: Path) -> None:
     with Tab(browser, page) as tab:
         tab.fill("#q", "document.title")
         settle(tab, 3)
-        assert "<script>document.title='owned'</script>" in tab.locator(".text").first.inner_text()
-        assert EVIL in tab.locator(".ask").first.inner_text()
+        assert "<script>document.title='owned'</script>" in tab.locator("#list .text").first.inner_text()
+        assert EVIL in tab.locator("#list .ask").first.inner_text()
         assert tab.locator("script").count() == 2
         assert tab.locator("img[src='x']").count() == 0
         assert "owned" not in tab.title()
@@ -462,7 +560,7 @@ def test_script_in_a_rollout_stays_text(browser: Any, page: Path) -> None:
 @pytest.mark.slow
 def test_filters(browser: Any, page: Path) -> None:
     def count() -> int:
-        return tab.locator(".card").count()
+        return tab.locator("#list .card").count()
 
     with Tab(browser, page) as tab:
         assert tab.locator("#count").inner_text() == "18 rollouts"
@@ -487,7 +585,7 @@ def test_filters(browser: Any, page: Path) -> None:
         assert count() == 6
         tab.fill("#q", "SNOWMAN")
         settle(tab, 1)
-        assert "☃" in tab.locator(".text").inner_text()
+        assert "☃" in tab.locator("#list .text").inner_text()
         tab.fill("#q", "no such words")
         settle(tab, 0)
         assert "nothing fits the filters" in tab.locator("#count").inner_text()
@@ -497,15 +595,16 @@ def test_filters(browser: Any, page: Path) -> None:
         tab.select_option("#order", "kl")
         largest = json.loads(tab.locator("#data").inner_text())["rollouts"]
         top = max(max((t[3] for t in r["taught"]), default=0) for r in largest)
-        shown = tab.locator(".text").first.evaluate("(node) => node.rollout.kl")
+        shown = tab.locator("#list .text").first.evaluate("(node) => node.rollout.kl")
         assert shown == top
         tab.select_option("#order", "-step")
-        assert tab.locator(".meta").first.inner_text().startswith("step 3")
+        assert tab.locator("#list .meta").first.inner_text().startswith("step 3")
 
 
 @pytest.mark.slow
 def test_keyboard_moves_from_token_to_token(browser: Any, page: Path) -> None:
     with Tab(browser, page) as tab:
+        tab.select_option("#order", "step")
         tab.locator("#order").focus()
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.textContent") == "A"
@@ -523,7 +622,7 @@ def test_keyboard_moves_from_token_to_token(browser: Any, page: Path) -> None:
         tab.keyboard.press("Escape")
         assert not tip.is_visible()
         tab.keyboard.press("Tab")
-        assert tab.evaluate("document.activeElement.closest('li') === document.querySelectorAll('.card')[1]")
+        assert tab.evaluate("document.activeElement.closest('li') === document.querySelectorAll('#list .card')[1]")
         unnamed = (
             "[...document.querySelectorAll('input, select, button')].filter((e) => !e.labels?.length && !e.textContent)"
         )
@@ -535,11 +634,12 @@ def test_keyboard_moves_from_token_to_token(browser: Any, page: Path) -> None:
 def test_two_runs_side_by_side(browser: Any, run: Path, other: Path, tmp_path: Path) -> None:
     path = write_report(run, tmp_path / "two.html", compare=other)
     with Tab(browser, path) as tab:
-        assert tab.locator(".card").count() == 18
-        assert tab.locator(".card .pair").count() == 18
-        assert tab.locator(".pair").first.locator(".letter").all_inner_texts() == ["A", "B"]
+        assert tab.locator("#list .card").count() == 18
+        assert tab.locator("#list .card .pair").count() == 18
+        assert tab.locator("#list .pair").first.locator(".letter").all_inner_texts() == ["A", "B"]
         assert tab.locator(".numbers").count() == 3
-        assert tab.locator(".facts .differs").all_inner_texts() == ["methodvigos", "methodopsd"]
+        differing = tab.locator(".facts .differs").all_inner_texts()
+        assert [text for text in differing if "duration" not in text] == ["methodvigos", "methodopsd"]
         assert "run B" in tab.locator(".key").first.inner_text()
     with Tab(browser, path, 390) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
@@ -549,9 +649,9 @@ def test_two_runs_side_by_side(browser: Any, run: Path, other: Path, tmp_path: P
 def test_ten_thousand_rollouts_in_the_browser(browser: Any, large: Path, tmp_path: Path) -> None:
     with Tab(browser, write_report(large, tmp_path / "large.html")) as tab:
         assert tab.locator("#count").inner_text() == "400 rollouts"
-        assert tab.locator(".card").count() == 20
+        assert tab.locator("#list .card").count() == 20
         tab.click("#more")
-        assert tab.locator(".card").count() == 40
+        assert tab.locator("#list .card").count() == 40
         wanted = tab.evaluate("JSON.parse(document.getElementById('data').textContent).rollouts[333].id")
         tab.fill("#q", wanted)
         settle(tab, 1)

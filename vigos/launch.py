@@ -200,7 +200,7 @@ def train_from_source(source: Source, config: ViGOSConfig, *, console: Console |
 _SECRET = re.compile(r"(--[\w-]*(?:token|key|secret|password)[\w-]*)(=|\s+)\S+", re.I)
 
 
-def run_facts(source: Source) -> dict[str, Any]:
+def run_facts(source: Source | EvalSource) -> dict[str, Any]:
     """Return what repeats a run beside its options: model, data and its digest, versions, the command line."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -208,10 +208,20 @@ def run_facts(source: Source) -> dict[str, Any]:
     for package in ("vigos", "torch", "transformers", "peft", "accelerate"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{torch.get_num_threads()} threads"
+    machine = f"{device}, {platform.machine()}, {platform.system()}"
     facts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     facts = {k: v for k, v in facts.items() if k not in ("resume", "overwrite") and v is not None}
     command = _SECRET.sub(r"\1\2<SECRET>", shlex.join(sys.argv))
-    return facts | {"data_digest": data_digest(source.data), "versions": versions, "command": command}
+    return facts | {
+        "data_digest": data_digest(source.data),
+        "versions": versions,
+        "machine": machine,
+        "command": command,
+    }
 
 
 def data_digest(data: str) -> str | None:
@@ -416,6 +426,8 @@ def evaluate_from_source(
     )  # fmt: skip
     summary = result.summary()
     replace_json(folder / "summary.json", summary)
+    root = source.data_root or (str(Path(source.data).resolve().parent) if Path(source.data).is_file() else source.data)
+    replace_json(folder / "evaluation.json", {**run_facts(source), "data_root": root})  # read by `vigos report`
     return summary
 
 

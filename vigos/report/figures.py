@@ -43,6 +43,8 @@ class Chart:
 
     Attributes:
         legend: (label, CSS colour, whether the line is dashed).
+        points: what is shown under the pointer: `left`, `right`: edges of the axes, as shares of the drawing's width;
+            `low`, `high`: steps there; `curves`: (label, steps, values as text).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Chart:
     legend: list[tuple[str, str, bool]] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
+    points: dict[str, Any] = field(default_factory=dict)
 
 
 def series(log: Log, name: str) -> tuple[list[float], list[float]]:
@@ -127,6 +130,7 @@ def lines(
     figure, (axis,) = new_figure()
     table: list[list[str]] = []
     drawn: dict[str, tuple[str, str, bool]] = {}
+    traced: list[tuple[str, list[float], list[str]]] = []
     for run, log in enumerate(logs):
         for metric, label, colour in curves:
             steps, values = series(log, metric)
@@ -141,13 +145,15 @@ def lines(
             )  # fmt: skip
             drawn[label] = (label, COLOURS[colour], False)
             table.append([label, *(["AB"[run]] if len(logs) > 1 else []), *_ends(values, share)])
+            traced.append(_traced(label, run, logs, steps, values, share))
     if not table:
         return None
     _finish(axis, share, low)
     legend = list(drawn.values()) if len(curves) > 1 else []
     if len(logs) > 1:
         legend += [("run A", "var(--muted)", False), ("run B", "var(--muted)", True)]
-    return Chart(name, title, text, svg_of(figure, name), legend, ["curve", *_heads(logs)], table)
+    svg = svg_of(figure, name)  # which lays the axes out
+    return Chart(name, title, text, svg, legend, ["curve", *_heads(logs)], table, _points(axis, traced))
 
 
 def stacked(
@@ -158,6 +164,7 @@ def stacked(
     figure, axes = new_figure(len(logs), height=HEIGHT + 1.5 * (len(logs) - 1))
     table: list[list[str]] = []
     drawn: dict[str, tuple[str, str, bool]] = {}
+    traced: list[tuple[str, list[float], list[str]]] = []
     for run, (log, axis) in enumerate(zip(logs, axes, strict=True)):
         filled = [
             {"step": line["step"], **{m: 0.0 for m, _, _ in parts}, **(derive(line) if derive else line)}
@@ -173,13 +180,29 @@ def stacked(
         axis.stackplot(columns[0][2], values, colors=[c[1] for c in columns], alpha=0.85)
         for c in columns:
             drawn[c[0]] = (c[0], COLOURS[c[1]], False)
-            table.append([c[0], *(["AB"[run]] if len(logs) > 1 else []), *_ends([scale * v for v in c[3]], share)])
+            scaled = [scale * v for v in c[3]]
+            table.append([c[0], *(["AB"[run]] if len(logs) > 1 else []), *_ends(scaled, share)])
+            traced.append(_traced(c[0], run, logs, c[2], scaled, share))
         _finish(axis, share, 0.0)
         if len(logs) > 1:
             axis.set_title(f"run {'AB'[run]}", color=MUTED)
     if not table:
         return None
-    return Chart(name, title, text, svg_of(figure, name), list(drawn.values()), ["part", *_heads(logs)], table)
+    svg, columns_ = svg_of(figure, name), ["part", *_heads(logs)]
+    return Chart(name, title, text, svg, list(drawn.values()), columns_, table, _points(axes[-1], traced))
+
+
+def _traced(
+    label: str, run: int, logs: Sequence[Log], steps: list[float], values: list[float], share: bool
+) -> tuple[str, list[float], list[str]]:
+    name = f"{label}, run {'AB'[run]}" if len(logs) > 1 else label
+    return name, [round(s, 1) for s in steps], [f"{v:.1f} %" if share else f"{v:.4g}" for v in values]
+
+
+def _points(axis: Any, traced: list[tuple[str, list[float], list[str]]]) -> dict[str, Any]:
+    """Return where the axes lie in a figure that was drawn, and the values of its curves."""
+    place, (low, high) = axis.get_position(), axis.get_xlim()
+    return {"left": place.x0, "right": place.x1, "low": low, "high": high, "curves": traced}
 
 
 def _heads(logs: Sequence[Log]) -> list[str]:

@@ -18,14 +18,15 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
+from vigos.report.evaluations import Found, find_evaluations, flipped
 from vigos.report.figures import Chart
 from vigos.system.extras import install
 from vigos.system.files import parsed, read_json_lines, read_sections, replace_file
@@ -33,6 +34,10 @@ from vigos.system.files import parsed, read_json_lines, read_sections, replace_f
 MAX_ROLLOUTS = 400
 MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens of both models about 12 MB
 MAX_IMAGE_BYTES = 400_000
+MAX_DATA_BYTES = 24_000_000  # rollouts of a page with their images, as JSON; the rest of it is a few megabytes at most
+MAX_RECORD_BYTES = 4_000_000  # of a rollout's line
+MAX_IMAGES = 8  # a rollout
+MAX_CHARACTERS = 4000  # of a question, a reference, an answer
 _IMAGE_NAME = re.compile(r"images/[0-9a-f]{8,64}\.(png|webp)")
 _MEDIA = {"png": "image/png", "webp": "image/webp"}
 
@@ -54,7 +59,8 @@ class Run:
     Attributes:
         config: the sections of config.yaml.
         log: the lines of metrics.jsonl that hold a step's metrics.
-        before, after: evaluations of the untrained model under the same prompt, and of the trained one.
+        evaluations: of the untrained model under the same prompt, and of the trained one.
+        duration_s: seconds that its steps took.
         rollouts: the sampled records of completions/, in order of their steps.
         written: how many records completions/ holds.
         skipped: examples that could not be used, by reason.
@@ -65,22 +71,22 @@ class Run:
     folder: Path
     config: Mapping[str, Any]
     log: list[dict[str, Any]]
-    before: EvaluationResult | None
-    after: EvaluationResult | None
+    evaluations: Found
     rollouts: list[dict[str, Any]]
     written: int
     skipped: Mapping[str, int] = field(default_factory=dict)
     damaged: int = 0
+    duration_s: float = 0.0
 
 
 def load_run(
     folder: str | Path, *, before: str | Path | None = None, after: str | Path | None = None,
     rollouts: int = MAX_ROLLOUTS, seed: int = 0, like: Run | None = None,
 ) -> Run:  # fmt: skip
-    """Read a run folder, or the demo's: the run in `train/`, its evaluations `before.jsonl` and `after.jsonl`.
+    """Read a run folder, or the demo's: the run in `train/`, its evaluations beside it or under it.
 
     Args:
-        before, after: records of two evaluations, where they lie elsewhere.
+        before, after: records of two evaluations, in place of those that are found.
         rollouts: how many to sample at most.
         like: a run whose sampled examples are preferred, so that two runs can be compared side by side.
     """
@@ -99,13 +105,22 @@ def load_run(
     damaged += lines
     skipped, lines = read_json_lines(inner / "skipped.jsonl") if (inner / "skipped.jsonl").is_file() else ([], 0)
     damaged += lines
+    config = config if isinstance(config, dict) else {}
+    found = find_evaluations(outer, inner, _section(config, "run").get("model"))
+    if before is not None:
+        found = replace(found, before=EvaluationResult.load(before))
+    if after is not None:
+        found = replace(found, after=EvaluationResult.load(after))
+    given = before is not None or after is not None
+    if found.before and found.after and not given and found.before.mismatches(found.after):
+        found = replace(found, before=None)  # another time, other questions: not those before
     return Run(
         name=(outer.resolve().parent if outer.name == "train" else outer.resolve()).name,
         folder=inner,
         config=config,
         log=[line for line in metrics if "loss" in line and "step" in line],
-        before=_evaluation(before, outer, inner, "before.jsonl"),
-        after=_evaluation(after, outer, inner, "after.jsonl"),
+        evaluations=found,
+        duration_s=sum(float(line.get("perf/step_s") or 0.0) for line in metrics),
         rollouts=sampled,
         written=written,
         skipped=Counter(str(line.get("reason")) for line in skipped),
@@ -113,12 +128,9 @@ def load_run(
     )
 
 
-def _evaluation(given: str | Path | None, outer: Path, inner: Path, name: str) -> EvaluationResult | None:
-    if given is not None:
-        return EvaluationResult.load(given)
-    folders = [outer, inner, *([outer.parent] if outer.name == "train" else [])]
-    found = next((p / name for p in folders if (p / name).is_file()), None)
-    return EvaluationResult.load(found) if found else None
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _sample(folder: Path, limit: int, seed: int, wanted: set[tuple[int, str]]) -> tuple[list[dict[str, Any]], int, int]:
@@ -160,7 +172,7 @@ def _record_at(path: Path, offset: int) -> dict[str, Any] | None:
     """Return the record of a rollout at a byte offset; None where it is damaged."""
     with path.open("rb") as file:
         file.seek(offset)
-        record = parsed(file.readline())
+        record = parsed(file.readline(MAX_RECORD_BYTES))  # a longer one is cut, and so damaged
     return record if isinstance(record, dict) and set(record) >= _RECORD and _is_scored(record) else None
 
 
@@ -251,52 +263,64 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     def tops(values: Sequence[Sequence[Any]] | None) -> list[int] | None:
         return None if values is None else [x for piece, p in values for x in (text(piece), round(1000 * p))]
 
-    for number, run in enumerate(runs):
-        for record in run.rollouts:
-            shown = []
-            for name in record.get("images", []):
-                key = f"{number}/{name}"
-                if key not in images:
-                    picture = _picture(run.folder / "completions", name)
-                    if picture is None:
-                        continue
-                    images[key] = len(pictures)
-                    pictures.append(picture)
-                shown.append(images[key])
-            taught = []
-            for term, scores in record.get("teachers", {}).items():
-                none = [None] * len(scores["tokens"])
-                for i, token in enumerate(scores["tokens"]):
-                    taught.append(
-                        [
-                            token,
-                            TERMS.index(term),
-                            scores["segments"][i],
-                            _number(scores["divergence"][i]),
-                            int(scores["clipped"][i]),
-                            _number(scores.get("student_logprob", none)[i]),
-                            _number(scores.get("teacher_logprob", none)[i]),
-                            tops(scores.get("student_top", none)[i]),
-                            tops(scores.get("teacher_top", none)[i]),
-                        ]
-                    )
-            found.append(
-                {
-                    "run": number,
-                    "step": record["step"],
-                    "id": str(record["problem_id"]),
-                    "problem": str(record["problem"]),
-                    "answer": str(record["answer"]),
-                    "valid": bool(record["valid"]),
-                    "reason": str(record["reason"]),
-                    "right": record.get("correct"),
-                    "images": shown,
-                    "said": record.get("answer_text"),
-                    "tokens": [text(t) for t in record["tokens"]],
-                    "taught": taught,
-                }
-            )
-    return {"texts": list(texts), "images": pictures, "rollouts": found, "runs": [run.name for run in runs]}
+    size, placed = 0, []
+    places = list(zip_longest(*(run.rollouts for run in runs)))
+    order = list(range(len(places)))
+    random.Random(0).shuffle(order)  # a page that is full holds as many of each run, spread over its steps
+    turns = [(i, n, record) for i in order for n, record in enumerate(places[i]) if record is not None]
+    for place, number, record in turns:
+        run, held = runs[number], (len(texts), len(pictures))
+        shown = []
+        for name in record.get("images", [])[:MAX_IMAGES]:
+            key = f"{number}/{name}"
+            if key not in images:
+                picture = _picture(run.folder / "completions", name)
+                if picture is None:
+                    continue
+                images[key] = len(pictures)
+                pictures.append(picture)
+            shown.append(images[key])
+        taught = []
+        for term, scores in record.get("teachers", {}).items():
+            none = [None] * len(scores["tokens"])
+            for i, token in enumerate(scores["tokens"]):
+                taught.append(
+                    [
+                        token,
+                        TERMS.index(term),
+                        scores["segments"][i],
+                        _number(scores["divergence"][i]),
+                        int(scores["clipped"][i]),
+                        _number(scores.get("student_logprob", none)[i]),
+                        _number(scores.get("teacher_logprob", none)[i]),
+                        tops(scores.get("student_top", none)[i]),
+                        tops(scores.get("teacher_top", none)[i]),
+                    ]
+                )
+        found.append(
+            {
+                "run": number,
+                "step": record["step"],
+                "id": str(record["problem_id"]),
+                "problem": str(record["problem"])[:MAX_CHARACTERS],
+                "answer": str(record["answer"])[:MAX_CHARACTERS],
+                "valid": bool(record["valid"]),
+                "reason": str(record["reason"]),
+                "right": record.get("correct"),
+                "images": shown,
+                "said": said[:MAX_CHARACTERS] if isinstance(said := record.get("answer_text"), str) else None,
+                "tokens": [text(t) for t in record["tokens"]],
+                "taught": taught,
+            }
+        )
+        added = [found[-1], list(islice(texts, held[0], None)), pictures[held[1] :]]
+        size += len(json.dumps(added, ensure_ascii=False).encode("utf-8", "replace"))
+        if size > MAX_DATA_BYTES:
+            found.pop()
+            break
+        placed.append((number, place))
+    ordered = [found[i] for i in sorted(range(len(found)), key=placed.__getitem__)]
+    return {"texts": list(texts), "images": pictures, "rollouts": ordered, "runs": [run.name for run in runs]}
 
 
 def _number(value: Any) -> float | None:
@@ -345,7 +369,8 @@ def write_report(
     if rollouts < 1:
         raise ValueError(f"rollouts must be at least 1, got {rollouts}")
     first = load_run(run, before=before, after=after, rollouts=rollouts, seed=seed)
-    if first.before and first.after and not force and (found := first.before.mismatches(first.after)):
+    both = first.evaluations
+    if both.before and both.after and not force and (found := both.before.mismatches(both.after)):
         raise ValueError(f"before and after do not measure the same thing: {'; '.join(found)}; force shows them")
     runs = [first] if compare is None else [first, load_run(compare, rollouts=rollouts, seed=seed, like=first)]
     return replace_file(output, render(runs))
@@ -368,16 +393,21 @@ def render(runs: Sequence[Run]) -> str:
     assert source is not None
     script, style = (source.get_source(environment, name)[0].strip() for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    ends = [run.evaluations.after for run in runs]
     sections: list[tuple[str, str, list[Chart]]] = charts_of([run.log for run in runs])
+    data = rollout_data(runs)
+    data["charts"] = {c.name: c.points for _, _, charts in sections for c in charts if c.points}
     return environment.get_template("report.html").render(
         runs=runs,
         letters="AB",
-        opsd=any((run.config.get("vigos") or {}).get("method") == "opsd" for run in runs),
+        opsd=any(_section(run.config, "vigos").get("method") == "opsd" for run in runs),
         facts=_fact_examples(runs),
-        headlines=[headline(run.before, run.after) for run in runs],
-        versus=headline(runs[0].after, runs[1].after) if len(runs) == 2 and runs[0].after and runs[1].after else [],
+        headlines=[headline(run.evaluations.before, run.evaluations.after) for run in runs],
+        versus=headline(*ends) if len(ends) == 2 and all(ends) else [],
+        flips=[flipped(run.evaluations) for run in runs],
         sections=[(key, title, [(c, Markup(c.svg)) for c in charts]) for key, title, charts in sections],
-        data=Markup(script_json(rollout_data(runs))),
+        data=Markup(script_json(data)),
+        shown=[sum(r["run"] == n for r in data["rollouts"]) for n in range(len(runs))],
         script=Markup(script),
         style=Markup(style),
         script_hash=digest,
@@ -411,10 +441,18 @@ def _fact_examples(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Return the few options that tell runs apart, as far as the folder says them."""
-    options = {**run.config.get("transformers", {}), **run.config.get("vigos", {}), **run.config.get("run", {})}
+    facts = _section(run.config, "run")
+    options = {**_section(run.config, "transformers"), **_section(run.config, "vigos"), **facts}
     found = [(name, str(options[name])) for name in _SHOWN if options.get(name) not in (None, "")]
-    if options.get("model"):  # the last part of a path: a shared page should not show folders of a machine
-        model = str(options["model"])
-        found.insert(0, ("model", Path(model).name if Path(model).is_absolute() else model))
+    for name in ("data", "model"):  # the last part of a path: a shared page should not show folders of a machine
+        if value := str(options.get(name) or ""):
+            found.insert(0, (name, Path(value).name if Path(value).is_absolute() else value))
     steps = str(int(run.log[-1]["step"])) if run.log else "0"
-    return [*((name, value) for name, value in found if name != "max_steps"), ("steps", steps)]
+    found = [*((name, value) for name, value in found if name != "max_steps"), ("steps", steps)]
+    if run.duration_s:
+        found.append(
+            ("duration", f"{run.duration_s / 60:.0f} min" if run.duration_s > 90 else f"{run.duration_s:.0f} s")
+        )
+    versions = _section(facts, "versions")
+    found += [("machine", str(facts["machine"]))] if facts.get("machine") else []
+    return found + [(name, str(versions[name])) for name in ("vigos", "torch", "transformers") if name in versions]

@@ -247,6 +247,35 @@
     if (event.key === "Escape") hide();
   });
 
+  // --- Values of a chart under the pointer ---------------------------------------------------------------------------
+
+  for (const drawing of document.querySelectorAll(".drawing")) {
+    const chart = data.charts[drawing.dataset.chart];
+    if (!chart) continue;
+    const line = el("div", { class: "at", hidden: "" });
+    drawing.append(line);
+    drawing.addEventListener("pointermove", (event) => {
+      hide();
+      const box = drawing.getBoundingClientRect();
+      const share = ((event.clientX - box.left) / box.width - chart.left) / (chart.right - chart.left);
+      const wanted = chart.low + Math.min(1, Math.max(0, share)) * (chart.high - chart.low);
+      const steps = chart.curves.flatMap(([, steps]) => steps);
+      const step = steps.reduce((best, s) => (Math.abs(s - wanted) < Math.abs(best - wanted) ? s : best), steps[0]);
+      const rows = chart.curves.map(([label, steps, values]) => [label, values[steps.indexOf(step)]]).filter(([, value]) => value !== undefined);
+      tip.replaceChildren(el("h4", { text: `step ${step}` }), ...rows.map(([label, value]) => el("p", { text: `${label}: ${value}` })));
+      tip.hidden = false;
+      line.hidden = false;
+      line.style.left = 100 * (chart.left + ((step - chart.low) / (chart.high - chart.low)) * (chart.right - chart.left)) + "%";
+      const size = tip.getBoundingClientRect();
+      tip.style.left = Math.max(8, Math.min(event.clientX + 14, innerWidth - size.width - 8)) + "px";
+      tip.style.top = Math.max(8, Math.min(event.clientY + 14, innerHeight - size.height - 8)) + "px";
+    });
+    drawing.addEventListener("pointerleave", () => {
+      line.hidden = true;
+      hide();
+    });
+  }
+
   // --- Theme, start --------------------------------------------------------------------------------------------------
 
   const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
