@@ -352,11 +352,7 @@ def test_questions_that_training_turned_come_with_image_before_and_after(run: Pa
 def test_evaluations_under_the_run_are_found(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run / "train", tmp_path / "run")
     model = load_run(folder).config["run"]["model"]
-    names = {
-        "base": {"model": model},
-        "trained": {"model": str(folder / "merged")},
-        "another": {"model": "other/model"},
-    }
+    models = {"base": model, "trained": str(folder / "merged"), "another": "other/model"}
     for (name, of), source in zip(models.items(), ("before", "after", "after"), strict=True):
         (folder / name).mkdir()
         shutil.copy(run / f"{source}.jsonl", folder / name / "records.jsonl")

@@ -28,7 +28,9 @@ def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
                 ),
                 lines(
                     "accuracy", "Answers of the rollouts", "Share of the rollouts whose boxed answer is the reference.",
-                    logs, [("rollout/accuracy", "right", ACCENT)], share=True,
+                    logs,
+                    [("rollout/accuracy", "right", ACCENT), ("teacher/knows", "teacher knows", OF_TERM["reasoning"])],
+                    share=True,
                 ),
                 lines(
                     "palr", "PALR", "Share of the supervision that the privileged answer buys, and not the image.",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vigos.method.asking import Asking
 from vigos.models.parts import unwrap
 from vigos.train.adapters import merged_copy, plain_class, plain_copy
+from vigos.train.card import model_card
 from vigos.train.checkpoint import SAVING, publish, run_id, saving
 from vigos.train.manifest import damage, read_manifest
 
@@ -62,6 +63,7 @@ def save_final(
             if check is not None:
                 check(name, part)
             asking.save(part)
+            (part / "README.md").write_text(model_card(folder, name), encoding="utf-8")
             publish(folder, name, **facts)
 
     def model_and_processor(part: Path, model: Any) -> None:

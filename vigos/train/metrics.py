@@ -25,7 +25,7 @@ PER_TERM = (
 # Of a step's time. Tokens: of completions; read by teachers; read by the student (forward, backward); pairs.
 PARTS = ("rollout", "teacher", "student", "divergence", "backward")
 PER_ROLLOUT = (
-    "rollout/valid", "rollout/finished", "rollout/tagless", "rollout/accuracy",
+    "rollout/valid", "teacher/knows", "rollout/finished", "rollout/tagless", "rollout/accuracy",
     *(f"rollout/invalid/{reason}" for reason in REASONS),
     "length/completion", "length/description", "length/reasoning", "length/answer",
     "examples/skipped", "steps/dropped",

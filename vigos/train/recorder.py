@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from vigos.divergence.api import DivergenceOutput
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
-from vigos.method.supervise import Rollout, SupervisedBatch
+from vigos.method.supervise import TERMS, Rollout, SupervisedBatch
 from vigos.train.metrics import PARTS, Metrics, peak_gib, peak_tflops
 from vigos.train.ranks import max_over_ranks, sum_over_ranks
 from vigos.train.records import TopTokens, completion_records, fault_record
@@ -126,6 +126,20 @@ class Recorder(TrainerCallback):
             top_tokens(*student, rows.student_row, k, temperature=temperature),
             top_tokens(*teacher, rows.teacher_row, k, temperature=temperature),
         )
+
+    @torch.no_grad()
+    def teacher_knows(self, batch: SupervisedBatch, hidden: Tensor, head: Head, rows: Supervision) -> None:
+        """Count how often a privileged teacher's likeliest token where the box begins also begins the reference.
+
+        Args:
+            hidden, head: of the teachers. rows: the pairs of `batch`.
+        """
+        begins = torch.tensor([r.spans.answer[0] if r.spans.answer[1] else -1 for r in batch.rollouts])
+        at_box = (batch.token == begins[batch.owner]) & (batch.term != TERMS.index("perception"))
+        ids, _ = top_tokens(hidden, head, rows.teacher_row.cpu()[at_box], 1)  # type: ignore[union-attr]
+        for owner, token in zip(batch.owner[at_box].tolist(), ids[:, 0].tolist(), strict=True):
+            says = self.tokenizer.decode([token]).strip().casefold()
+            self.metrics.add("teacher/knows", bool(says) and batch.rollouts[owner].answer.casefold().startswith(says))
 
     @torch.no_grad()
     def micro_batch(

@@ -67,6 +67,7 @@ from vigos.train.compare import SavedCheck, fixed_sequence
 from vigos.train.config import ViGOSConfig
 from vigos.train.engines import build_engine
 from vigos.train.final import save_final
+from vigos.train.health import Health
 from vigos.train.manifest import is_trained, read_manifest
 from vigos.train.palr import PALR, measure_palr
 from vigos.train.profiling import Phases, ProfileCallback
@@ -170,6 +171,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             "loop": self._loss_sums,
         }  # fmt: skip
         self.add_callback(self.recorder)
+        self.add_callback(Health())
         self.add_callback(self)
         if args.profile:
             self.add_callback(ProfileCallback(self.phases, str(args.output_dir), args.process_index))
@@ -257,6 +259,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
                 impl=self.args.impl, **self.objective.divergence_options,
             )  # fmt: skip
             top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
+            self.recorder.teacher_knows(batch, teacher_hidden, teacher_head, supervision)
         self.recorder.micro_batch(step, batch, out, top)
         loss = out.loss
         if self.args.importance_clip:

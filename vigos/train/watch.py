@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from vigos.train.health import clipped_share
+
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -82,6 +84,9 @@ class Watch(TrainerCallback):
                 parts.append(f"{name} {100 * logs[key]:.0f} %")
         kl = [f"{word} {logs[f'kl/{term}']:.3f}" for term, word in TEACHERS.items() if logs.get(f"kl/{term}")]
         parts += [f"KL {' '.join(kl)}"] if kl else []
+        for words, share in (("clipped", clipped_share(logs)), ("teacher knows", logs.get("teacher/knows"))):
+            if isinstance(share, int | float):
+                parts.append(f"{words} {100 * share:.0f} %")
         if logs.get("perf/tokens_per_s"):
             parts.append(f"{logs['perf/tokens_per_s']:,.0f} tokens/s")
         done = step - self.first_step
