@@ -269,7 +269,7 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     random.Random(0).shuffle(order)  # a page that is full holds as many of each run, spread over its steps
     turns = [(i, n, record) for i in order for n, record in enumerate(places[i]) if record is not None]
     for place, number, record in turns:
-        run, held = runs[number], (len(texts), len(pictures))
+        run, known = runs[number], (len(texts), len(pictures))
         shown = []
         for name in record.get("images", [])[:MAX_IMAGES]:
             key = f"{number}/{name}"
@@ -313,7 +313,7 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
                 "taught": taught,
             }
         )
-        added = [found[-1], list(islice(texts, held[0], None)), pictures[held[1] :]]
+        added = [found[-1], list(islice(texts, known[0], None)), pictures[known[1] :]]
         size += len(json.dumps(added, ensure_ascii=False).encode("utf-8", "replace"))
         if size > MAX_DATA_BYTES:
             found.pop()
