@@ -168,3 +168,12 @@ def test_adapters_of_experts_are_not_merged(parameters: list[str]) -> None:
     lora = LoraConfig(target_modules=[], target_parameters=names, r=2, lora_dropout=0.0)
     with pytest.raises(ValueError, match=r"save_merged must be false for .*target_parameters"):
         check_mergeable(get_peft_model(copy.deepcopy(model), lora))
+
+
+@pytest.mark.parametrize("how", [{"bf16": True}, {"dtype": torch.bfloat16}], ids=["autocast", "weights"])
+def test_16_bits_have_a_bound_of_their_own(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Autocast computes what was trained, and not what is loaded again; merging rounds 16-bit weights once more."""
+    how = dict(how)
+    model = tiny_student(how.pop("dtype", torch.float32))
+    trainer(model, config(tmp_path, save_merged=True, **how), rows(2), texts=TEXTS).train()
+    assert (tmp_path / "merged").is_dir()

@@ -31,12 +31,12 @@ class SavedModelError(ValueError):
     """A saved model is not the one that was trained."""
 
 
-def fixed_sequence(processor: Any, prompts: Prompts) -> ScoredSequence:
-    """Return the student's prompt for a fixed question (and image, if the model sees) with a fixed completion."""
+def fixed_sequence(processor: Any, prompts: Prompts, *, with_image: bool = True) -> ScoredSequence:
+    """Return the student's prompt for a fixed question, and a fixed image, with a fixed completion."""
     from PIL import Image
 
     ramp = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3) * 7 % 256
-    images = [Image.fromarray(ramp.astype(np.uint8))] if hasattr(processor, "image_processor") else []
+    images = [Image.fromarray(ramp.astype(np.uint8))] if with_image else []
     prompt = encode_prompt(processor, prompts, "student", QUESTION, images=images)
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = torch.tensor(tokenizer(COMPLETION, add_special_tokens=False)["input_ids"][:24])
@@ -62,11 +62,15 @@ class SavedCheck:
     Args:
         model: the trained model; every rank of a sharded one makes this together.
         sequence: what is compared on, as `fixed_sequence` makes it.
+        mixed: the model computes in 16 bits, whatever its weights are.
         weights: as in `vigos.train.final.save_final`.
     """
 
-    def __init__(self, model: nn.Module, sequence: ScoredSequence, weights: Mapping[str, Tensor] | None = None) -> None:
-        self.model, self.sequence, self.weights = model, sequence, weights
+    def __init__(
+        self, model: nn.Module, sequence: ScoredSequence, weights: Mapping[str, Tensor] | None = None, *,
+        mixed: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.sequence, self.weights, self.mixed = model, sequence, weights, mixed
         self.trained = logprobs_of(model, sequence)
 
     def __call__(self, name: str, folder: Path) -> None:
@@ -82,7 +86,7 @@ class SavedCheck:
             else plain_class(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
         )  # fmt: skip
         distance = (logprobs_of(loaded, self.sequence) - self.trained).abs().mean().item()
-        bound = BOUND if base.dtype in (torch.float32, torch.float64) else BOUND_16_BIT
+        bound = BOUND if base.dtype in (torch.float32, torch.float64) and not self.mixed else BOUND_16_BIT
         if not distance <= bound:
             raise SavedModelError(
                 f"{name}/ was not written, for it was not the model that was trained: log-probabilities of "

@@ -365,7 +365,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             weights = gather_state(self.model, keep=self.is_world_process_zero())
         check = None  # ZeRO-3 scores nothing outside its engine
         if sharding_of(self.model_wrapped) != "zero3":
-            check = SavedCheck(self.model_wrapped, fixed_sequence(self.processing_class, self.prompts), weights)
+            sequence = fixed_sequence(self.processing_class, self.prompts, with_image=self.rollouts.has_vision)
+            check = SavedCheck(self.model_wrapped, sequence, weights, mixed=self.args.bf16 or self.args.fp16)
         if self.is_world_process_zero():
             asking = Asking(self.prompts, self.objective.validity, self.objective.span_style)
             save_final(
