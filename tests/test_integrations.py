@@ -172,6 +172,8 @@ def test_released_empty_mask_and_refusals() -> None:
 class Model(torch.nn.Module):
     """A model in the shape of transformers': hidden states of the last `logits_to_keep` tokens, then the head."""
 
+    scale = 1.0
+
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
         self.body = torch.nn.Embedding(60, 12)
@@ -184,7 +186,7 @@ class Model(torch.nn.Module):
 
     def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Any:
         hidden = torch.cumsum(self.body(input_ids), 1)[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(hidden) * self.scale
         self.widths.append(logits.shape[-1])
         return types.SimpleNamespace(logits=logits)
 
@@ -287,7 +289,7 @@ def test_released_mixin(theirs: types.ModuleType, bias: bool, frozen_head: bool)
             assert exact.abs().max() > 0
             torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-13)
     assert results[0][2] == [60] * 5
-    assert results[1][2] == [60, 12, 12, 12, 12]
+    assert results[1][2] == [12, 60, 12, 12, 12, 12]  # the first is one token, to see what the model does to logits
     assert theirs.masked_kl_loss is _masked_kl_loss
 
 
@@ -305,7 +307,7 @@ def test_released_mixin_outputs_and_clean_up(theirs: types.ModuleType, monkeypat
     assert released._head.get() is None
 
 
-def test_released_mixin_refuses_what_it_cannot_do(theirs: types.ModuleType) -> None:
+def test_released_mixin_refuses_what_it_cannot_do(theirs: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fused(released.FusedLossMixin, theirs.ViGOSTrainer): ...
 
     class Alone(released.FusedLossMixin): ...
@@ -314,6 +316,9 @@ def test_released_mixin_refuses_what_it_cannot_do(theirs: types.ModuleType) -> N
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
         Fused().compute_loss(model, rollout())
+    monkeypatch.setattr(Model, "scale", 0.5)  # a name that nobody has heard of
+    with pytest.raises(ValueError, match="must apply nothing to its logits after the head, got Model, whose forward"):
+        Fused().compute_loss(Model(), rollout())
     sharded = Model()
     sharded.lm_head.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"Linear with weight \(0,\); ZeRO-3"):

@@ -195,8 +195,10 @@ class FusedLossMixin:
     It stands before that class among the bases.
 
     Needs a linear output head that is whole on every rank (LoRA, as released, or ZeRO up to stage 2) and a model that
-    applies nothing to its logits after the head.
+    applies nothing to its logits after the head, which is measured on its own forward of one token.
     """
+
+    _untouched: Any = None  # the model of which that was measured
 
     def compute_loss(
         self,
@@ -211,6 +213,9 @@ class FusedLossMixin:
         head = unwrapped.get_output_embeddings()
         _check_head(head, unwrapped)
         with patched(module), _without_head(head):
+            if self._untouched is not unwrapped:
+                _check_untouched(unwrapped, head)
+                self._untouched = unwrapped
             token = _head.set(head)
             try:
                 result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
@@ -241,6 +246,22 @@ class FusedLossMixin:
                     raise UnknownPeer(f"{cls.__qualname__} has no {', '.join(missing)}; vigos knows one with {METHODS}")
                 return sys.modules[cls.__module__]
         raise UnknownPeer("FusedLossMixin must stand before the released ViGOSTrainer in a class's bases")
+
+
+@torch.no_grad()
+def _check_untouched(model: Any, head: Any) -> None:
+    """Refuse a model that changes what its head returns; the head is off, and hands on what it was given."""
+    given: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        out = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)).logits
+    finally:
+        hook.remove()
+    if len(given) != 1 or not torch.equal(out.float(), given[0].float()):
+        raise ValueError(
+            f"the model must apply nothing to its logits after the head, got {type(model).__name__}, whose forward "
+            "returns something else than its head did; use released.patch, which keeps logits"
+        )
 
 
 def _check_head(head: Any, model: Any) -> None:
