@@ -19,7 +19,7 @@ fail() { echo "newcomer: $*" >&2; exit 1; }
 
 step "the first screen"
 vigos --version; vigos doctor
-for width in 60 80 120; do COLUMNS=$width vigos train --help | awk -v w=100 'length > w { exit 1 }' || fail "help is wider than a page"; done
+for width in 60 80 120; do COLUMNS=$width vigos train --help | awk -v w=120 'length > w { exit 1 }' || fail "help is wider than a page"; done
 LANG=C LC_ALL=C NO_COLOR=1 vigos --help > help.txt; grep -q train help.txt
 if vigos train --learning-rate fast 2> error.txt; then fail "a wrong value is taken"; fi
 [ "$(wc -l < error.txt)" = 1 ] || fail "a wrong value is more than one line: $(cat error.txt)"

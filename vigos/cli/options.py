@@ -329,7 +329,8 @@ class Command:
         """Return the text of `--help`: what the command does, the options that most people need, an example."""
         options = self.options()
         needed = " ".join(f"{options[name].flag} {_holder(options[name])}" for name in self.needed)
-        lines = [f"Usage: vigos {self.name} {needed} [OPTIONS]", "", *textwrap.wrap(self.text, width), "", "Options:"]
+        usage = textwrap.wrap(f"Usage: vigos {self.name} {needed} [OPTIONS]", width, subsequent_indent="  ")
+        lines = [*usage, "", *textwrap.wrap(self.text, width), "", "Options:"]
         rows = [
             (f"{options[n].flag} {_holder(options[n])}", _described(options[n], n in self.needed)) for n in self.shown
         ]
@@ -338,10 +339,14 @@ class Command:
             ("--list-options", "Print every option and stop."),
             ("--help", "Print this and stop."),
         ]
-        left = max(len(flag) for flag, _ in rows) + 4
+        left = min(max(len(flag) for flag, _ in rows) + 4, max(24, width // 2 - 4))
         for flag, text in rows:
-            body = textwrap.wrap(text, max(24, width - left)) or [""]
-            lines += [f"  {flag:<{left - 2}}{body[0]}", *(" " * left + part for part in body[1:])]
+            body = textwrap.wrap(text, width - left) or [""]
+            if len(flag) > left - 4:  # by itself, with its text below
+                lines.append(f"  {flag}")
+            else:
+                lines.append(f"  {flag:<{left - 2}}{body.pop(0)}")
+            lines += [" " * left + part for part in body]
         return "\n".join([*lines, "", "Example:", f"  {self.example}", ""])
 
     def listing(self) -> str:
