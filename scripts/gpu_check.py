@@ -195,8 +195,9 @@ def tests(check: Check) -> None:
     # On a CPU they are collected, and skipped.
     check.run("tests", [*pytest, "-m", "gpu", *marked, f"--junitxml={check.out / 'tests.xml'}"], 150, _pytest_summary)
     if check.device == "cuda":
-        for name in ("test_triton_divergence", "test_tree_attention"):
-            check.run(name, [*pytest, f"tests/{name}.py"], 90, _pytest_summary)
+        for name in ("test_engines", "test_engines_logits", "test_triton_divergence", "test_tree_attention"):
+            which = ["-k", "triton or cuda"] if "engines" in name else []
+            check.run(name, [*pytest, f"tests/{name}.py", *which], 90, _pytest_summary)
 
 
 def sanitizer(check: Check) -> None:
@@ -206,12 +207,12 @@ def sanitizer(check: Check) -> None:
         check.skip("sanitizer", "no GPU asked for" if check.device == "cpu" else "compute-sanitizer is not installed")
         return
     # racecheck knows ordinary shared memory; the fused kernels' goes through the copy engine.
-    for kind, cases in (("memcheck", "small_paths or (test_linear and 131)"), ("racecheck", "small_paths")):
+    for kind, cases in (("memcheck", "small"), ("racecheck", "small_paths")):
         check.run(
             f"sanitizer-{kind}",
             [
                 tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-p",
-                "no:cacheprovider", "tests/test_cuda_gpu.py", "-k", cases,
+                "no:cacheprovider", "tests/test_engines_gpu.py", "-k", cases,
             ],
             75, _pytest_summary,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The CUDA part as nvcc builds it for sm_80 and sm_90a: registers, spills, instructions, and what a launcher refuses.
 
-No GPU is needed; without nvcc these tests skip. What the numbers are is in test_cuda_rows.py (emulated on the CPU) and
-test_cuda_gpu.py (on a GPU).
+No GPU is needed; without nvcc these tests skip. What the numbers are is in test_engines.py and
+test_cuda_rows.py (emulated on the CPU) and test_engines_gpu.py (on a GPU).
 """
 
 from __future__ import annotations

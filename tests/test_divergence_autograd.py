@@ -92,6 +92,9 @@ def test_meta_tensors():
     assert out.divergence.shape == (2 * T,)
     assert student.grad.shape == (2, T, D)
     assert head.grad.shape == (V, D)
+    logits = torch.randn(4, V, device="meta", requires_grad=True)
+    vigos.logits_divergence(logits, torch.randn(4, V, device="meta")).loss.backward()
+    assert logits.grad.shape == (4, V)
 
 
 def test_gradients_that_never_come_are_warned_of_once(monkeypatch):

@@ -22,9 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, request):
     """Blocks of 16, so that a short pack has many; and the interpreter's numpy keeps quiet about inf - inf."""
-    for table in ("FORWARD", "BACKWARD_Q", "BACKWARD_KV"):
+    for table in () if "gpu" in request.keywords else ("FORWARD", "BACKWARD_Q", "BACKWARD_KV"):
         known = getattr(kernels, table)
         # Backward's two block sizes differ, as they may on a GPU.
         size = (16, 32) if table == "BACKWARD_KV" else (32, 16)
@@ -122,6 +122,15 @@ def test_head_widths_and_groups(heads, kv_heads, width):
 
 def test_half_precision():
     check(DEEP, 2, 1, 64, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 200])
+def test_sizes_of_a_gpu(dtype, width, window):
+    check([(0, 700), (1, 90), (2, 130), (2, 70), (1, 300), (0, 50), (1, 111)], 4, 2, width, dtype, window=window)
 
 
 @pytest.mark.parametrize("window", [1, 7, 24, 1000])

@@ -12,7 +12,7 @@ import vigos
 from vigos import reference
 from vigos.divergence.api import _output
 from vigos.divergence.engines.problem import LogitTransform
-from vigos.divergence.ops import Call, linear, logits
+from vigos.divergence.ops import Call, logits
 from vigos.divergence.validation import supervision_tensors
 
 KINDS = (vigos.FORWARD_KL, vigos.REVERSE_KL, vigos.JSD)
@@ -77,24 +77,39 @@ def case(
     return Case(student, head, teacher, supervision, teacher_head, *biases, options=options)
 
 
-def of_kind(n: int, kind: int) -> vigos.Supervision:
-    """Row i against row i, all of one kind, every field a tensor."""
-    rows, ones = torch.arange(n), torch.ones(n)
-    return vigos.Supervision(rows, rows, torch.full((n,), kind, dtype=torch.int8), ones, torch.full((n,), float("inf")))
+def of_kind(n: int, kind: Any) -> vigos.Supervision:
+    """Row i against row i, of one kind or of kinds (n,), every field a tensor."""
+    kinds = kind if isinstance(kind, Tensor) else torch.full((n,), kind, dtype=torch.int8)
+    return vigos.Supervision(torch.arange(n), torch.arange(n), kinds, torch.ones(n), torch.full((n,), float("inf")))
+
+
+def peaked_logits(n: int, v: int, dtype: torch.dtype, *, far: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(n, V) logits of both sides: a few winners a row, a maximum that moves, the teacher `far` from the student."""
+    g = torch.Generator().manual_seed(seed)
+    student = 2 * torch.randn(n, v, generator=g) + torch.linspace(0, 2, v)
+    student.scatter_add_(1, torch.randint(v, (n, 4), generator=g), 8 + 3 * torch.rand(n, 4, generator=g))
+    return student.to(dtype), (student + far * torch.randn(n, v, generator=g)).to(dtype)
 
 
 @dataclass
 class Outcome:
-    """Float64 copies of what came out."""
+    """Float64 copies, on the CPU, of what came out; `out` is everything that the call returned."""
 
     loss: Tensor
     divergence: Tensor
-    dhidden: Tensor
-    dhead: Tensor
-    dbias: Tensor | None
+    dhidden: Tensor  # or that of the logits
+    dhead: Tensor | None = None
+    dbias: Tensor | None = None
+    out: Any = None
 
     def items(self) -> list[tuple[str, Tensor]]:
-        return [(name, x) for name, x in vars(self).items() if x is not None]
+        return [(name, x) for name, x in vars(self).items() if x is not None and name != "out"]
+
+
+def assert_same(ours: Outcome, theirs: Outcome) -> None:
+    """Bit for bit."""
+    for (name, x), (_, y) in zip(ours.items(), theirs.items(), strict=True):
+        assert torch.equal(x, y), name
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,13 +122,52 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def heads(
     weight: Tensor, teacher_weight: Tensor | None = None, bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None, **both: Any,
+    teacher_bias: Tensor | None = None, teacher: dict[str, Any] | None = None, **both: Any,
 ) -> tuple[vigos.Head, vigos.Head | None]:  # fmt: skip
-    """Return the two heads of a call; without a weight or bias of the teacher's own there is one."""
+    """Return the two heads of a call; without anything of the teacher's own there is one."""
     head = vigos.Head(weight, bias, **both)
     if teacher_weight is None and teacher_bias is None:
-        return head, None
-    return head, vigos.Head(weight if teacher_weight is None else teacher_weight, teacher_bias, **both)
+        return head, None if teacher is None else vigos.Head(weight, bias, **teacher)
+    weight = weight if teacher_weight is None else teacher_weight
+    return head, vigos.Head(weight, teacher_bias, **(both if teacher is None else teacher))
+
+
+def finish(
+    loss: Tensor, divergence: Tensor, leaves: tuple[Tensor | None, ...], upstream: Any = "both", out: Any = None
+) -> Outcome:
+    """Differentiate `loss`, or a sum of the divergences with factors (R,), or "both"."""
+    total = 1.7 * loss if isinstance(upstream, str) else (divergence * upstream.to(divergence)).sum()
+    if isinstance(upstream, str) and upstream == "both":
+        total = total + (divergence * torch.linspace(0.1, 1.0, divergence.shape[0]).to(divergence)).sum()
+    total.backward()
+    grads = [None if x is None or x.grad is None else x.grad.double().cpu() for x in leaves]
+    if out is not None:
+        out = type(out)(**{name: None if x is None else x.detach().cpu() for name, x in vars(out).items()})
+    return Outcome(loss.detach().double().cpu(), divergence.detach().double().cpu(), *grads, out=out)  # type: ignore[arg-type]
+
+
+def run(
+    c: Case, impl: str | None, dtype: torch.dtype, *, upstream: Any = "both", compute: Any = None,
+    device: str = "cpu", labels: Tensor | None = None, train_head: bool = True,
+) -> Outcome:  # fmt: skip
+    """One call and its backward: impl None is the oracle. `compute`: its dtype, after rounding inputs to `dtype`."""
+
+    def leaf(x: Tensor | None, train: bool = True) -> Tensor | None:
+        return None if x is None else x.to(device, dtype).to(compute or dtype).clone().requires_grad_(train)
+
+    hidden, head, bias = leaf(c.student), leaf(c.head, train_head), leaf(c.student_bias, train_head)
+    teacher, *single = (leaf(x, False) for x in (c.teacher, c.teacher_head, c.teacher_bias))
+    transform, options = split(c.options)
+    sides = heads(head, single[0], bias, single[1], options.pop("teacher", None), **transform)
+    options["supervision"] = on_device(c.supervision, device)
+    if impl is None:
+        return finish(
+            *reference.linear_divergence(hidden, sides[0], teacher, sides[1], **options), (hidden, head, bias), upstream
+        )
+    if labels is not None:
+        options["labels"] = labels.to(device)
+    out = vigos.linear_divergence(hidden, sides[0], teacher, sides[1], impl=impl, **options)
+    return finish(out.loss, out.divergence, (hidden, head, bias), upstream, out)
 
 
 def logits_divergence(
@@ -132,65 +186,28 @@ def logits_divergence(
     return _output(out, rows[3], rows[4], labels, "sum")
 
 
-def run(
-    c: Case, impl: str | None, dtype: torch.dtype, *, row_upstream: bool = True, compute: Any = None,
-    device: str = "cpu",
+def run_logits(
+    student: Tensor, teacher: Tensor, rows: vigos.Supervision, impl: str | None, *, view: Any = None,
+    inplace: bool = False, upstream: Any = "both", device: str = "cpu", **options: Any,
 ) -> Outcome:  # fmt: skip
-    """One call and its backward: impl None is the oracle. `compute`: its dtype, after rounding inputs to `dtype`."""
-
-    def leaf(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device, dtype).to(compute or dtype).clone().requires_grad_()
-
-    hidden, head, bias = leaf(c.student), leaf(c.head), leaf(c.student_bias)
-    teacher, teacher_head, teacher_bias = (
-        None if x is None else x.to(device, dtype).to(compute or dtype)
-        for x in (c.teacher, c.teacher_head, c.teacher_bias)
+    """The same of logits in their dtype; impl None: the oracle in float64. `view` lays both sides out."""
+    dtype = torch.float64 if impl is None else student.dtype
+    leaf, rows = student.to(device, dtype).clone().requires_grad_(), on_device(rows, device)
+    # Not the leaf itself: its gradient may overwrite it.
+    s, t = (
+        x if view is None else view(x) for x in (leaf * 1, teacher.to(device, torch.float64 if impl is None else None))
     )
-    transform, options = split(c.options)
-    sides = heads(head, teacher_head, bias, teacher_bias, **transform)
-    options["supervision"] = c.supervision
     if impl is None:
-        loss, divergence = reference.linear_divergence(hidden, sides[0], teacher, sides[1], **options)
-    else:
-        out = vigos.linear_divergence(hidden, sides[0], teacher, sides[1], impl=impl, **options)
-        loss, divergence = out.loss, out.divergence
-    total = 1.7 * loss
-    if row_upstream:
-        total = total + (divergence * torch.linspace(0.1, 1.0, divergence.shape[0]).to(divergence)).sum()
-    total.backward()
-    grads = [None if x is None or x.grad is None else x.grad.double().cpu() for x in (hidden, head, bias)]
-    return Outcome(loss.detach().double().cpu(), divergence.detach().double().cpu(), *grads)  # type: ignore[arg-type]
+        adjust = {k: options.pop(k) for k in ("temperature", "softcap", "scale", "vocab_size") if k in options}
+        z_s, z_t = (reference.adjust(x.flatten(0, -2), **adjust) for x in (s, t))
+        divergence = reference.divergence(z_s[rows.student_row], z_t[rows.teacher_row], rows.kind, **options)
+        return finish(reference.loss(divergence, rows.weight, rows.clip), divergence, (leaf,), upstream)
+    out = logits_divergence(s, t, supervision=rows, impl=impl, inplace=inplace, **options)
+    return finish(out.loss, out.divergence, (leaf,), upstream, out)
 
 
-UNLIKE = {
-    "scales": (LogitTransform(0.7), LogitTransform(1.2)),
-    "one softcap": (LogitTransform(1.0, 9.0), LogitTransform(0.9)),
-    "the other": (LogitTransform(0.8), LogitTransform(1.1, 12.0)),
-    "two softcaps": (LogitTransform(1.3, 9.0, 1.4), LogitTransform(0.9, 30.0, 0.8)),
-}
-
-
-def unlike(c: Case, impl: str | None, dtype: torch.dtype, sides: tuple[LogitTransform, LogitTransform]) -> Outcome:
-    """Run `c` with a transform of each side's own; impl None: the oracle."""
-    hidden, head = (x.to(dtype).clone().requires_grad_() for x in (c.student, c.head))
-    bias = None if c.student_bias is None else c.student_bias.to(dtype).clone().requires_grad_()
-    teacher, teacher_head, teacher_bias = (
-        None if x is None else x.to(dtype) for x in (c.teacher, c.teacher_head, c.teacher_bias)
-    )
-    rows = c.supervision
-    if impl is None:
-        head_t, bias_t = (head, bias) if teacher_head is None else (teacher_head, teacher_bias)
-        raw_s = torch.nn.functional.linear(hidden, head, bias)[rows.student_row]
-        raw_t = torch.nn.functional.linear(teacher, head_t, bias_t)[rows.teacher_row].detach()
-        divergence = reference.divergence(sides[0](raw_s), sides[1](raw_t), rows.kind, **c.options)
-        loss = reference.loss(divergence, rows.weight, rows.clip)
-    else:
-        call = Call(*sides, impl=impl, **c.options)
-        fields = supervision_tensors(rows, hidden, teacher)
-        loss, divergence, *_ = linear((hidden, head, bias), (teacher, teacher_head, teacher_bias), fields, None, call)
-    loss.backward()
-    grads = [None if x is None else x.grad.double() for x in (hidden, head, bias)]
-    return Outcome(loss.detach().double(), divergence.detach().double(), *grads)  # type: ignore[arg-type]
+def on_device(rows: vigos.Supervision, device: str) -> vigos.Supervision:
+    return vigos.Supervision(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(rows).items()})
 
 
 def error(x: Tensor, exact: Tensor) -> float:
@@ -214,3 +231,22 @@ def assert_close(c: Case, ours: Outcome, exact: Outcome, eager: Outcome, *, text
         if (textbook or "entry_clip" in c.options) and name in ("loss", "divergence"):
             bound += eps * largest * max(1, x.numel()) ** 0.5 / truths["divergence"].norm().item()
         assert mine <= bound, f"{name}: error {mine:.1e}, plain PyTorch {plain:.1e}, bound {bound:.1e}"
+
+
+def logits_no_worse(ours: Outcome, student: Tensor, teacher: Tensor, rows: vigos.Supervision, **options: Any) -> None:
+    """The rule of `assert_close` for logits: the divergences may be off by the rounding of the largest logit, and the
+    gradient by that of its own dtype (twice: Triton's interpreter truncates bfloat16, where a GPU rounds).
+    """
+    exact = run_logits(student, teacher, rows, None, **options)
+    eager = run_logits(student.float(), teacher.float(), rows, "reference", **options)
+    largest, few = student.abs().max().item(), 4 * 6e-8
+    own = 0.0 if student.dtype == torch.float32 else 2 * torch.finfo(student.dtype).eps
+    for name, x in ours.items():
+        truth, plain = getattr(exact, name), getattr(eager, name)
+        assert torch.isfinite(x).all(), f"{name}: not finite"
+        mine, size = (x - truth).norm().item(), truth.norm().item()
+        bound = 2 * (plain - truth).norm().item() + few * max(size, largest) + (own * size if name == "dhidden" else 0)
+        bound = max(bound, 1e-5 * size)  # the promise
+        assert mine <= bound, f"{name}: error {mine:.1e}, plain {(plain - truth).norm():.1e}, bound {bound:.1e}"
+    silent = torch.ones(len(student), dtype=torch.bool).index_fill(0, rows.student_row, False)
+    assert (ours.dhidden.view(len(student), -1)[silent] == 0).all()

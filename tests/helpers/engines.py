@@ -22,6 +22,9 @@ class Profile:
 
     Attributes:
         n, d, v: rows, width and vocabulary: small where Triton's interpreter or the emulation of CUDA runs the kernels.
+        shapes: n, d, v and, where they differ, rows of the teacher.
+        vocabularies, wide: of cases that start from logits.
+        options, layouts: those that are tried; None: all.
         near: distances of the teacher that the promise on precision is checked at.
         textbook: the engine sums the terms of the definition, see `assert_close`.
         difference: with one head in float32 it multiplies student - teacher, which keeps the digits of the difference.
@@ -31,19 +34,36 @@ class Profile:
     n: int = 24
     d: int = 32
     v: int = 501
+    # One vocabulary entry; under, at and past a block of 64; past a slice of the C++ kernel; odd widths.
+    shapes: tuple[tuple[int, ...], ...] = ((1, 7, 1), (3, 5, 63), (17, 33, 64), (40, 8, 1031), (5, 70, 4501))
+    vocabularies: tuple[int, ...] = (1, 1100)
+    wide: int = 4000
+    options: tuple[str, ...] | None = None
+    layouts: tuple[str, ...] | None = None
     near: tuple[float, ...] = (0.004, 0.02, 0.1, 0.5)
     textbook: bool = False
     difference: bool = True
     device: str = "cpu"
 
 
-SMALL: dict[str, Any] = {"textbook": True, "n": 18, "d": 16, "v": 289, "near": (0.004, 0.1)}
-REAL: dict[str, Any] = {"textbook": True, "n": 300, "d": 128, "v": 5003, "device": "cuda"}
+# Past a chunk of rows; V neither even nor a multiple of a block, or under one; D odd.
+SMALL: dict[str, Any] = {
+    "textbook": True, "n": 6, "d": 16, "v": 289, "near": (0.004, 0.1), "wide": 300,
+    "shapes": ((1, 8, 7), (5, 24, 389, 4), (18, 17, 130)), "options": ("everything", "everything, entry clip"),
+    "layouts": ("shifted", "unaligned columns", "every other column", "strided vocabulary"),
+}  # fmt: skip
+REAL: dict[str, Any] = {
+    "textbook": True, "n": 300, "d": 128, "v": 5003, "device": "cuda", "shapes": ((131, 72, 1003), (128, 64, 128)),
+    "wide": 32_000,
+}  # fmt: skip
 PROFILES = {
     "reference": Profile(),
     "cpu": Profile(),
-    "triton": Profile(**(REAL if GPU else SMALL)),
-    "cuda": Profile(**(REAL if GPU else SMALL), difference=False),
+    "triton": Profile(**(REAL if GPU else SMALL), vocabularies=(1, 127, 128, 401)),
+    # A vector, a thread's share and a block's share, with and without a tail.
+    "cuda": Profile(
+        **(REAL if GPU else SMALL | {"wide": 4000}), difference=False, vocabularies=(1, 8, 13, 1000, 3072, 5003)
+    ),
 }
 
 
@@ -73,16 +93,24 @@ def emulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     return emulator
 
 
+def available(name: str) -> None:
+    """Skip the test where an engine for GPUs cannot run as it is."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    elif name == "cuda" and cuda._module() is None:
+        pytest.skip("vigos._C was built without CUDA")
+
+
 def set_up(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Make an engine run here with several chunks also at the sizes of a test, or skip."""
     if name == "triton":
-        pytest.importorskip("triton")
+        available(name)
         configure(monkeypatch, name, small_triton())
     elif name == "cuda":
-        if not GPU:
+        if GPU:
+            available(name)
+        else:
             emulate(monkeypatch, request)
-        elif cuda._module() is None:
-            pytest.skip("vigos._C was built without CUDA")
         configure(monkeypatch, name, cuda.Config(chunk_bytes=1))
     elif name == "cpu":
         pytest.importorskip("vigos._C")

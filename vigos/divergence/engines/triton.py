@@ -378,6 +378,9 @@ def _adjust(
 
 def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
+    biases = (problem.student_bias, problem.teacher_bias)
+    student_bias, teacher_bias = (None if b is None else b.contiguous() for b in biases)  # kernels step by one
+    problem = replace(problem, student_bias=student_bias, teacher_bias=teacher_bias)
     r, v, device = problem.n_rows, problem.student_weight.shape[0], problem.device
     labels = problem.labels is not None
     stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
