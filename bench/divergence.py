@@ -66,6 +66,7 @@ def cases(device: str) -> dict[str, list[Case]]:
             "contrast": [Case(8192, d, v, contrast=1.0, plausibility=gamma) for gamma in (0.0, 0.1)],
             "n": [Case(n, d, v) for n in (1024, 2048, 4096, 16_384, 32_768)],
             "shape": [Case(8192, *shapes[2])],
+            "vocabulary": [Case(8192, 2560, 248_320), Case(8192, 2560, 262_144)],  # Qwen3.5-4B, Gemma 3 4B
         }
     n, d, v = 512, 512, 32_000
     return {
@@ -78,6 +79,7 @@ def cases(device: str) -> dict[str, list[Case]]:
         "contrast": [Case(n, d, v, contrast=1.0, plausibility=gamma) for gamma in (0.0, 0.1)],
         "n": [Case(size, d, v) for size in (64, 128, 256, 1024, 2048)],
         "d": [Case(n, size, v) for size in (128, 256, 1024, 2048)],
+        "vocabulary": [Case(n, d, 248_320), Case(n, d, 262_144)],  # Qwen3.5, Gemma 3
         "v": [Case(n, d, size) for size in (8_000, 16_000, 64_000, 128_000)],
     }
 
@@ -207,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 (CPU), bfloat16")
-    parser.add_argument("--cases", nargs="+", help="groups: small, target, rows, live, head, kind, n, d, v, shape")
+    parser.add_argument("--cases", nargs="+", help="groups, such as small, target, rows, vocabulary")
     parser.add_argument("--only", nargs="+", help="contenders by name")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="CSV; default: bench/results/DEVICE/divergence.csv")

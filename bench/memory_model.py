@@ -13,79 +13,83 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 MARKED = re.compile(r"(<!-- memory -->\n).*?(<!-- end -->)", re.S)
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+TEXT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+TEXT += ("intermediate_size", "head_dim")
+TOWER = ("depth", "hidden_size", "intermediate_size")
+
+
+def published(name: str, tied: bool, text: tuple[int, ...], tower: tuple[int, ...] = (), **vision: Any) -> Any:
+    """A transformers configuration with the numbers of a published one, in the order of TEXT and TOWER."""
+    from transformers import AutoConfig
+
+    options = dict(zip(TEXT, text, strict=False)) | {"tie_word_embeddings": tied}
+    vision |= dict(zip(TOWER, tower, strict=False)) | ({} if name == "gemma3" else {"out_hidden_size": text[1]})
+    return AutoConfig.for_model(name, text_config=options, vision_config=vision, tie_word_embeddings=tied)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "3B": lambda: published("qwen2_5_vl", True, (151_936, 2048, 36, 16, 2, 11_008), (32, 1280, 3420)),
+    "7B": lambda: published("qwen2_5_vl", False, (152_064, 3584, 28, 28, 4, 18_944), (32, 1280, 3420)),
+    "32B": lambda: published("qwen2_5_vl", False, (152_064, 5120, 64, 40, 8, 27_648), (32, 1280, 3456)),
+    "Qwen3-VL-4B": lambda: published(
+        "qwen3_vl", True, (151_936, 2560, 36, 32, 8, 9728, 128), (24, 1024, 4096), deepstack_visual_indexes=[5, 11, 17]
+    ),
+    "Qwen3-VL-8B": lambda: published("qwen3_vl", False, (151_936, 4096, 36, 32, 8, 12_288, 128), (27, 1152, 4304)),
+    "Qwen3.5-4B": lambda: published("qwen3_5", True, (248_320, 2560, 32, 16, 4, 9216, 256), (24, 1024, 4096)),
+    "Qwen3.5-9B": lambda: published("qwen3_5", False, (248_320, 4096, 32, 16, 4, 12_288, 256), (27, 1152, 4304)),
+    "Gemma 3 4B": lambda: published(
+        "gemma3", True, (262_208, 2560, 34, 8, 4, 10_240, 256), hidden_size=1152, intermediate_size=4304,
+        num_hidden_layers=27, num_attention_heads=16, image_size=896, patch_size=14,
+    ),
+}  # fmt: skip
+
+
 class Shape:
-    """A Qwen2.5-VL, from its published configuration."""
+    """Counts of a model that transformers builds without memory.
 
-    name: str
-    D: int  # hidden size
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    V: int
-    tied: bool
-    vision_intermediate: int = 3420
-    head_dim: int = 128
-    vision_layers: int = 32
-    vision_hidden: int = 1280
+    Attributes:
+        D: hidden size. layers: of the language model. layer: parameters of its largest.
+        parameters: all. language: of the language model, its embedding included. embedding: of the embedding alone.
+        tied: head and embedding are one matrix. inside: values a token inside one layer: what its linear layers return.
+        cache: bytes a token of keys and values, in bfloat16. state: bytes a sequence of recurrent states, in float32.
+    """
 
-    @property
-    def kv(self) -> int:
-        """Width of the keys of a layer."""
-        return self.kv_heads * self.head_dim
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModelForImageTextToText
 
-    @property
-    def layer(self) -> int:
-        """Parameters of a layer of the language model."""
-        q = self.heads * self.head_dim
-        attention = self.D * q + q + 2 * (self.D * self.kv + self.kv) + q * self.D
-        return attention + 3 * self.D * self.intermediate + 2 * self.D
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, and of a head that is not tied to it."""
-        return self.V * self.D
-
-    @property
-    def vision(self) -> int:
-        """Parameters of the vision tower and its merger."""
-        H, F = self.vision_hidden, self.vision_intermediate
-        block = 3 * H * H + 3 * H + H * H + H + 3 * H * F + 2 * F + H + 2 * H
-        merger = H + 4 * H * 4 * H + 4 * H + 4 * H * self.D + self.D
-        return 3 * 2 * 14 * 14 * H + self.vision_layers * block + merger
-
-    @property
-    def language(self) -> int:
-        """Parameters of the language model without its head."""
-        return self.layers * self.layer + self.embedding + self.D
-
-    @property
-    def parameters(self) -> int:
-        """All of them."""
-        return self.vision + self.language + (0 if self.tied else self.embedding)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        text, decoder = config.get_text_config(), model.get_decoder()
+        self.D, self.layers, self.tied = text.hidden_size, text.num_hidden_layers, config.tie_word_embeddings
+        self.parameters, self.language = (sum(p.numel() for p in part.parameters()) for part in (model, decoder))
+        self.layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
+        self.embedding = text.vocab_size * text.hidden_size
+        linear = [[m for m in layer.modules() if isinstance(m, torch.nn.Linear)] for layer in decoder.layers]
+        self.inside = max(sum(m.out_features for m in each) + text.intermediate_size for each in linear)
+        self._widths = sum(m.in_features + m.out_features for each in linear for m in each)
+        attention = sum(kind != "linear_attention" for kind in getattr(text, "layer_types", None) or [""] * self.layers)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.cache = attention * 2 * text.num_key_value_heads * head * 2
+        self.state = 0
+        if attention < self.layers:
+            values = text.linear_num_value_heads * text.linear_value_head_dim
+            self.state = (self.layers - attention) * values * text.linear_key_head_dim * 4
 
     def lora(self, r: int) -> int:
-        """Parameters of an adapter of rank r on q, k, v, o, gate, up and down."""
-        q = self.heads * self.head_dim
-        widths = [(self.D, q), (self.D, self.kv), (self.D, self.kv), (q, self.D)]
-        widths += [(self.D, self.intermediate)] * 2 + [(self.intermediate, self.D)]
-        return self.layers * sum(r * (a + b) for a, b in widths)
-
-
-SHAPES = {
-    "3B": Shape("Qwen2.5-VL-3B", 2048, 36, 16, 2, 11_008, 151_936, True),
-    "7B": Shape("Qwen2.5-VL-7B", 3584, 28, 28, 4, 18_944, 152_064, False),
-    "32B": Shape("Qwen2.5-VL-32B", 5120, 64, 40, 8, 27_648, 152_064, False, vision_intermediate=3456),
-}
+        """Parameters of an adapter of rank r on the linear layers of all blocks."""
+        return r * self._widths
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,6 @@ def memory(shape: Shape, run: Run) -> dict[str, float]:
     trained = shape.lora(run.r) if run.lora else shape.language - (shape.embedding if shape.tied else 0)
     frozen = shape.parameters - (0 if run.lora else trained)
     one_layer = 2 * shape.layer
-    # The insides of one layer: queries, keys, values, attention's output, gate, up and their product.
-    inside = 4 * shape.D + 2 * shape.kv + 3 * shape.intermediate
     parts = {
         # In full without FSDP2 the whole model is loaded in float32: a bfloat16 weight does not feel a small step.
         "weights": (2 if run.lora or run.sharded else 4) * frozen / share + 4 * trained / share,
@@ -120,14 +122,14 @@ def memory(shape: Shape, run: Run) -> dict[str, float]:
         # Two layers at a time, and the head with the final norm; without sharding autocast's copy of a layer.
         "gathered": 2 * one_layer + 2 * shape.embedding if run.sharded else (0 if run.lora else one_layer),
         # The input of each layer, and one layer's insides, computed anew, with their gradients.
-        "activations": run.pack * 2 * (shape.layers * shape.D + 2 * inside),
+        "activations": run.pack * 2 * (shape.layers * shape.D + 2 * shape.inside),
         # Teachers run without gradients: one layer's insides, then their rows; they end before the student starts.
         "teacher's rows": 2 * run.rows * shape.D,
         # Hidden rows, their gradient in float32, and what impl="triton" allows its chunk (512 MiB).
         "divergence": run.rows * shape.D * (2 + 4) + (512 << 20),
     }  # fmt: skip
     whole = 2 * shape.parameters + (4 * trained if run.lora else 0)
-    cache = run.rollouts * run.length * shape.layers * 2 * shape.kv * 2
+    cache = run.rollouts * (run.length * shape.cache + shape.state)
     resident = parts["weights"] + parts["gradients, AdamW"] + parts["teacher's weights"]
     totals = {
         "training": sum(parts.values()),
@@ -147,15 +149,17 @@ RUNS = {
 
 def page_table() -> str:
     """The table of docs/scaling.md, in Markdown."""
-    names = [n for n in memory(SHAPES["3B"], RUNS["LoRA, FSDP2 on 8"])]
-    head = ["GiB on each GPU", *names[:-2], "**training**", "**rollouts**"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for size, shape in SHAPES.items():
+    head, lines = list[str](), list[str]()
+    for size, make in CONFIGS.items():
+        shape = Shape(make())
         for label, run in RUNS.items():
-            values = memory(shape, run)
-            cells = [f"{values[n]:.1f}" for n in names[:-2]] + [f"**{values[n]:.0f}**" for n in names[-2:]]
-            lines.append(f"| {size} {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            if size[0].isdigit() or label in ("LoRA, 1 GPU or DDP", "full, FSDP2 on 8"):
+                values = memory(shape, run)
+                names = list(values)
+                head = ["GiB on each GPU", *names[:-2], "**training**", "**rollouts**"]
+                cells = [f"{values[n]:.1f}" for n in names[:-2]] + [f"**{values[n]:.0f}**" for n in names[-2:]]
+                lines.append(f"| {size} {label} | " + " | ".join(cells) + " |")
+    return "\n".join(["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1), *lines]) + "\n"
 
 
 def main() -> int:

@@ -139,6 +139,25 @@ def prefix_tree() -> str:
     return table(head, lines) + about(found[0])
 
 
+def prefix_tree_state() -> str:
+    """Layers that carry state: the tree beside separate forwards."""
+    found = rows("prefix_tree_25m_qwen3_5")
+    lines = []
+    for tree in (row for row in found if row["scheme"] == "tree"):
+        (alone,) = (row for row in found if row["scheme"] == "separate" and row["group"] == tree["group"])
+        faster = float(alone["runtime_s"]) / float(tree["runtime_s"])
+        lines.append(
+            [
+                f"{int(tree['image_tokens']):,}", tree["rollouts"],
+                f"{int(alone['tokens']):,} → {int(tree['tokens']):,}",
+                f"{float(alone['runtime_s']):.2f} → {float(tree['runtime_s']):.2f}", f"{faster:.1f} ×",
+                f"{float(tree['speedup']):.1f} ×", tree["deviation"],
+            ]
+        )  # fmt: skip
+    head = ["image tokens", "rollouts", "tokens", "seconds", "less time than separate", "than released", "deviation"]
+    return table(head, lines) + about(found[0])
+
+
 def train_step() -> str:
     found = rows("train_step_25m")
     lines = []
@@ -276,7 +295,7 @@ def study_preconditions() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision,
-    "precision-triton": precision_triton, "prefix-tree": prefix_tree,
+    "precision-triton": precision_triton, "prefix-tree": prefix_tree, "prefix-tree-state": prefix_tree_state,
     "train-step": train_step, "dropins": dropins,
     "async-rollout": async_rollout, "study-arms": study_arms, "study-axes": study_axes,
     "study-findings": study_findings, "study-preconditions": study_preconditions,

@@ -149,7 +149,7 @@ def main() -> None:
                 if (file := folder / f"{name}.csv").exists():
                     for draw in draws:
                         draw(pd.read_csv(file), device)
-            for file in sorted(folder.glob("prefix_tree_*.csv")):
+            for file in sorted(folder.glob("prefix_tree_*[mb].csv")):
                 prefix_tree(pd.read_csv(file), device)
     for path in draw_study(RESULTS / "study" / "results.csv", RESULTS / "study" / "preconditions.csv", IMAGES):
         print(path)

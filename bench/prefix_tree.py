@@ -1,6 +1,7 @@
 """Teacher scoring: the prefix tree against separate forwards and against the released scheme.
 
     python bench/prefix_tree.py                              # this machine, a model that fits it
+    python bench/prefix_tree.py --family qwen3_5             # Qwen3.5's layers: 3 of 4 are Gated DeltaNet
     python bench/prefix_tree.py --size 3b --device cuda      # random weights of the 3B shape
 
 Three schemes score the same step, in turn, so that a busy machine slows them alike:
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from measure import RESULTS, Table, machine, peak_bytes, seconds
@@ -59,7 +61,40 @@ GPU_CASES = [  # the most wanted first
 ]  # fmt: skip
 
 
-def build(size: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def build(size: str, device: str, dtype: torch.dtype, family: str = "qwen2_5_vl") -> torch.nn.Module:
+    config, kind = (qwen3_5 if family == "qwen3_5" else qwen2_5_vl)(size)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind(config).to(dtype).eval().requires_grad_(False)
+
+
+def qwen3_5(size: str) -> tuple[Any, type]:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    (hidden, inner, layers, heads, kv_heads, vocab), (v_hidden, v_inner, depth, v_heads) = SIZES[size]
+    half = hidden // heads // 2
+    part = half * 3 // 8
+    config = Qwen3_5Config(
+        text_config={
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": hidden // heads,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+            "linear_num_key_heads": heads // 2, "linear_num_value_heads": heads, "linear_key_head_dim": hidden // heads,
+            "linear_value_head_dim": hidden // heads, "max_position_embeddings": 32_768,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e7, "mrope_section": [half - 2 * part, part, part],
+                "mrope_interleaved": True, "partial_rotary_factor": 1.0,
+            },
+        },
+        vision_config={
+            "hidden_size": v_hidden, "intermediate_size": v_inner, "depth": depth, "num_heads": v_heads,
+            "out_hidden_size": hidden, "patch_size": PATCH, "spatial_merge_size": MERGE,
+        },
+        image_token_id=IMAGE, video_token_id=6, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
+    return config, Qwen3_5ForConditionalGeneration
+
+
+def qwen2_5_vl(size: str) -> tuple[Any, type]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     (hidden, inner, layers, heads, kv_heads, vocab), (v_hidden, v_inner, depth, v_heads) = SIZES[size]
@@ -81,9 +116,7 @@ def build(size: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
         },
         image_token_id=IMAGE, video_token_id=6, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+    return config, Qwen2_5_VLForConditionalGeneration
 
 
 def words(n: int, seed: int) -> torch.Tensor:
@@ -200,19 +233,21 @@ def schemes(
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", choices=("qwen2_5_vl", "qwen3_5"), default="qwen2_5_vl")
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default="auto", help="attention of the tree")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of cases, from 0; the others keep their results")
-    parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/prefix_tree_SIZE.csv")
+    parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/prefix_tree_*.csv")
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = build(args.size, args.device, dtype)
+    model = build(args.size, args.device, dtype, args.family)
     about = machine(args.device, "transformers")
     every = CASES if args.device == "cpu" else GPU_CASES
     cases = {"-".join(map(str, case)): case for case in ([every[i] for i in args.cases] if args.cases else every)}
-    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{args.size}.csv", about, cases)
+    name = args.size + ("" if args.family == "qwen2_5_vl" else f"_{args.family}")
+    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{name}.csv", about, cases)
     print(" · ".join(about.values()))
     print(
         " image rollouts invalid scheme     tokens    Tflop        s    cpu s     MiB   released/this: flop    s  cpu s"
@@ -237,7 +272,7 @@ def main() -> None:
             )
             table.add(
                 [{
-                    "group": group, "size": args.size, "image_tokens": image_tokens, "rollouts": rollouts,
+                    "group": group, "size": name, "image_tokens": image_tokens, "rollouts": rollouts,
                     "invalid_a_prompt": invalid,
                     "scheme": scheme, "tokens": tokens[scheme], "teraflop": round(flops, 5),
                     "runtime_s": round(wall, 4), "processor_s": round(processor, 4), "peak_mib": round(mib),

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from helpers.tiny_models import LAYERS, tiny_model
-from helpers.training import config, rows, trainer
-from transformers import CONFIG_MAPPING, Lfm2Config, Lfm2ForCausalLM
+from helpers.training import config
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vigos.cli import main
@@ -34,7 +34,7 @@ def test_every_image_text_family_has_an_answer(model_type: str) -> None:
         assert tree_refusal(made) == "it is no decoder-only model"
 
 
-@pytest.mark.parametrize("model_type", ["gemma4", "gemma4_unified", "paligemma", "mllama", "lfm2_vl", "llama4"])
+@pytest.mark.parametrize("model_type", ["gemma4", "gemma4_unified", "paligemma", "mllama", "llama4"])
 def test_families_that_cannot_share_say_why(model_type: str) -> None:
     assert tree_refusal(CONFIG_MAPPING[model_type]())
 
@@ -43,15 +43,6 @@ def test_attention_that_looks_ahead_is_refused_in_a_family_that_is_not_listed() 
     made = CONFIG_MAPPING["gemma3_text"](use_bidirectional_attention=True)
     assert family_of(made) is None
     assert "looks ahead" in str(tree_refusal(made))
-
-
-def test_the_trainer_refuses_before_it_samples(tmp_path: Path) -> None:
-    text = Lfm2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"],
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM: its short convolutions .*--student-scoring separate"):
-        trainer(Lfm2ForCausalLM(text), config(tmp_path), rows(2))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_next", "internvl"])

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 
+from vigos.cli.commands import TRAIN
 from vigos.train.metrics import peak_tflops
 from vigos.train.profiling import NAMES, Phases, table
 
@@ -121,6 +123,21 @@ def test_accelerate_takes_the_configurations(
         assert "transformer" in str(plugin.auto_wrap_policy)
 
 
+RUNS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.read_text().startswith("# accelerate launch")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_configuration_is_read(path: Path, tmp_path: Path) -> None:
+    """By `vigos train`, which knows every line; the test above is for those of accelerate."""
+    flags = ["--data", "hub/set", "--output-dir", str(tmp_path), "--use-cpu", "true"]
+    source, args = TRAIN.parse(path, flags)
+    written = yaml.safe_load(path.read_text())
+    assert source.model == written.pop("model")
+    for name, value in written.items():
+        kept = getattr(source if name == "dtype" else args, name)
+        assert getattr(kept, "value", kept) == value or name == "report_to", name
+
+
 # --- Memory from shapes ----------------------------------------------------------------------------------------------
 
 
@@ -130,31 +147,21 @@ def test_memory_table_of_the_page_is_the_models() -> None:
     assert "| 7B LoRA, 1 GPU or DDP |" in (ROOT / "docs" / "scaling.md").read_text()
 
 
-@pytest.mark.parametrize("size", ["3B", "7B", "32B"])
-def test_memory_model_counts_the_parameters_that_transformers_makes(size: str) -> None:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
+def test_memory_model_counts_what_is_published() -> None:
+    """Parameters, adapters and caches by hand; the rest follows how a run is divided."""
     sys.path.insert(0, str(ROOT / "bench"))
-    from memory_model import SHAPES, Run, memory
+    from memory_model import CONFIGS, Run, Shape, memory
 
-    shape = SHAPES[size]
-    text = {
-        "vocab_size": shape.V, "hidden_size": shape.D, "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "tie_word_embeddings": shape.tied,
-    }  # fmt: skip
-    vision = {
-        "depth": shape.vision_layers, "hidden_size": shape.vision_hidden, "out_hidden_size": shape.D,
-        "intermediate_size": shape.vision_intermediate,
-    }  # fmt: skip
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
-        )
-    assert sum(p.numel() for p in model.parameters()) == shape.parameters
-    assert sum(p.numel() for p in model.model.visual.parameters()) == shape.vision
+    shape = Shape(CONFIGS["3B"]())
+    assert shape.parameters == 3_754_622_976, "of the published checkpoint"
+    kv, inner = 2 * 128, 11_008
+    assert shape.lora(64) == 36 * 64 * (2 * (2048 + 2048) + 2 * (2048 + kv) + 3 * (2048 + inner))
+    assert (shape.cache, shape.state) == (36 * 2 * kv * 2, 0)
     one, eight = (memory(shape, Run(lora=False, gpus=n, sharded=n > 1)) for n in (1, 8))
     assert eight["gradients, AdamW"] == pytest.approx(one["gradients, AdamW"] / 8)
     assert memory(shape, Run(lora=True, gpus=1, sharded=False, pack=8192))["activations"] * 2 == pytest.approx(
         memory(shape, Run(lora=True, gpus=1, sharded=False))["activations"]
     )
+    hybrid = Shape(CONFIGS["Qwen3.5-4B"]())
+    assert hybrid.parameters == pytest.approx(4.54e9, rel=1e-3)
+    assert (hybrid.cache, hybrid.state) == (8 * 2 * 4 * 256 * 2, 24 * 32 * 128 * 128 * 4)

@@ -72,6 +72,7 @@ class Source(_ModelAndData):
     streaming: bool = _option(False, "Read the data as a stream.")
     attn_implementation: str | None = _option(None, "As in transformers.")
     trust_remote_code: bool = _option(False, "Run code from the model's repository.")
+    load_in_4bit: bool = _option(False, "Keep the language model under the adapter in 4 bits (bitsandbytes, NF4).")
     resume: str | None = _option(None, "Go on with an earlier run: from a checkpoint folder, or 'auto': the last one.")
     overwrite: bool = _option(False, "Delete the earlier run in the output folder first.")
 
@@ -156,22 +157,20 @@ class EvalSource(_ModelAndData):
         return model, processor, None
 
 
-def load_model(
-    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor (a tokenizer for text-only models) from a folder or hub name, or "builtin".
 
-    See `vigos.models.load`: no code of the model's own unless `trust_remote_code` is set, no pickle.
+    See `vigos.models.load.load_model`, whose options these are: no code of the model's own unless `trust_remote_code`
+    is set, no pickle. The built-in model has one dtype, and takes `load_in_4bit` alone.
     """
     from vigos.models import load
+    from vigos.world import checkpoint_path, load_base
 
-    if name == "builtin":
-        from vigos.world import load_base
-
-        return load_base()
-    return load.load_model(
-        name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-    )
+    if name != "builtin":
+        return load.load_model(name, **options)
+    if options.get("load_in_4bit"):
+        return load.load_model(str(checkpoint_path()), dtype="float32", load_in_4bit=True)
+    return load_base()
 
 
 def train_from_source(source: Source, config: ViGOSConfig, *, console: Console | None = None) -> ViGOSTrainer:
@@ -304,6 +303,7 @@ def build_trainer(source: Source, config: ViGOSConfig, *, adapter: str | None = 
         dtype=source.dtype,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
+        load_in_4bit=source.load_in_4bit,
     )
     if adapter is not None:
         from vigos.models.load import load_adapter

@@ -39,6 +39,9 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
     return model.to(dtype)
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+
+
 def _qwen3(text: dict[str, Any]) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -52,27 +55,44 @@ def _qwen2_5_vl(text: dict[str, Any]) -> Any:
         "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": text["hidden_size"],
         "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1], "spatial_merge_size": 2,
     }  # fmt: skip
-    text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
+    text = text | {"rope_parameters": _ROPE}
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _qwen3_vl(text: dict[str, Any]) -> Any:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def _qwen3_vl(text: dict[str, Any], experts: bool = False) -> Any:
+    import transformers
 
     vision = {
         "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": text["hidden_size"],
         "patch_size": 4, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
-    text = text | {
-        "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-    }  # fmt: skip
-    config = Qwen3VLConfig(
+    text = text | {"head_dim": 8, "rope_parameters": _ROPE} | (_EXPERTS if experts else {})
+    name = "Qwen3VLMoe" if experts else "Qwen3VL"
+    config = getattr(transformers, f"{name}Config")(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92
     )
-    return Qwen3VLForConditionalGeneration(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _glm4v(text: dict[str, Any], experts: bool = False) -> Any:
+    import transformers
+
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": text["hidden_size"],
+        "patch_size": 4, "spatial_merge_size": 2, "image_size": 32,
+    }  # fmt: skip
+    text = text | {"rope_parameters": _ROPE | {"partial_rotary_factor": 1.0}}
+    if experts:  # the first block is dense
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    name = "Glm4vMoe" if experts else "Glm4v"
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, image_start_token_id=92,
+        image_end_token_id=93, video_start_token_id=94, video_end_token_id=95,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
 # Two value heads a key head, a convolution of 3, chunks of 64 tokens.
@@ -97,10 +117,7 @@ def _qwen3_5(text: dict[str, Any], experts: bool = False) -> Any:
         "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": text["hidden_size"],
         "patch_size": 4, "spatial_merge_size": 2, "num_position_embeddings": 64,
     }  # fmt: skip
-    rope = {
-        "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
-        "partial_rotary_factor": 1.0,
-    }  # fmt: skip
+    rope = _ROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
     name = "Qwen3_5Moe" if experts else "Qwen3_5"
     config = getattr(transformers, f"{name}Config")(
         text_config=text | _DELTA_NET | _mixed(text) | {"rope_parameters": rope} | (_EXPERTS if experts else {}),
@@ -113,6 +130,68 @@ def _qwen3_next(text: dict[str, Any]) -> Any:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     return Qwen3NextForCausalLM(Qwen3NextConfig(**text | _DELTA_NET | _mixed(text) | _EXPERTS))
+
+
+def _minicpmv4_6(text: dict[str, Any]) -> Any:
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4,
+        "image_size": 32,
+    }  # fmt: skip
+    rope = _ROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    text = text | _DELTA_NET | _mixed(text) | {"rope_parameters": rope, "model_type": "qwen3_5_text"}
+    config = MiniCPMV4_6Config(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, insert_layer_id=0,
+    )  # fmt: skip
+    return MiniCPMV4_6ForConditionalGeneration(config)
+
+
+def _lfm2_vl(text: dict[str, Any]) -> Any:
+    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
+
+    vision = {
+        "model_type": "siglip2_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "patch_size": 4, "num_patches": 16, "vision_use_head": False,
+    }  # fmt: skip
+    kinds = ["conv"] * (text["num_hidden_layers"] - 1) + ["full_attention"]
+    text = text | {"model_type": "lfm2", "layer_types": kinds, "conv_bias": True}
+    config = Lfm2VlConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, projector_hidden_size=24,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return Lfm2VlForConditionalGeneration(config)
+
+
+def _lfm3_vl(text: dict[str, Any]) -> Any:
+    from transformers import Lfm3VlConfig, Lfm3VlForConditionalGeneration
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "patch_size": 4, "spatial_merge_size": 2,
+    }  # fmt: skip
+    text = text | {
+        "model_type": "lfm3", "layer_types": ["conv", "sliding_attention", "conv", "full_attention"], "head_dim": 8,
+        "num_hidden_layers": 4, "sliding_window": 8, "conv_L_cache": 7,
+    }  # fmt: skip
+    config = Lfm3VlConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92,
+        vision_end_token_id=93, projector_hidden_size=24, tie_word_embeddings=False,
+    )  # fmt: skip
+    return Lfm3VlForConditionalGeneration(config)
+
+
+def _nemotron_h(text: dict[str, Any]) -> Any:
+    """A tiny Nemotron-H: Mamba-2 with chunks of 16 tokens, experts, attention, Mamba-2."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    state = {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"], "head_dim": 8,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16,
+        "conv_kernel": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16, "num_hidden_layers": 4,
+    }  # fmt: skip
+    return NemotronHForCausalLM(NemotronHConfig(**text | state))
 
 
 def _smolvlm(text: dict[str, Any]) -> Any:
@@ -172,9 +251,33 @@ def _gemma3(text: dict[str, Any]) -> Any:
     return Gemma3ForConditionalGeneration(config)
 
 
+def _gemma4(text: dict[str, Any]) -> Any:
+    """A tiny Gemma 4, whose image tokens see their whole image in sliding layers alone."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
+    }  # fmt: skip
+    text = text | {
+        "head_dim": 8, "global_head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": text["vocab_size"], "layer_types": ["sliding_attention", "full_attention"],
+        "use_bidirectional_attention": "vision",
+    }  # fmt: skip
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, image_token_id=IMAGE)
+    return Gemma4ForConditionalGeneration(config)
+
+
 _BUILD = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": partial(_qwen3_vl, experts=True),
+    "glm4v": _glm4v,
+    "glm4v_moe": partial(_glm4v, experts=True),
+    "minicpmv4_6": _minicpmv4_6,
+    "lfm2_vl": _lfm2_vl,
+    "lfm3_vl": _lfm3_vl,
+    "nemotron_h": _nemotron_h,
     "smolvlm": _smolvlm,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
@@ -183,18 +286,20 @@ _BUILD = {
     "qwen3_next": _qwen3_next,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
 
-# What one "size" means: patches (rows, columns) before merging for Qwen, tiles for SmolVLM and InternVL, pixels for
-# LLaVA-OneVision.
+# Their images are patches end to end, merged two by two, each with its grid.
+GRIDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "lfm3_vl")
+# What one "size" means: patches (rows, columns) before merging for those, MiniCPM-V and LFM2-VL, tiles for SmolVLM and
+# InternVL, pixels for LLaVA-OneVision.
 SIZES: dict[str, list[Any]] = {
-    "qwen2_5_vl": [(4, 6), (8, 4), (2, 2)],
-    "qwen3_vl": [(4, 6), (8, 4), (2, 2)],
-    "qwen3_5": [(4, 6), (8, 4), (2, 2)],
-    "qwen3_5_moe": [(4, 6), (8, 4), (2, 2)],
+    **{family: [(4, 6), (8, 4), (2, 2)] for family in GRIDS},
+    "minicpmv4_6": [(4, 8), (8, 8), (4, 4)],
+    "lfm2_vl": [(4, 6), (8, 4), (2, 2)],
     "smolvlm": [2, 1, 3],
     "internvl": [2, 1, 3],
     "gemma3": [1, 1, 1],
@@ -209,12 +314,25 @@ def images(family: str, sizes: list[Any], seed: int) -> tuple[ImageInputs, list[
     def pixels(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    if family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"):
+    if family in GRIDS:
         grid = torch.tensor([[1, h, w] for h, w in sizes])
         tensors = {
             "pixel_values": torch.cat([pixels(h * w, 3 * 2 * 4 * 4) for h, w in sizes]),
             "image_grid_thw": grid,
         }
+        return ImageInputs.from_tensors(tensors), [h * w // 4 for h, w in sizes]
+    if family == "minicpmv4_6":
+        tensors = {
+            "pixel_values": torch.cat([pixels(1, 3, 4, 4 * h * w) for h, w in sizes], -1),
+            "target_sizes": torch.tensor(sizes, dtype=torch.int32),
+        }
+        return ImageInputs.from_tensors(tensors), [h * w // 16 for h, w in sizes]
+    if family == "lfm2_vl":
+        mask = torch.stack([(torch.arange(32) < h * w).long() for h, w in sizes])
+        tensors = {
+            "pixel_values": pixels(len(sizes), 32, 3 * 4 * 4), "pixel_attention_mask": mask,
+            "spatial_shapes": torch.tensor(sizes),
+        }  # fmt: skip
         return ImageInputs.from_tensors(tensors), [h * w // 4 for h, w in sizes]
     if family == "smolvlm":
         tiles = pixels(1, sum(sizes), 3, 32, 32)
@@ -266,7 +384,7 @@ def words(n: int, seed: int) -> Tensor:
 
 def prompt(family: str, sizes: list[Any], *, image_seed: int = 0, question: Tensor, head: int = 5) -> EncodedPrompt:
     """System words, the images' placeholders between markers, then the question."""
-    if family in ("qwen3", "qwen3_next") or not sizes:
+    if family not in SIZES or not sizes:
         return EncodedPrompt(torch.cat([words(head, 7), question]), None, None)
     inputs, counts = images(family, sizes, image_seed)
     ids = [words(head, 7)]

@@ -171,9 +171,9 @@ def trainer(
 ) -> ViGOSTrainer:
     """A trainer that takes rows in order; scripted rollouts if `texts` are given, else the model's own."""
     engine = None if texts is None else ScriptedEngine(texts)
+    options = {"processing_class": processor()} | options
     return _InOrder(
-        model=model, args=args, processing_class=processor(), train_dataset=data, prompts=PROMPTS,
-        rollout_engine=engine, **options,
+        model=model, args=args, train_dataset=data, prompts=PROMPTS, rollout_engine=engine, **options
     )  # fmt: skip
 
 

@@ -70,13 +70,16 @@ def set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) -> 
     module._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
-# Functions of a modeling file that mix tokens in a Gated DeltaNet layer; keywords of the model's call reach both.
-STATE_FUNCTIONS = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule")
+# Functions of a modeling file in layers that carry state: a convolution, Gated DeltaNet, Mamba-2, and Mamba-2's fused
+# layer, which a kernel has and the fallback leaves to the others. Keywords of the model's call reach all of them.
+STATE_FUNCTIONS = (
+    "causal_conv1d_fn", "torch_chunk_gated_delta_rule", "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"
+)  # fmt: skip
 
 
 def state_functions(decoder: nn.Module) -> list[tuple[Any, str]]:
-    """Return the modeling files of a decoder's Gated DeltaNet layers, each with the names of those functions."""
-    files = {sys.modules[type(module).__module__] for module in decoder.modules() if hasattr(module, "A_log")}
+    """Return the modeling files of a decoder's layers that have such functions, each with their names."""
+    files = {sys.modules[type(module).__module__] for module in decoder.modules()}
     return [(file, name) for file in files for name in STATE_FUNCTIONS if hasattr(file, name)]
 
 

@@ -15,6 +15,8 @@ from typing import Any
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+_LFM = ("q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3")
+_NEMOTRON = (*_ATTENTION, "in_proj", "up_proj", "down_proj")  # peft refuses Mamba's out_proj
 _THINKING = "enable_thinking=False"
 
 
@@ -54,7 +56,10 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen2.5-VL", ("qwen2_5_vl",), tested=True, image_token="<|image_pad|>"),
     Family("Qwen2-VL", ("qwen2_vl",), image_token="<|image_pad|>"),
     Family("Qwen3-VL", ("qwen3_vl",), tested=True, image_token="<|image_pad|>"),
-    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, image_token="<|image_pad|>"),
+    Family(
+        "Qwen3-VL-MoE", ("qwen3_vl_moe",), tested=True, lora_targets=_ATTENTION, experts=_EXPERTS,
+        image_token="<|image_pad|>",
+    ),
     Family(
         "Qwen3.5", ("qwen3_5", "qwen3_5_text"), "3 of 4 layers Gated DeltaNet, else full attention",
         tested=True, lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET), thinking=_THINKING, image_token="<|image_pad|>",
@@ -72,16 +77,18 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "MiniCPM-V 4.6", ("minicpmv4_6",), "3 of 4 layers Gated DeltaNet, else full attention",
-        "its images are packed end to end, which is not done here", lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET),
-        thinking=_THINKING,
+        tested=True, lora_targets=(*_ATTENTION, *_MLP, *_DELTA_NET), thinking=_THINKING, image_token="<|image_pad|>",
     ),
     Family("InternVL", ("internvl",), tested=True, image_token="<IMG_CONTEXT>"),
     Family("SmolVLM", ("smolvlm",), tested=True, image_token="<image>"),
     Family("Idefics3", ("idefics3",), image_token="<image>"),
     Family("LLaVA-OneVision", ("llava_onevision",), tested=True, image_token="<image>"),
-    Family("GLM-4V", ("glm4v",), lora_targets=(*_ATTENTION, "gate_up_proj", "down_proj"), image_token="<|image|>"),
     Family(
-        "GLM-4V-MoE", ("glm4v_moe",), lora_targets=_ATTENTION, experts=_EXPERTS, image_token="<|image|>",
+        "GLM-4V", ("glm4v",), tested=True, lora_targets=(*_ATTENTION, "gate_up_proj", "down_proj"),
+        image_token="<|image|>",
+    ),
+    Family(
+        "GLM-4V-MoE", ("glm4v_moe",), tested=True, lora_targets=_ATTENTION, experts=_EXPERTS, image_token="<|image|>",
     ),
     Family(
         "Gemma 3", ("gemma3",), f"sliding and full attention; {_BLOCKS}", tested=True, image_token="<image_soft_token>",
@@ -98,19 +105,29 @@ FAMILIES: tuple[Family, ...] = (
     Family("Molmo 2", ("molmo2",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}", lora_targets=()),
     Family("GIT", ("git",), f"full attention; {_BLOCKS}", f"its {_BLOCKS}", lora_targets=()),
     Family(
-        "LFM-VL", ("lfm2_vl", "lfm3_vl", "lfm2"), "short convolutions and full attention",
-        "its short convolutions carry state along the sequence", lora_targets=(),
+        "LFM2-VL", ("lfm2_vl", "lfm2"), "short convolutions and full attention", tested=True,
+        lora_targets=_LFM, image_token="<image>",
     ),
     Family(
-        "Nemotron-H Omni", ("nemotron_h_omni",), "Mamba-2 and full attention",
-        "its Mamba-2 layers carry state along the sequence", lora_targets=(),
+        "LFM3-VL", ("lfm3_vl", "lfm3"), "short convolutions, sliding and full attention", tested=True,
+        lora_targets=_LFM, image_token="<|image_pad|>",
+    ),
+    Family(
+        "Nemotron-H", ("nemotron_h",), "Mamba-2 and full attention", tested=True, lora_targets=_NEMOTRON,
+        experts=("mixer.experts.up_proj", "mixer.experts.down_proj"),
+    ),
+    Family(
+        "Nemotron-H Omni", ("nemotron_h_omni",), "Mamba-2 and full attention", lora_targets=_NEMOTRON,
+        experts=("mixer.experts.up_proj", "mixer.experts.down_proj"),
     ),
     Family("Llama 4", ("llama4",), "chunked and full attention", "its attention is in chunks", lora_targets=()),
 )  # fmt: skip
 
 # Families whose image tokens see their whole block in every layer. Prefixes cover whole images, so they share.
 BLOCKWISE_IMAGES = ("gemma3",)
-STATE_LAYERS = frozenset({"linear_attention"})  # Gated DeltaNet: `vigos.scoring.tree_state`
+# Short convolutions, Gated DeltaNet, Mamba-2: `vigos.scoring.tree_state`.
+STATE_LAYERS = frozenset({"linear_attention", "conv"})
+_TOKENWISE = ("mlp", "moe")  # layers of their own in Nemotron-H
 SHARED_LAYERS = ("full_attention", "sliding_attention", "attention", *STATE_LAYERS)
 
 
@@ -128,6 +145,13 @@ def layer_kinds(config: Any) -> str:
     return ", ".join(f"{kinds.count(kind)} layers {kind}" for kind in dict.fromkeys(kinds))
 
 
+def mixing_layers(config: Any) -> int:
+    """Return how many layers of a model mix tokens, by attention or by state."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    return sum(kind not in _TOKENWISE for kind in kinds) if kinds else text.num_hidden_layers
+
+
 def tree_refusal(config: Any) -> str | None:
     """Return why prefixes of a model cannot be shared; None if they can, or if only a comparison would tell."""
     if getattr(config, "is_encoder_decoder", False):
@@ -140,8 +164,9 @@ def tree_refusal(config: Any) -> str | None:
         bidirectional = getattr(text, "use_bidirectional_attention", None)
         if bidirectional:
             return f"its attention looks ahead (use_bidirectional_attention={bidirectional!r})"
-    shared = set(SHARED_LAYERS) if family is not None else set(SHARED_LAYERS) - STATE_LAYERS
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - shared)
+    known = family_of(config) is not None  # a wrapper that is not may give its text model other positions
+    shared = set(SHARED_LAYERS) if known else set(SHARED_LAYERS) - STATE_LAYERS
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - shared - set(_TOKENWISE))
     return f"its layers of type {', '.join(others)} carry state that branches cannot share" if others else None
 
 

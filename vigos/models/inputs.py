@@ -77,6 +77,9 @@ def concat_images(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     joined = {}
     for name in names:
         tensors = [each.tensors[name] for each in images]
+        if "target_sizes" in names and name == "pixel_values":  # MiniCPM-V lays patches end to end in one row
+            joined[name] = torch.cat(tensors, -1)
+            continue
         if tensors[0].ndim >= 4:
             if name == "pixel_values" and "image_sizes" in names and tensors[0].ndim == 4:
                 height, width = (max(t.shape[axis] for t in tensors) for axis in (2, 3))

@@ -51,15 +51,18 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
+    name: str, *, dtype: str = "bfloat16", attn_implementation: str | None = None, trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its processor from a folder or hub name.
 
     Args:
         dtype: float32, float16, bfloat16, or auto: that of the file.
+        load_in_4bit: keep the linear layers of the language model in 4 bits (NF4, Dettmers et al. 2023), and compute in
+            `dtype`. The head and the vision tower stay as they are.
 
     Raises:
-        ValueError: another dtype, a model that needs code of its own, or an adapter.
+        ValueError: another dtype, a model that needs code of its own, an adapter, or 4 bits where there are none.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -68,11 +71,37 @@ def load_model(
     config = load_config(name, trust_remote_code=trust_remote_code)
     has_vision = getattr(config, "vision_config", None) is not None
     family = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    model = family.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code, use_safetensors=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {"quantization_config": _four_bits(family, config, dtype)} if load_in_4bit else {}
+    try:
+        model = family.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code, use_safetensors=True, **options,
+        )  # fmt: skip
+    except (ImportError, RuntimeError) as error:
+        if not load_in_4bit:
+            raise
+        raise ValueError(f"load_in_4bit must be false here: bitsandbytes cannot load {name}: {error}") from error
     return model, load_processor(name, trust_remote_code=trust_remote_code)
+
+
+def _four_bits(family: Any, config: Any, dtype: str) -> Any:
+    """Return the quantisation of a model's language model, its head left out."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'vigos[quantization]'")
+    if dtype == "auto":
+        raise ValueError("dtype must be float32, float16 or bfloat16 with load_in_4bit, got 'auto'")
+    with torch.device("meta"):
+        model = family.from_config(config)
+    inside = set(model.get_decoder().modules())
+    kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in inside]
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype), llm_int8_skip_modules=kept,
+    )  # fmt: skip
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vigos.method.encode import ScoredSequence
 from vigos.models.families import layer_kinds
 from vigos.models.parts import base_model, eval_mode, inner_model
+from vigos.models.routers import LoadBalance
 from vigos.models.vision_cache import VisionCache
 from vigos.scoring.forwards import SCORINGS, Scoring
 from vigos.scoring.hidden_states import DEFAULT_TOKEN_BUDGET, distributed, hidden_states
@@ -62,6 +63,7 @@ class TreeCheck:
         backend: str = "auto",
         vision: VisionCache | None = None,
         dummy: ScoredSequence | None = None,
+        balance: LoadBalance | None = None,
     ) -> Tensor:
         """Compute hidden states (M, D) as `vigos.scoring.hidden_states.hidden_states` does, once they are checked.
 
@@ -75,8 +77,8 @@ class TreeCheck:
             with torch.no_grad(), eval_mode(model):
                 hidden = hidden_states(model, sequences, scoring="tree", **options)
                 self._compare(model, sequences, hidden, side, token_budget, dummy)
-        if hidden is None or self.failed or torch.is_grad_enabled() or model.training:
-            hidden = hidden_states(model, sequences, scoring=self.scoring(scoring), **options)
+        if hidden is None or balance is not None or self.failed or torch.is_grad_enabled() or model.training:
+            hidden = hidden_states(model, sequences, scoring=self.scoring(scoring), balance=balance, **options)
         return hidden
 
     def _due(self, model: nn.Module, sequences: Sequence[ScoredSequence], side: Side) -> bool:

@@ -33,6 +33,7 @@ class Forward:
         rows: (m,) int64, the rows of the call's output that they become.
         tokens: B * T, padding included.
         images: the images it encodes.
+        uses: (B * T,) how many sequences each position stands for; 0 for padding.
         packed: True for a pack of shared prefixes, False for a padded batch.
         members: which of the call's sequences it holds.
     """
@@ -41,6 +42,7 @@ class Forward:
     positions: Tensor
     rows: Tensor
     tokens: int
+    uses: Tensor
     images: tuple[ImageInputs, ...] = ()
     packed: bool = False
     members: tuple[int, ...] = ()
@@ -76,7 +78,8 @@ def plan_forwards(
 def dummy_forward(base: Any) -> Forward:
     """Return a forward of one token that gives no row."""
     nothing = torch.empty(0, dtype=torch.int64)
-    return Forward(lambda: {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=base.device)}, nothing, nothing, 1)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
+    return Forward(lambda: {"input_ids": ids}, nothing, nothing, 1, torch.zeros(1))
 
 
 # ---- separate: right-padded batches ------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ def _separate_forwards(
                 positions=torch.cat(positions),
                 rows=torch.cat(rows),
                 tokens=len(batch) * width,
+                uses=torch.cat([(torch.arange(width) < len(ids[i])).long() for i in batch]),
                 images=tuple(prompt.images for _, prompt in members if prompt.images is not None),
                 members=tuple(batch),
             )
@@ -150,7 +154,9 @@ def _tree_forward(base: Any, sequences: Sequence[ScoredSequence], pack: PrefixPa
         on_device = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         return on_device | {"attention_mask": mask, "tree_plan": plan, "use_cache": False}
 
-    return Forward(build, pack.positions, pack.rows, pack.tokens, pack.images, packed=True, members=tuple(pack.members))
+    return Forward(
+        build, pack.positions, pack.rows, pack.tokens, pack.uses, pack.images, packed=True, members=tuple(pack.members)
+    )
 
 
 def pack_positions(base: Any, pack: PrefixPack, members: Sequence[ScoredSequence]) -> Tensor:

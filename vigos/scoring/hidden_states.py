@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vigos.method.encode import ScoredSequence
+from vigos.models.families import mixing_layers
 from vigos.models.parts import base_model, head_rows, inner_model, text_model
+from vigos.models.routers import LoadBalance
 from vigos.models.sharding import sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.scoring.forwards import SCORINGS, Forward, Scoring, dummy_forward, plan_forwards
@@ -42,6 +44,7 @@ def hidden_states(
     pad_token_id: int | None = None,
     vision: VisionCache | None = None,
     dummy: ScoredSequence | None = None,
+    balance: LoadBalance | None = None,
 ) -> Tensor:
     """Compute hidden states (M, D) that predict the scored tokens, in the order of `sequences` and of their `scored`.
 
@@ -59,6 +62,7 @@ def hidden_states(
             anyway within a call; a cache carries that over to later calls, as from the teachers to the student.
         dummy: a sequence with an image. Where the vision tower is sharded or trained by several ranks, all of them have
             to run it in the same forwards: a rank without an image runs this one there, which gives no rows.
+        balance: collects what the routers of a mixture say.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
@@ -67,10 +71,16 @@ def hidden_states(
         return plan_forwards(model, members, scoring, budget, backend, pad_token_id)
 
     forwards = _balance(model, sequences, plan(sequences, token_budget), plan, dummy)
-    return _run(model, forwards, sum(len(s.scored) for s in sequences), vision)
+    return _run(model, forwards, sum(len(s.scored) for s in sequences), vision, balance)
 
 
-def _run(model: nn.Module, forwards: Sequence[Forward], num_rows: int, vision: VisionCache | None) -> Tensor:
+def _run(
+    model: nn.Module,
+    forwards: Sequence[Forward],
+    num_rows: int,
+    vision: VisionCache | None,
+    balance: LoadBalance | None,
+) -> Tensor:
     base = base_model(model)
     shown = [image.key for each in forwards if each.packed for image in each.images]
     if vision is None and len(set(shown)) < len(shown) and VisionCache.obstacle(base) is None:
@@ -84,13 +94,15 @@ def _run(model: nn.Module, forwards: Sequence[Forward], num_rows: int, vision: V
                 stack.enter_context(installed(base))
             if vision is not None and each.images:
                 stack.enter_context(vision.serving(base, each.images))
+            if balance is not None:
+                stack.enter_context(balance.recording(each.uses))
             parts.append(head_rows(model, inputs, each.positions))
         if plan is not None:
-            layers = base.config.get_text_config().num_hidden_layers
+            layers = mixing_layers(base.config)
             if plan.calls != layers:
                 raise ValueError(
-                    f"scoring='tree' needs {layers} attention layers that go through AttentionInterface, got "
-                    f"{plan.calls} of {type(base).__name__}; use scoring='separate'"
+                    f"scoring='tree' needs {layers} layers whose attention or state takes the plan, got {plan.calls} "
+                    f"of {type(base).__name__}; use scoring='separate'"
                 )
     if parts:
         rows = torch.cat([each.rows for each in forwards])

@@ -69,6 +69,7 @@ class PrefixPack:
         ids: (T,) int64.
         sequence: (T,) int64, the position in `members` of the sequence that brought each token.
         depth: (T,) int64, the token's index in that sequence; equal to its position in models with one position axis.
+        uses: (T,) int64, how many sequences go through each token.
         subtree_end: (T,) int32, token q sees token k iff `k <= q and q < subtree_end[k]`.
         q_len, k_len: (S,) int64, queries and keys of each segment; the queries are contiguous and cover the pack.
         kv_index: (sum of k_len,) int64, the keys of each segment in order, as indices into the pack.
@@ -81,6 +82,7 @@ class PrefixPack:
     ids: Tensor
     sequence: Tensor
     depth: Tensor
+    uses: Tensor
     subtree_end: Tensor
     q_len: Tensor
     k_len: Tensor
@@ -175,11 +177,12 @@ class PrefixTree:
 
         path = np.empty(0, dtype=np.int64)
         paths, positions = [], []
-        end = np.empty(total, dtype=np.int32)
+        end, uses = np.empty(total, dtype=np.int32), np.zeros(total, dtype=np.int64)
         # Tokens whose subtree is still open lie on the current path; a sequence that shares n tokens closes the rest.
         for j, n in enumerate(shared):
             end[path[n:]] = offset[j]
             path = np.concatenate([path[:n], np.arange(offset[j], offset[j + 1])])
+            uses[path] += 1
             if q_len[j]:
                 paths.append(path)
             sequence = self.sequences[members[j]]
@@ -197,6 +200,7 @@ class PrefixTree:
             ids=torch.from_numpy(np.concatenate([x[n:] for x, n in zip(ids, shared, strict=True)])),
             sequence=torch.from_numpy(sequence_of),
             depth=torch.from_numpy(depth),
+            uses=torch.from_numpy(uses),
             subtree_end=torch.from_numpy(end),
             q_len=torch.from_numpy(q_len[live]),
             k_len=torch.from_numpy(k_len[live]),

@@ -13,6 +13,7 @@ from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence
 from vigos.models.compat import has_own_adapter
 from vigos.models.parts import eval_mode, lm_head, unwrap
+from vigos.models.routers import LoadBalance
 from vigos.models.vision_cache import VisionCache
 from vigos.scoring.check import TreeCheck, Verify
 from vigos.scoring.forwards import SCORINGS, Scoring
@@ -85,7 +86,7 @@ class TeacherScorer:
 
     def score_student(
         self, model: nn.Module, sequences: Sequence[ScoredSequence], *, scoring: Scoring,
-        vision: VisionCache | None = None, dummy: ScoredSequence | None = None,
+        vision: VisionCache | None = None, dummy: ScoredSequence | None = None, balance: LoadBalance | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the student's hidden rows (N, D) with their graph, in the order of its sequences.
 
@@ -93,7 +94,7 @@ class TeacherScorer:
         """
         hidden = self.check.hidden_states(
             model, sequences or [_ONE_TOKEN], "student", scoring=scoring, token_budget=self.token_budget,
-            vision=vision, dummy=dummy,
+            vision=vision, dummy=dummy, balance=balance,
         )  # fmt: skip
         return hidden if sequences else hidden[:0]
 

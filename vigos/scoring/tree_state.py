@@ -1,11 +1,12 @@
-"""The prefix tree for layers that carry state: Gated DeltaNet's convolution and delta rule over a pack.
+"""The prefix tree for layers that carry state: short convolutions, Gated DeltaNet and Mamba-2 over a pack.
 
     x_0 … x_(n-1): the inputs of a token's path from the root            (what a sequence alone would have seen)
     convolution    c_t = sum_k w_k · x_(t-K+1+k) along the path          a branch begins with the last K-1 of its parent
     delta rule     S_t = exp(g_t) · S_(t-1) (I - β_t k_t k_tᵀ) + β_t k_t v_tᵀ;  o_t = S_tᵀ q_t      from its parent's S
+    Mamba-2        S_t = exp(A Δ_t) · S_(t-1) + Δ_t B_t x_tᵀ;  y_t = S_tᵀ C_t + D x_t               from its parent's S
 
 A pack is cut into runs wherever a branch leaves. Runs of one level (as many runs above them) go through the model's own
-functions together, padded on the right: with g = 0, β = 0 a padded token neither decays nor writes the state.
+functions together, padded on the right: with g = β = 0 (Δ = 0) a padded token neither decays nor writes the state.
 Token-wise projections, gates and norms run on the whole pack, in the model's own forward. Gradients flow through the
 states that runs hand on. It costs a call a level, and levels are few: image prefix, question, completion.
 """
@@ -20,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vigos.models.compat import STATE_FUNCTIONS, state_functions
@@ -127,9 +129,14 @@ class TreeState:
 
 
 def tree_conv(
-    function: Callable[..., Tensor], x: Tensor, weight: Tensor, *args: Any, tree_plan: Any = None, **kwargs: Any
-) -> Tensor:
-    """Run a causal depthwise convolution over a pack: x (1, C, T), weight (C, K) -> (1, C, T)."""
+    function: Callable[..., Tensor], alone: bool, x: Tensor, weight: Tensor, *args: Any, tree_plan: Any = None,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Run a causal depthwise convolution over a pack: x (1, C, T), weight (C, K) -> (1, C, T).
+
+    Args:
+        alone: the layer mixes tokens by nothing else, and counts as one that took the plan.
+    """
     if tree_plan is None:
         return function(x, weight, *args, **kwargs)
     state: TreeState = tree_plan.state
@@ -140,7 +147,30 @@ def tree_conv(
         places = torch.cat([tail, batch.places], 1)  # (B, K - 1 + L)
         rows = padded[:, places].transpose(0, 1).contiguous()  # (B, C, K - 1 + L)
         out.append(function(rows, weight, *args, **kwargs)[:, :, length:].transpose(0, 1).flatten(1))
+    tree_plan.calls += alone
     return torch.cat(out, 1)[:, state.order][None]
+
+
+Step = Callable[[list[Tensor], Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _over_runs(tree_plan: Any, tensors: Sequence[Tensor], step: Step) -> Tensor:
+    """Run `step` level by level over a pack's tensors (1, T, ...): each run from the final state of its parent.
+
+    Args:
+        step: from a batch's tensors (B, L, ...), zeros for padding, and its initial states, to output and final states.
+    """
+    plan: TreeState = tree_plan.state
+    padded = [torch.cat([x[0], x.new_zeros(1, *x.shape[2:])]) for x in tensors]
+    states: dict[int, Tensor] = {}
+    out = []
+    for batch in plan.batches:
+        begin = torch.stack([states[parent] for parent in batch.parents]) if batch.parents else None
+        rows, final = step([x[batch.places] for x in padded], begin)
+        states.update(zip(batch.runs, final, strict=True))
+        out.append(rows.flatten(0, 1))
+    tree_plan.calls += 1
+    return torch.cat(out)[plan.order][None]
 
 
 def tree_delta_rule(
@@ -157,31 +187,54 @@ def tree_delta_rule(
             query, key, value, g=g, beta=beta, initial_state=initial_state, output_final_state=output_final_state,
             **kwargs,
         )  # fmt: skip
-    plan: TreeState = tree_plan.state
-    # Zeros for padding: no decay (exp 0), no write (beta 0).
-    padded = [torch.cat([x[0], x.new_zeros(1, *x.shape[2:])]) for x in (query, key, value, g, beta)]
-    states: dict[int, Tensor] = {}
-    out = []
-    for batch in plan.batches:
-        q, k, v, decay, rate = (x[batch.places] for x in padded)
-        begin = torch.stack([states[parent] for parent in batch.parents]) if batch.parents else None
-        rows, final = function(
-            q, k, v, g=decay, beta=rate, initial_state=begin, output_final_state=True, **kwargs,
-        )  # fmt: skip
-        states.update(zip(batch.runs, final, strict=True))
-        out.append(rows.flatten(0, 1))
-    tree_plan.calls += 1
-    return torch.cat(out)[plan.order][None], None
+
+    def step(tensors: list[Tensor], begin: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, decay, rate = tensors
+        return function(q, k, v, g=decay, beta=rate, initial_state=begin, output_final_state=True, **kwargs)
+
+    return _over_runs(tree_plan, (query, key, value, g, beta), step), None
+
+
+def tree_scan(
+    function: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, tree_plan: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Run Mamba-2's scan over a pack: x (1, T, H, P), dt (1, T, H), A (H,), B and C (1, T, G, N) -> (1, T, H, P)."""
+    if tree_plan is None:
+        return function(x, dt, A, B, C, **kwargs)
+    # Steps are made before padding: softplus and the least step would make a padded token decay the state.
+    bias, softplus, (least, most) = (kwargs.pop(name) for name in ("dt_bias", "dt_softplus", "dt_limit"))
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    dt = (F.softplus(dt) if softplus else dt).clamp(least, most)
+    for name in ("initial_states", "return_final_states"):
+        kwargs.pop(name, None)
+
+    def step(tensors: list[Tensor], begin: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs, steps, writes, reads = tensors
+        return function(inputs, steps, A, writes, reads, initial_states=begin, return_final_states=True, **kwargs)
+
+    return _over_runs(tree_plan, (x, dt, B, C), step)
+
+
+def _unfused(function: Callable[..., Any], *args: Any, tree_plan: Any = None, **kwargs: Any) -> Any:
+    """Return None over a pack, as transformers' fallback does: the layer then calls convolution and scan apart."""
+    return None if tree_plan is not None else function(*args, **kwargs)
 
 
 @contextmanager
 def state_installed(decoder: Any) -> Iterator[None]:
     """Let the state-carrying layers of a decoder take plans, inside; without one they run as ever."""
-    run: dict[str, Callable[..., Any]] = dict(zip(STATE_FUNCTIONS, (tree_conv, tree_delta_rule), strict=True))
     with ExitStack() as stack:
         for holder, name in state_functions(decoder):
             original = getattr(holder, name)
             if not isinstance(original, partial):  # a replay inside this context
-                setattr(holder, name, partial(run[name], original))
+                alone = not any(hasattr(holder, scan) for scan in STATE_FUNCTIONS[1:3])
+                known = (original, alone) if name == "causal_conv1d_fn" else (original,)
+                setattr(holder, name, partial(_RUN[name], *known))
                 stack.callback(setattr, holder, name, original)
         yield
+
+
+_RUN: dict[str, Callable[..., Any]] = dict(
+    zip(STATE_FUNCTIONS, (tree_conv, tree_delta_rule, tree_scan, _unfused), strict=True)
+)

@@ -6,8 +6,9 @@ step.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,13 @@ from torch.distributed.fsdp import FSDPModule
 from vigos.models.compat import unsharded_init
 from vigos.models.families import family_of
 from vigos.models.parts import base_model, lm_head, unwrap
+from vigos.models.routers import routers
 from vigos.scoring.teacher import check_adapter
 
 if TYPE_CHECKING:
     from vigos.train.config import ViGOSConfig
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = ".token_adapter"  # where peft puts trained rows of an embedding, a level below the layer that it replaces
 
@@ -44,11 +48,16 @@ def prepare_model(model: nn.Module, config: ViGOSConfig) -> nn.Module:
             check_mergeable(model)
         return model
     base = base_model(model)
+    if getattr(base, "is_quantized", False):
+        raise ValueError("lora must be true for a model in 4 bits, whose weights cannot be trained; got False")
     base.requires_grad_(True)
     if not config.train_vision:
         inside = {id(p) for p in _language_model(base)[1].parameters()} | {id(p) for p in lm_head(base).parameters()}
         for parameter in base.parameters():
             parameter.requires_grad_(id(parameter) in inside)
+    if not config.router_aux_loss_coef:  # nothing would keep the experts evenly used
+        for router, _ in routers(base):
+            router.requires_grad_(False)
     if not config.train_head:  # and the embedding with it, where they are one matrix
         lm_head(base).requires_grad_(False)
     return model
@@ -92,15 +101,45 @@ def build_lora(model: nn.Module, config: ViGOSConfig) -> nn.Module:
                 f"lora_target_modules must name linear layers of the {part}, got {target!r}; "
                 f"it has {', '.join(sorted(last))}"
             )
+    parameters = _expert_parameters(base, config.lora_target_parameters, inside)
     names = "|".join(re.escape(t) for t in targets)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=rf"{re.escape(inside)}(?:.*\.)?(?:{names})",  # peft matches the whole path
+        target_parameters=parameters or None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         bias="none",
     )
+    experts = set(_expert_paths(base, inside))
+    left = (last - set(targets)) | {n.split(".layers.")[-1].split(".", 1)[-1] for n in experts - set(parameters)}
+    if left:
+        logger.info("LoRA leaves as they are: %s, and all routers", ", ".join(sorted(left)))
     return get_peft_model(base, lora)  # type: ignore[arg-type]
+
+
+def _expert_parameters(base: Any, targets: Sequence[str], inside: str) -> list[str]:
+    """Return the paths of the 3-D parameters whose names end as `targets` say; "auto": the family's experts."""
+    if list(targets) == ["auto"]:
+        family = family_of(base.config)
+        targets = family.experts if family else ()
+        if not targets:
+            raise ValueError(f"lora_target_parameters must name parameters: none are known of {type(base).__name__}")
+    paths = _expert_paths(base, inside)
+    for target in targets:
+        if not any(path.endswith(f".{target}") for path in paths):
+            found = sorted({".".join(path.split(".")[-3:]) for path in paths})
+            raise ValueError(
+                f"lora_target_parameters must name 3-D parameters of {type(base).__name__}, got {target!r}; it has "
+                f"{', '.join(found) or 'none'}"
+            )
+    return [path for path in paths if path.endswith(tuple(f".{target}" for target in targets))]
+
+
+def _expert_paths(base: Any, inside: str) -> list[str]:
+    return [n for n, p in base.named_parameters() if n.startswith(inside) and p.ndim == 3 and "expert" in n]
 
 
 def check_mergeable(model: Any) -> None:
@@ -112,15 +151,20 @@ def check_mergeable(model: Any) -> None:
                 f"save_merged must be false for adapter {name!r}: a merged copy is made of plain LoRA, got "
                 f"{'DoRA' if kind == 'LORA' else kind}"
             )
-        for option in ("lora_bias", "target_parameters", "trainable_token_indices"):
+        for option in ("lora_bias", "trainable_token_indices"):
             if getattr(adapter, option, None):
                 raise ValueError(
                     f"save_merged must be false for adapter {name!r} with {option}, which a merged copy would leave out"
                 )
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     for name, module in base_model(model).named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+        if (
+            isinstance(module, LoraLayer)
+            and not isinstance(module, ParamWrapper)
+            and not isinstance(module.get_base_layer(), nn.Linear)
+        ):
             raise ValueError(
                 f"save_merged must be false for an adapter on {name}, a {type(module.get_base_layer()).__name__}: a "
                 "merged copy is made of adapters on linear layers"
@@ -172,28 +216,51 @@ def _plain_state(model: nn.Module, weights: Mapping[str, Tensor] | None, *, merg
 
     core: Any = unwrap(model)
     base = base_model(model)
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    tensors = core.state_dict() if weights is None else weights
+    layers: dict[str, Any] = {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    tensors = dict(core.state_dict() if weights is None else weights)
     above = next(f"{name}." if name else "" for name, module in core.named_modules() if module is base)
+    for name, parameter in core.named_parameters():
+        if hasattr(parameter, "quant_state"):
+            tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
+            tensors[name] = dequantised(parameter)
+    adapted: dict[str, list[tuple[str, Any]]] = {}  # path of a parameter in the plain model -> what is added to it
+    for name, layer in layers.items() if merge else ():  # adapters of several parameters of one module are nested
+        path = f"{name}.{getattr(layer, 'parameter_name', 'weight')}".replace(".base_layer", "")
+        adapted.setdefault(path, []).append((name, layer))
     state: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         key = key.removeprefix(above)
-        owner, _, parameter = key.partition(".base_layer.")
-        if owner in layers:
-            layer: Any = layers[owner]
-            if merge and parameter == "weight":
-                total = tensor.float()
-                for adapter in layer.active_adapters:
-                    if adapter in layer.lora_A:
-                        down, up = (
-                            tensors[f"{above}{owner}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
-                        )
-                        total = total + layer.scaling[adapter] * (up @ down)
-                tensor = total.to(tensor.dtype)
-            state[f"{owner.removesuffix(_TOKENS)}.{parameter}"] = tensor
-        elif not any(key.startswith(f"{name}.") for name in layers):
-            state[key] = tensor
+        owner = max((name for name in layers if key.startswith(f"{name}.")), key=len, default=None)
+        if owner is not None and not key.startswith(f"{owner}.base_layer."):
+            continue  # the adapter's own
+        path = key.replace(".base_layer", "")
+        total = tensor.float() if path in adapted else tensor
+        for name, layer in adapted.get(path, ()):
+            for adapter in layer.active_adapters:
+                if adapter in getattr(layer, "lora_A", ()):
+                    down, up = (
+                        tensors[f"{above}{name}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B")
+                    )
+                    total = total + layer.scaling[adapter] * _product(layer, down, up)
+        state[path.replace(_TOKENS, "")] = total.to(tensor.dtype)
     return state
+
+
+def dequantised(parameter: Any) -> Tensor:
+    """Return the weight that a 4-bit parameter stands for, in the dtype it was quantised from."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def _product(layer: Any, down: Tensor, up: Tensor) -> Tensor:
+    """Return BA; of experts (E, out, in), or (E, in, out) where their family stores them so, one for each."""
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        return up @ down
+    a, b = down.view(experts, -1, down.shape[-1]), up.view(len(up), -1, experts)
+    order = "oi" if layer._did_swap_in_out_features else "io"
+    return torch.einsum(f"ore,eri->e{order}", b, a)
 
 
 def plain_class(model: Any) -> Any:
@@ -205,6 +272,8 @@ def plain_copy(model: Any, state: Mapping[str, Tensor]) -> Any:
     """Return an unwrapped transformers model of the same class and configuration with the tensors of `state`."""
     kind = plain_class(model)
     config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):  # `state` is not quantised
+        del config.quantization_config
     if hasattr(config, "distributed_config"):  # an unsharded copy must not wait for other ranks when it is saved
         del config.distributed_config
     with unsharded_init(), torch.device("meta"):

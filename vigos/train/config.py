@@ -167,6 +167,20 @@ class ViGOSConfig(TrainingArguments):
             "docs/models.md names for the model's family; all-linear: all of them."
         },
     )
+    lora_target_parameters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Experts of a mixture that get an adapter, by the end of their parameters' names; auto: those that "
+            "docs/models.md names; needs lora_dropout 0."
+        },
+    )
+    use_rslora: bool = _option(False, "Scale the adapter by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    use_dora: bool = _option(False, "Train magnitudes of weights apart (DoRA); needs save_merged false.")
+    router_aux_loss_coef: float = _option(
+        0.0,
+        "Weight of a mixture's load-balancing loss, over the student's tokens; above 0 full fine-tuning trains the "
+        "routers too, which else stay frozen.",
+    )
     train_vision: bool = _option(False, "Adapt or train the vision tower as well, not the language model alone.")
     train_head: bool = _option(False, "Train the language-model head in full; the teacher keeps the initial one.")
 
@@ -247,6 +261,8 @@ class ViGOSConfig(TrainingArguments):
                 "importance_clip must be 0, or at least 1 with divergence_temperature 1, got "
                 f"{self.importance_clip} with divergence_temperature {self.divergence_temperature}"
             )
+        if not self.router_aux_loss_coef >= 0:
+            raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
         for name in ("ema_decay", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -273,6 +289,15 @@ class ViGOSConfig(TrainingArguments):
                 "train_head must be false unless lora=False: an adapter's file cannot hold the head, and the adapter "
                 "alone would not be the trained model"
             )
+        if isinstance(self.lora_target_parameters, str):
+            self.lora_target_parameters = [self.lora_target_parameters]
+        if self.lora and self.lora_target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError(
+                "lora_target_parameters needs lora_dropout 0 and no DoRA: an expert's adapter is added to its weight, "
+                f"got lora_dropout={self.lora_dropout} and use_dora={self.use_dora}"
+            )
+        if self.lora and self.use_dora and self.save_merged:
+            raise ValueError("save_merged must be false with use_dora, got True: a merged copy is made of plain LoRA")
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         if self.lora and not self.lora_target_modules:

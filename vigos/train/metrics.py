@@ -28,6 +28,7 @@ PER_ROLLOUT = (
     "rollout/valid", "teacher/knows", "rollout/finished", "rollout/tagless", "rollout/accuracy",
     *(f"rollout/invalid/{reason}" for reason in REASONS),
     "length/completion", "length/description", "length/reasoning", "length/answer",
+    "loss/router",  # load balancing of a mixture's experts, before it is multiplied by router_aux_loss_coef
     "examples/skipped", "steps/dropped",
     "rollout/age",  # with async_rollout: optimizer steps between the weights that sampled and those that train
     "mismatch/mean",  # nats between the engine's and the trainer's log-probability of a supervised token

@@ -43,6 +43,7 @@ from vigos.method.prompts import Prompts
 from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, unwrap
+from vigos.models.routers import LoadBalance
 from vigos.models.sharding import gather_state, gather_trained, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
@@ -148,6 +149,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             model, args.teacher, args.ema_decay, deferred=self.is_fsdp_enabled, is_leader=args.process_index == 0
         )
         logit_transform(model)  # measured before anything shards it; refused if no scale and softcap give its logits
+        if args.router_aux_loss_coef:
+            LoadBalance(base_model(model))
         if "tree" in (args.student_scoring, args.teacher_scoring):  # before a rollout is paid for
             check_tree(base_model(model))
         self.scorer = TeacherScorer(
@@ -177,6 +180,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             self.add_callback(ProfileCallback(self.phases, str(args.output_dir), args.process_index))
         self._dummy: ScoredSequence | None = None
         self._optimizer_phase = ExitStack()
+        self._micro_batches = 1  # of the step under way
         self._saving = False  # a checkpoint is being written
         self.facts: dict[str, Any] = {}
         self._begin(None)
@@ -215,6 +219,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             self.recorder.palr(self.measure_palr(rollouts).sums())
         self.recorder.begin_micro_batches()
         self.guard.begin_step(batches)
+        self._micro_batches = len(batches)
         return [{"batch": batch} for batch in batches], step.tokens.sum().to(device)
 
     def sample_rollouts(self, examples: Sequence[Example | BadExample]) -> list[Rollout]:
@@ -247,10 +252,12 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         vision = VisionCache.for_model(base_model(model)) if self.rollouts.has_vision else None
         with self.phases("teachers"), self.teacher.weights():
             teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
+        balance = LoadBalance(base_model(model)) if self.args.router_aux_loss_coef else None
         with self.phases("student forward"):
             student_hidden = self.scorer.score_student(
-                model, batch.student_sequences, scoring=self.args.student_scoring, vision=vision, dummy=dummy
-            )
+                model, batch.student_sequences, scoring=self.args.student_scoring, vision=vision, dummy=dummy,
+                balance=balance,
+            )  # fmt: skip
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
             teacher_head = self.teacher.head(head)
             student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
@@ -265,6 +272,10 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         if self.args.importance_clip:
             loss = batch.importance_weighted(out.divergence, out.student_logprob, self.args.importance_clip)
         loss = loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
+        if balance is not None:  # a mean over the step's micro-batches; gradients are averaged over ranks
+            uneven = balance.loss()
+            self.recorder.metrics.add("loss/router", uneven.item())
+            loss = loss + self.args.router_aux_loss_coef / self._micro_batches * uneven
         return (loss, out) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
