@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import vigos
 from vigos import reference
+from vigos.divergence.engines import triton as triton_engine
 
 triton = pytest.importorskip("triton")
 
@@ -39,9 +41,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_never_holds_every_logit(monkeypatch):
-    """Nothing of N x V elements: at most a chunk of 16 rows, where the naive loss is seen to hold all."""
+    """Nothing of N x V elements: at most 48 rows, those of three chunks, where the naive loss is seen to hold all."""
     configure(monkeypatch, "triton", small_triton())
-    n, v = 64, 600
+    n, v = 128, 600
     c = case(n, 8, v)
     hidden, head, teacher = (x.to(DEVICE, torch.float32) for x in (c.student, c.head, c.teacher))
     with torch.no_grad(), Largest() as ours:
@@ -50,6 +52,33 @@ def test_never_holds_every_logit(monkeypatch):
         reference.forward_kl(hidden @ head.T, hidden @ head.T)
     assert naive.bytes >= 4 * n * v
     assert ours.bytes <= 4 * n * v / 2, f"{ours.bytes / 4:.0f} elements in one tensor, N x V is {n * v}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_live_rows_of_many_chunks_meet_in_one_product(monkeypatch):
+    """Chunks of 16 with 5, 0, 16 and 13 live rows take two products of 32, and each row is what it was."""
+    configure(monkeypatch, "triton", replace(small_triton(), waiting_chunks=2))
+    products, multiply = [], triton_engine.backproject
+    monkeypatch.setattr(triton_engine, "backproject", lambda *a: (products.append(a[0].shape[0]), multiply(*a)))
+    hidden, head, noise = (torch.randn(n, 24, device=DEVICE) for n in (64, 65, 64))
+    live = torch.stack([torch.arange(16).flip(0) < n for n in (5, 0, 16, 13)]).flatten().to(DEVICE)
+
+    def gradients(weight, call, dtype, **options):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, head)]
+        teacher, fixed = (hidden + 0.3 * noise).to(dtype), head.to(dtype)
+        kind, clip = torch.zeros(64, dtype=torch.int8), torch.full((64,), float("inf"))
+        rows = vigos.Supervision.aligned(64, kind=kind.to(DEVICE), weight=weight.to(DEVICE), clip=clip.to(DEVICE))
+        out = call(*leaves, teacher, fixed, supervision=rows, **options)
+        return torch.autograd.grad(out[0] if isinstance(out, tuple) else out.loss, leaves)
+
+    one, _ = gradients(torch.ones(64), vigos.linear_divergence, torch.float32, impl="triton")
+    other, dhead = gradients(live.float(), vigos.linear_divergence, torch.float32, impl="triton")
+    assert products == [32] * 4
+    assert torch.equal(one[live], other[live])
+    assert (other[~live] == 0).all()
+    _, want = gradients(live.float(), reference.linear_divergence, torch.float64)
+    torch.testing.assert_close(dhead.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_float64_and_a_missing_interpreter_are_refused(monkeypatch):

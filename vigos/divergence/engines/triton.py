@@ -3,13 +3,14 @@
     z = [student rows; teacher rows] @ head.T     (2 C, V) fp32; one product for both when they share the head;
                                                    of fp32 operands, student - teacher in the student's place
     statistics                                     kernels/divergence.py
-    dlogits                                        (C, V) in the operands' dtype: the gradient is rounded once
-    drow = dlogits @ head                          (C, D) fp32
+    dlogits                                        (3 C, V) in the operands' dtype: the gradient is rounded once
+    drow = dlogits @ head                          (3 C, D) fp32
 
 Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live
 rows gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one
-shape and a row's result never depends on which rows are live. That costs one wait for the GPU a chunk, only in calls
-where a clip or a zero weight exists; in a CUDA graph nothing may wait, and every row takes part.
+shape and a row's result never depends on which rows are live. How many rows of a chunk are live is read after the next
+chunk's work has been given to the GPU, which so never waits for the host; a chunk's live rows come first, and the next
+chunk's take the place of the others. In a CUDA graph nothing may be read, and every row takes part.
 
 The head's gradient takes the rows' weights from the supervision: dlogits is weighted before it is rounded, and drow is
 divided by the weight again.
@@ -49,17 +50,18 @@ class Config:
     """Sizes that decide speed and memory.
 
     Attributes:
-        chunk_bytes: what the logits of a chunk and their gradient may take. At V = 151,936 in bf16 it is 352 rows, 704
-            in the first product, enough for it to be bound by arithmetic on an H200, whose ridge lies near 210
-            operations a byte.
+        chunk_bytes: what the logits of a chunk and the gradients of `waiting_chunks` may take. At V = 151,936 in bf16
+            it is 256 rows, 512 in the first product and 768 in the last: whole tiles of 128.
         slab_elements: elements of a product that are converted or accumulated at a time where no kernel takes the
             operands as they are.
         launch: of the row kernels; None: theirs.
+        waiting_chunks: how many chunks' rows are multiplied with the head at a time.
     """
 
-    chunk_bytes: int = 512 << 20
+    chunk_bytes: int = 520 << 20
     slab_elements: int = 16 << 20
     launch: Launch | None = None
+    waiting_chunks: int = 3
 
 
 CONFIG = Config()
@@ -216,13 +218,14 @@ class Gradients:
 
     Attributes:
         drow: (R, D) fp32 or None. computed: (R,) bool. dweight: (V, D) fp32 or None. dbias: (V,) fp32 or None.
-        dlogits: (width, V), gradients of live rows that wait for their product.
+        dlogits: (capacity, V), gradients of live rows that wait for their product.
     """
 
     def __init__(self, problem: LinearProblem, width: int, config: Config) -> None:
         v, d = problem.student_weight.shape
         r, device = problem.n_rows, problem.device
-        self.problem, self.width, self.config = problem, width, config
+        self.problem, self.config = problem, config
+        self.capacity = min(config.waiting_chunks, math.ceil(r / width)) * width
         self.real = problem.local_vocab(v)
         self.head = problem.need_dweight or problem.need_dbias
         self.drow = torch.zeros(r, d, dtype=torch.float32, device=device) if problem.need_dhidden else None
@@ -232,30 +235,53 @@ class Gradients:
         self.dtype = gradient_dtype(problem)
         # The interpreter truncates where a GPU rounds to nearest, so on the CPU torch does the rounding.
         stored = self.dtype if device.type == "cuda" else torch.float32
-        self.dlogits = torch.empty(width, v, dtype=stored, device=device)
+        self.dlogits = torch.empty(self.capacity, v, dtype=stored, device=device)
         self.everyone = all_take_part(problem)
         self.offsets = torch.arange(width + 1, device=device)
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
         self.filled = 0
+        self.unread = (
+            0  # rows of the last chunk that lie at the end of dlogits, `skipped` less than its live rows first
+        )
+        self.skipped = 0
+        self.live_count = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def add(self, z: Tensor, options: Options, state: Tensor, divergence: Tensor, block: slice) -> None:
-        """Add the gradients of a chunk's live rows; multiplies whenever `width` of them have come together."""
+        """Add the gradients of a chunk's live rows; multiplies whenever `capacity` of them have come together."""
         from vigos.kernels import divergence as kernels
 
-        problem = self.problem
+        problem, n = self.problem, options.n_rows
         live, factor = self.live(options, state, divergence, block)
-        rows = self.offsets[: options.n_rows] if self.everyone else live.nonzero().squeeze(1)
-        while rows.shape[0] > 0:
-            n = min(self.width - self.filled, rows.shape[0])
-            now, rows = rows[:n], rows[n:]
+        rows = self.offsets[:n] if self.everyone else torch.argsort(~live, stable=True)  # live ones first
+        self.settle()
+        placed = 0
+        while placed < n:
+            now = rows[placed : placed + self.capacity - self.filled]
+            m = now.shape[0]
             kernels.row_grad(
-                z, z, options, state, factor, now, self.offsets[: n + 1],
-                self.dlogits[self.filled : self.filled + n], problem.student_bias, problem.teacher_bias,
+                z, z, options, state, factor, now, self.offsets[: m + 1],
+                self.dlogits[self.filled : self.filled + m], problem.student_bias, problem.teacher_bias,
             )  # fmt: skip
             self.waiting.append((now + block.start, factor[now]))
-            self.filled += n
-            if self.filled == self.width:
+            self.filled, placed, self.unread, self.skipped = self.filled + m, placed + m, m, placed
+            if self.filled == self.capacity:
                 self.flush()
+        if not self.everyone:
+            self.live_count.copy_(live.sum(), non_blocking=True)
+            if self.copied is not None:
+                self.copied.record()
+
+    def settle(self) -> None:
+        """Give up the places of the last chunk's rows that turn out to have no gradient."""
+        if not self.everyone and self.unread > 0:
+            if self.copied is not None:
+                self.copied.synchronize()
+            live = min(self.unread, max(0, int(self.live_count) - self.skipped))
+            self.filled -= self.unread - live
+            rows, factor = self.waiting[-1]
+            self.waiting[-1] = rows[:live], factor[:live]
+        self.unread = 0
 
     def live(self, options: Options, state: Tensor, divergence: Tensor, block: slice) -> tuple[Tensor, Tensor]:
         """Return (which rows of the chunk have a gradient, the factor of their dlogits; 0 for the others)."""
@@ -274,17 +300,17 @@ class Gradients:
             return
         problem, n = self.problem, self.filled
         rows, factor = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-        self.waiting, self.filled = [], 0
+        self.waiting, self.filled, self.unread = [], 0, 0
         dlogits = self.dlogits.to(self.dtype)
         if self.drow is not None:
-            drow = torch.empty(self.width, self.drow.shape[1], dtype=torch.float32, device=self.drow.device)
+            drow = torch.empty(self.capacity, self.drow.shape[1], dtype=torch.float32, device=self.drow.device)
             # Rows past n hold something old: rows do not mix.
             backproject(dlogits, problem.student_weight, self.real, drow, self.config)
             if self.head or self.dtype == torch.float16:
                 drow[:n] = torch.where((factor != 0)[:, None], drow[:n] / factor[:, None], 0.0)
             self.drow[rows] = drow[:n]
         if self.dweight is not None:
-            hidden = problem.student_hidden.new_zeros(self.width, problem.student_hidden.shape[1])
+            hidden = problem.student_hidden.new_zeros(self.capacity, problem.student_hidden.shape[1])
             hidden[:n] = problem.student_hidden[problem.student_row[rows]].masked_fill((factor == 0)[:, None], 0.0)
             dlogits[n:] = 0
             add_head_gradient(self.dweight, dlogits, hidden, self.config)
@@ -293,6 +319,7 @@ class Gradients:
 
     def into(self, result: LinearResult) -> None:
         """Finish the products and put all gradients into `result`."""
+        self.settle()
         self.flush()
         result.drow, result.dweight, result.dbias = self.drow, self.dweight, self.dbias
         if result.drow is not None:
@@ -311,20 +338,23 @@ def gradient_dtype(problem: LinearProblem) -> torch.dtype:
 
 
 def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, config: Config) -> None:
-    """Add dlogits.T @ hidden to dweight (V, D) fp32, a slab of the vocabulary at a time; the sum stays fp32."""
-    slab = max(1, config.slab_elements // hidden.shape[1])
-    scratch = torch.empty(min(slab, dweight.shape[0]), hidden.shape[1], dtype=torch.float32, device=dweight.device)
-    for block in chunks(dweight.shape[0], slab):
-        part = scratch[: block.stop - block.start]
-        product(dlogits[:, block].T, hidden, part, config)
-        dweight[block] += part
+    """Add dlogits.T @ hidden to dweight (V, D) fp32; the sum stays fp32."""
+    if dlogits.dtype == hidden.dtype == torch.float32:
+        dweight.addmm_(dlogits.T, hidden)
+    elif dlogits.dtype == hidden.dtype and dweight.is_cuda:
+        torch.addmm(dweight, dlogits.T, hidden, out_dtype=torch.float32, out=dweight)  # type: ignore[call-overload]
+    else:
+        for block in chunks(dweight.shape[0], max(1, config.slab_elements // hidden.shape[1])):
+            dweight[block] += dlogits[:, block].T.float() @ hidden.float()
 
 
 def _width(problem: LinearProblem, config: Config) -> int:
     """Return the rows of a chunk; the same on every rank that holds a shard."""
     products = 2 if problem.control_row is None else 3
-    row = problem.entries_a_rank(problem.student_weight.shape[0]) * (products * 4 + gradient_dtype(problem).itemsize)
-    return chunk_width(problem.n_rows, max(1, config.chunk_bytes // row))
+    entry = products * 4 + config.waiting_chunks * gradient_dtype(problem).itemsize
+    most = config.chunk_bytes // (problem.entries_a_rank(problem.student_weight.shape[0]) * entry)
+    tile = 128 if most >= 128 and problem.n_rows >= 8 * 128 else 16  # of few rows, padding to whole tiles costs more
+    return chunk_width(problem.n_rows, most // tile * tile, tile)
 
 
 def padded(index: Tensor, width: int) -> Tensor:
