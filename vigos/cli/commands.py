@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from typer.core import TyperCommand
 
 from vigos.cli.folders import DEMO, earlier_run, is_leader, output_folder
 from vigos.cli.options import Command, UsageError
+from vigos.cli.recipes import names, path_of, summary
 from vigos.system.files import RUN
 from vigos.system.screen import make_console, per_cent, print_table, screen_width
 from vigos.system.text import printable
@@ -59,6 +61,7 @@ app.add_typer(world_app, name="world")
 # Commands whose options are fields of dataclasses take every word themselves, `--help` included.
 _RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[Path | None, typer.Option(help="YAML file with any of the options.")]
+Recipe = Annotated[str | None, typer.Option(help="Configuration of a published method; `vigos recipes` lists them.")]
 Help = Annotated[bool, typer.Option("--help", "-h", help="Print this and stop.")]
 Force = Annotated[bool, typer.Option("--force", help="Put evaluations side by side that were asked otherwise.")]
 Listing = Annotated[bool, typer.Option("--list-options", help="Print every option and stop.")]
@@ -156,11 +159,12 @@ def demo(
 
 @app.command(cls=_Raw, context_settings=_RAW, add_help_option=False)
 def train(
-    context: typer.Context, config: Config = None, list_options: Listing = False, show_help: Help = False
-) -> None:
+    context: typer.Context, config: Config = None, recipe: Recipe = None, list_options: Listing = False,
+    show_help: Help = False,
+) -> None:  # fmt: skip
     """Train with ViGOS."""
     _stop_for_help(TRAIN, show_help, list_options)
-    reading = TRAIN.read(config, context.args)
+    reading = TRAIN.read(config, context.args, None if recipe is None else path_of(recipe))
     resume, overwrite = reading.is_set("resume"), reading.is_set("overwrite")
     folder = Path(reading.values["output_dir"])
     if is_leader() and not resume and not overwrite:
@@ -176,6 +180,15 @@ def train(
         raise typer.Exit(trainer.stop_signal.exit_code)
     if is_leader():
         typer.echo("\n".join(after_training(folder)))
+
+
+@app.command("recipes")
+def recipes_command() -> None:
+    """List the recipes: configurations of published methods, for `vigos train --recipe NAME`."""
+    for name in names():
+        typer.echo(
+            "\n".join([name, *textwrap.wrap(summary(name), 116, initial_indent="    ", subsequent_indent="    ")])
+        )
 
 
 # Packages of the trackers that --report-to takes.

@@ -53,7 +53,8 @@ class Option:
         """Return what is wrong with a value from a flag (text) or a YAML file (anything), or None."""
         if isinstance(value, list | dict):
             wanted = "list" if isinstance(value, list) else "dict"
-            if wanted not in self.kind or (wanted == "list" and not all(isinstance(v, str) for v in value)):
+            flat = "list[dict" not in self.kind
+            if wanted not in self.kind or (wanted == "list" and flat and not all(isinstance(v, str) for v in value)):
                 return f"must be {'texts' if 'list' in self.kind else 'one value'}, got a {wanted}"
             return None
         text = str(value).strip()
@@ -235,7 +236,7 @@ def _options_of_run(sections: Mapping[str, Mapping[str, Any]], known: Mapping[st
             is_default = ast.literal_eval(known[name].default) == value
         except (ValueError, SyntaxError):  # an expression
             is_default = False
-        if not is_default and not isinstance(value, dict):
+        if not is_default and (not isinstance(value, dict) or name in ("images_columns", "student_view")):
             found[name] = value
     return found
 
@@ -305,14 +306,19 @@ class Command:
         """
         return self.read(config, flags).fill()
 
-    def read(self, config: Path | None, flags: Sequence[str]) -> Reading:
-        """Read the YAML file and the flags, and check what can be checked without an import.
+    def read(self, config: Path | None, flags: Sequence[str], recipe: Path | None = None) -> Reading:
+        """Read the YAML files and the flags, and check what can be checked without an import.
+
+        Args:
+            recipe: a file whose options those of `config` and the flags replace.
 
         Raises:
             UsageError: an option that is unknown, missing, or of a wrong kind.
         """
         options = self.options()
-        loaded = {} if config is None else read_file(config, list(options.values()))
+        loaded: dict[str, Any] = {}
+        for path in (recipe, config):
+            loaded |= {} if path is None else read_file(path, list(options.values()))
         given = {**loaded, **read_flags(flags, list(options.values()))}
         for name in self.needed:
             if not given.get(name):
@@ -335,6 +341,7 @@ class Command:
             (f"{options[n].flag} {_holder(options[n])}", _described(options[n], n in self.needed)) for n in self.shown
         ]
         rows += [
+            *([("--recipe NAME", "A published method; `vigos recipes` lists them.")] if self.name == "train" else []),
             ("--config FILE", "YAML file with any of the options; flags win."),
             ("--list-options", "Print every option and stop."),
             ("--help", "Print this and stop."),

@@ -90,6 +90,7 @@ def encode_prompt(
     images: Seq[Image] = (),
     prefill: str | None = None,
     like: EncodedPrompt | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> EncodedPrompt:
     """Render the chat template of `role`, append the assistant's prefill and tokenise the text at once.
 
@@ -103,6 +104,7 @@ def encode_prompt(
             the reference teacher, nothing for the perception and reasoning teachers).
         like: another prompt of the same images and processor, whose processed images are taken instead of processing
             them again: resizing and cutting a large image takes longer than the text of many prompts.
+        columns: the example's texts that the template names, beside problem and answer.
 
     Raises:
         ValueError: the chat template refuses the conversation, or the image processor an image.
@@ -110,7 +112,8 @@ def encode_prompt(
     if prefill is None:
         prefill = prompts.prefill if role in ("student", "reference") else ""
     problem, answer = (typed_text(processor, text) for text in (problem, answer))
-    messages = prompts.messages(role, problem, answer, num_images=len(images))
+    columns = {name: typed_text(processor, text) for name, text in (columns or {}).items()}
+    messages = prompts.messages(role, problem, answer, len(images), columns)
     chat = Chat(messages, tuple(images), prefill, prompts.template_kwargs(role))
     if not hasattr(processor, "image_processor"):  # a tokenizer: its templates expect plain strings
         messages = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]

@@ -7,10 +7,15 @@ Objective.preset("released", token_clip=0.1)  # as the published code runs, one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
+from vigos.method.prompts import ROLES
+from vigos.method.teachers import Teacher
+from vigos.method.views import View
 
 # What the paper states, and what the code its authors released does instead.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,6 +65,9 @@ class Objective:
     description_end_clip: float | None = None
     reasoning_start_clip: float | None = None
     normalize: Literal["tokens", "sequence", "active"] = "tokens"
+    images_columns: Mapping[str, str] | None = None
+    teachers: Sequence[Any] | None = None
+    roster: tuple[Teacher, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -67,13 +75,24 @@ class Objective:
             value = getattr(self, name)
             if not (value is None and name in _BOUNDARY_CLIPS) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("lambda_perception", "lambda_reasoning", "lambda_reference"):
+        for name in _LAMBDAS:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 < self.jsd_beta < 1:
             raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}; its limits are divergence='kl'")
-        if not any(self.lambdas):
-            raise ValueError("at least one of lambda_perception, lambda_reasoning, lambda_reference must be above 0")
+        if self.teachers is None and self.method == "vigos" and not any(getattr(self, name) for name in _LAMBDAS):
+            raise ValueError(f"at least one of {', '.join(_LAMBDAS)} must be above 0")
+        columns = self.images_columns or {}
+        if (
+            not isinstance(columns, Mapping)
+            or not set(columns) <= set(ROLES)
+            or (columns and self.teachers is not None)
+        ):
+            raise ValueError(
+                f"images_columns must map roles ({', '.join(ROLES)}) to columns, and be unset with teachers, which "
+                f"have views, got {self.images_columns!r}"
+            )
+        object.__setattr__(self, "roster", roster(self, self.teachers))
 
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **changes: Any) -> Objective:
@@ -81,11 +100,28 @@ class Objective:
         return cls(**(PRESETS[name] | changes))
 
     @property
-    def lambdas(self) -> tuple[float, float, float]:
-        """Return the weights of the perception, reasoning and reference terms under `method`."""
-        if self.method == "opsd":
-            return (0.0, 0.0, 1.0)
-        return (self.lambda_perception, self.lambda_reasoning, self.lambda_reference)
+    def lambdas(self) -> tuple[float, ...]:
+        """Return the weights of the teachers' terms, in their order."""
+        return tuple(teacher.weight for teacher in self.roster)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Return the names of the teachers, which are those of their terms."""
+        return tuple(teacher.name for teacher in self.roster)
+
+    def teacher(self, name: str) -> Teacher:
+        """Return a teacher by its name."""
+        return self.roster[self.terms.index(name)]
+
+    @property
+    def composed(self) -> bool:
+        """Tell whether a teacher's part of the loss is composed on the divergence of its pairs."""
+        return any(teacher.composed for teacher in self.roster)
+
+    def without_controls(self) -> Objective:
+        """Return the objective of the same teachers without contrast and weights of pairs."""
+        plain = [replace(t, control=None, contrast=0.0, plausibility=0.0, weigh={}) for t in self.roster]
+        return replace(self, teachers=plain, images_columns=None)
 
     @property
     def divergence_options(self) -> dict[str, Any]:
@@ -97,6 +133,50 @@ class Objective:
         }
 
 
+def built_in(objective: Objective) -> tuple[Teacher, ...]:
+    """Return the three teachers of ViGOS, or OPSD's one beside two of weight 0."""
+    rest = "valid" if objective.invalid_rollouts == "reference" else "all"
+    opsd, jsd = objective.method == "opsd", objective.divergence == "jsd"
+    last = FORWARD_KL if opsd or objective.reference_kl == "forward" else REVERSE_KL
+    everyone = "all" if opsd else "invalid" if objective.invalid_rollouts == "reference" else "none"
+    weights = (
+        (0.0, 0.0, 1.0)
+        if opsd
+        else (objective.lambda_perception, objective.lambda_reasoning, objective.lambda_reference)
+    )
+    views = {name: View("column", column) for name, column in (objective.images_columns or {}).items()}
+    forward = JSD if jsd else FORWARD_KL
+    first = Teacher(
+        "perception", "perception", spans=("description",), rollouts=rest, kind=forward, weight=weights[0], prefill="",
+        view=views.get("perception"),
+    )  # fmt: skip
+    second = Teacher(
+        "reasoning", "reasoning", spans=("reasoning", "answer"), rollouts=rest, kind=forward, weight=weights[1],
+        prefix=objective.reasoning_prefix, view=views.get("reasoning"),
+    )  # fmt: skip
+    if everyone == "none":
+        everyone, weights = "invalid", (*weights[:2], 0.0)
+    third = Teacher(
+        "reference", "reference", rollouts=everyone, kind=JSD if jsd else last, weight=weights[2],
+        view=views.get("reference"),
+    )  # fmt: skip
+    return first, second, third
+
+
+def roster(objective: Objective, given: Sequence[Any] | None) -> tuple[Teacher, ...]:
+    """Return a run's own teachers, or the built-in ones of its method."""
+    if given is None:
+        return built_in(objective)
+    found = tuple(x if isinstance(x, Teacher) else Teacher.read(x) for x in given)
+    names = [teacher.name for teacher in found]
+    if not found or len(set(names)) < len(names):
+        raise ValueError(f"teachers must have names of their own, got {names}")
+    if not any(teacher.weight > 0 for teacher in found):
+        raise ValueError("teachers must hold one with a weight above 0")
+    return found
+
+
+_LAMBDAS = ("lambda_perception", "lambda_reasoning", "lambda_reference")
 _BOUNDARY_CLIPS = ("description_end_clip", "reasoning_start_clip")
 
 

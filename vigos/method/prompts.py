@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vigos.system.yaml_file import read_yaml
 
-Role = Literal["student", "perception", "reasoning", "reference"]
+Role = str  # one of ROLES, or the template of a teacher of a run's own
 ROLES: tuple[Role, ...] = ("student", "perception", "reasoning", "reference")
 
 DESCRIPTION_OPEN, DESCRIPTION_CLOSE = "<description>", "</description>"
@@ -93,12 +93,17 @@ class Prompts:
         shared = {name: value for name, value in self.chat_template_kwargs.items() if name not in ROLES}
         return shared | dict(self.chat_template_kwargs.get(role) or {})
 
-    def user_text(self, role: Role, problem: str, answer: str = "") -> str:
-        """Return the text of the user turn of `role`. Braces inside the values are never expanded."""
-        if role not in ROLES:
+    def user_text(self, role: Role, problem: str, answer: str = "", columns: Mapping[str, str] | None = None) -> str:
+        """Return the text of the user turn of `role`, or of a template. Braces inside the values are never expanded.
+
+        Args:
+            columns: further placeholders, by name.
+        """
+        if role not in ROLES and role and "{" not in role:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
         values = {"{problem}": problem, "{answer}": answer, "{format}": self.format}
-        pieces, rest = [], getattr(self, role)
+        values |= {f"{{{name}}}": text for name, text in (columns or {}).items()}
+        pieces, rest = [], getattr(self, role) if role in ROLES else role
         while rest:
             position, name = min(((rest.find(name), name) for name in values if name in rest), default=(-1, ""))
             if position < 0:
@@ -107,9 +112,12 @@ class Prompts:
             rest = rest[position + len(name) :]
         return "".join([*pieces, rest])
 
-    def messages(self, role: Role, problem: str, answer: str = "", num_images: int = 1) -> list[dict[str, Any]]:
+    def messages(
+        self, role: Role, problem: str, answer: str = "", num_images: int = 1,
+        columns: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the conversation of `role` as chat templates take it, images first so that the roles share them."""
-        text = self.user_text(role, problem, answer)
+        text = self.user_text(role, problem, answer, columns)
         content: list[dict[str, str]] = [{"type": "image"}] * num_images
         if text:
             content = [*content, {"type": "text", "text": text}]

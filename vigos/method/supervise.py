@@ -16,20 +16,21 @@ sum and `supervise`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence
 from vigos.method.objective import Objective
-from vigos.method.prompts import Prompts, Role
+from vigos.method.prompts import Prompts
 from vigos.method.spans import Spans
+from vigos.method.teachers import SPANS, Teacher
 
-Term = Literal["perception", "reasoning", "reference"]
-TERMS: tuple[Term, ...] = ("perception", "reasoning", "reference")
+Term = str  # the name of a teacher
+TERMS: tuple[Term, ...] = ("perception", "reasoning", "reference")  # of the built-in ones
 SEGMENTS = ("description", "reasoning", "answer", "other")  # what `SupervisedBatch.segment` numbers
 
 NO_CLIP = float("inf")
@@ -41,7 +42,8 @@ class Rollout:
 
     Attributes:
         images: the example's images (PIL), for records; not read here.
-        prompts: of the student and of the teachers that supervise it.
+        prompts: of the student and of the teachers that supervise it, by name; "NAME/control" is a teacher's control.
+        views: what those saw that saw other images than these, by name; for records.
         completion_ids: (C,) int64 on the CPU, EOS included if there was one.
         reference: the text that privileged teachers read; None: the answer.
         correct: True if the boxed answer is the reference answer; None: not graded.
@@ -54,13 +56,14 @@ class Rollout:
     problem: str
     answer: str
     images: tuple[Any, ...]
-    prompts: Mapping[Role, EncodedPrompt]
+    prompts: Mapping[str, EncodedPrompt]
     completion_ids: Tensor
     spans: Spans
     reference: str | None = None
     correct: bool | None = None
     logprobs: Tensor | None = None
     version: int | None = None
+    views: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class TermCounts:
-    """Count supervised tokens and the rollouts that hold them, by term in the order of TERMS."""
+    """Count supervised tokens and the rollouts that hold them, by term in the order of the objective's."""
 
-    tokens: Tensor  # (3,) int64
-    rollouts: Tensor  # (3,) int64
+    tokens: Tensor  # (terms,) int64
+    rollouts: Tensor  # (terms,) int64
 
     def __add__(self, other: TermCounts) -> TermCounts:
         return TermCounts(self.tokens + other.tokens, self.rollouts + other.rollouts)
@@ -94,11 +97,13 @@ class SupervisedBatch:
     `teacher_sequences` in order.
 
     Attributes:
-        term, segment: int8 (R,), indices into TERMS and SEGMENTS.
+        term, segment: int8 (R,), indices into `terms` and SEGMENTS.
         owner, token: int64 (R,), the rollout and the token of its completion.
         labels: int64 (R,), that token's id.
         sampled_logprob: float32 (R,), its log-probability when it was sampled; NaN where not known.
         counts: of this micro-batch.
+        terms: names of the teachers.
+        control_row: int64 (R,), the teacher row of each pair's control, its own where it has none; None without any.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -112,63 +117,56 @@ class SupervisedBatch:
     labels: Tensor
     sampled_logprob: Tensor
     counts: TermCounts
+    terms: tuple[str, ...] = TERMS
+    control_row: Tensor | None = None
 
     @property
     def n_pairs(self) -> int:
         """Return R, the number of pairs."""
         return len(self.term)
 
-    def importance_weighted(self, divergence: Tensor, trained: Tensor | None, clip: float) -> Tensor:
-        """Return the loss of the pairs, each multiplied by its token's `importance_ratio`.
-
-        Args:
-            divergence: (R,) with a graph.
-            trained: (R,) the tokens' log-probabilities under the weights that train.
-        """
-        assert trained is not None
-        ratio = importance_ratio(trained, self.sampled_logprob, clip)
-        weight, most = (torch.as_tensor(x).to(ratio) for x in (self.supervision.weight, self.supervision.clip))
-        return (weight * ratio * torch.minimum(divergence, most)).sum()
-
 
 def assign(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
-    """Assign the tokens of a rollout to teachers, one assignment for each term with a weight above 0 and tokens."""
+    """Assign the tokens of a rollout to teachers, one assignment for each teacher with a weight above 0 and tokens."""
     if spans.reason == "image_token":  # it would be given another image's features: nothing of it can be scored
         return []
-    everything = torch.arange(spans.length)
-    found: list[Assignment] = []
-    if objective.method == "opsd":
-        found.append(_assignment("reference", everything, FORWARD_KL, spans, objective))
-    elif not spans.valid and objective.invalid_rollouts == "reference":
-        kind = REVERSE_KL if objective.reference_kl == "reverse" else FORWARD_KL
-        found.append(_assignment("reference", everything, kind, spans, objective))
-    else:
-        description, reasoning = torch.arange(*spans.description), _reasoning_tokens(spans, everything, objective)
-        if has_images:
-            found.append(_assignment("perception", description, FORWARD_KL, spans, objective))
-        found.append(_assignment("reasoning", reasoning, FORWARD_KL, spans, objective))
-    weights = dict(zip(TERMS, objective.lambdas, strict=True))
-    return [a for a in found if len(a.tokens) and weights[a.term] > 0]
+    found = []
+    for teacher in objective.roster:
+        if teacher.weight == 0 or teacher.rollouts not in ("all", "valid" if spans.valid else "invalid"):
+            continue
+        if teacher.reads in ("perception", "") and not has_images:
+            continue  # there is nothing to be perceived
+        tokens = _tokens(spans, teacher)
+        if len(tokens):
+            found.append(_assignment(teacher, tokens, spans, objective))
+    return found
 
 
-def teacher_prefill(term: Term, objective: Objective, prompts: Prompts) -> str | None:
-    """Return the text that opens the assistant's turn of a term's teacher; None: its role's own prefill."""
-    if term != "reasoning":
-        return None
-    return prompts.think_prefill if objective.reasoning_prefix == "think" else prompts.prefill
+def teacher_prefill(term: Term, objective: Objective, prompts: Prompts) -> str:
+    """Return the text that opens the assistant's turn of a term's teacher."""
+    teacher = objective.teacher(term)
+    if teacher.prefill is not None:
+        return teacher.prefill
+    return prompts.think_prefill if teacher.prefix == "think" else prompts.prefill
 
 
-def _reasoning_tokens(spans: Spans, everything: Tensor, objective: Objective) -> Tensor:
-    """Return the tokens that the reasoning teacher supervises.
+def _tokens(spans: Spans, teacher: Teacher) -> Tensor:
+    """Return the tokens of a rollout that a teacher supervises.
 
-    Those of reasoning and answer in a valid rollout; in an invalid one (an ablation) all after the description, or all
-    after `<think>` if the teacher starts there.
+    Of an invalid rollout, whose reasoning and answer have no ends, these are all after the description, or all after
+    `<think>` if the teacher starts there.
     """
-    if spans.valid:
-        return torch.cat([torch.arange(*spans.reasoning), torch.arange(*spans.answer)])
-    if objective.reasoning_prefix == "think":
-        return everything[spans.think_start :] if spans.think_start is not None else everything[:0]
-    return everything[spans.description[1] :]
+    everything, start = torch.arange(spans.length), 0
+    if teacher.prefix == "think":
+        start = spans.length if spans.think_start is None else spans.think_start
+    if "all" in teacher.spans:
+        return everything[start:]
+    parts = [torch.arange(*getattr(spans, name)) for name in SPANS[:3] if name in teacher.spans]
+    if not spans.valid and {"reasoning", "answer"} & set(teacher.spans):
+        described = torch.arange(*spans.description) if "description" in teacher.spans else everything[:0]
+        parts = [described, everything[max(start, spans.description[1]) if teacher.prefix == "student" else start :]]
+    tokens = torch.cat(parts)
+    return tokens[tokens >= start] if start else tokens
 
 
 def _segments(tokens: Tensor, spans: Spans) -> Tensor:
@@ -178,33 +176,32 @@ def _segments(tokens: Tensor, spans: Spans) -> Tensor:
     return segment
 
 
-def _assignment(term: Term, tokens: Tensor, kind: int, spans: Spans, objective: Objective) -> Assignment:
-    if objective.divergence == "jsd":
-        kind = JSD
+def _assignment(teacher: Teacher, tokens: Tensor, spans: Spans, objective: Objective) -> Assignment:
     clip = torch.full(tokens.shape, objective.token_clip if objective.clip_mode == "token" else NO_CLIP)
-    if objective.clip_mode == "token" and len(tokens):
-        if term == "perception" and objective.description_end_clip is not None:
+    if objective.clip_mode == "token" and objective.teachers is None:
+        if teacher.name == "perception" and objective.description_end_clip is not None:
             clip[-1] = objective.description_end_clip
-        if term == "reasoning" and objective.reasoning_start_clip is not None:
+        if teacher.name == "reasoning" and objective.reasoning_start_clip is not None:
             clip[0] = objective.reasoning_start_clip
-    start = 0
-    if term == "reasoning" and objective.reasoning_prefix == "think":
-        start = spans.think_start or 0
-    return Assignment(term, tokens, _segments(tokens, spans), clip, kind, start)
+    if teacher.token_clip is not None:
+        clip[:] = teacher.token_clip
+    start = spans.think_start or 0 if teacher.prefix == "think" else 0
+    return Assignment(teacher.name, tokens, _segments(tokens, spans), clip, teacher.kind, start)
 
 
 def count_terms(rollouts: Sequence[Rollout], objective: Objective) -> TermCounts:
     """Count the supervised tokens and rollouts of a micro-batch, by term."""
-    tokens, supervised = torch.zeros(2, len(TERMS), dtype=torch.int64)
+    terms = objective.terms
+    tokens, supervised = torch.zeros(2, len(terms), dtype=torch.int64)
     for rollout in rollouts:
         for a in assign(rollout.spans, objective, has_images=bool(rollout.images)):
-            tokens[TERMS.index(a.term)] += len(a.tokens)
-            supervised[TERMS.index(a.term)] += 1
+            tokens[terms.index(a.term)] += len(a.tokens)
+            supervised[terms.index(a.term)] += 1
     return TermCounts(tokens, supervised)
 
 
 def divisors(objective: Objective, step: TermCounts, micro_batch: TermCounts, micro_batches: int = 1) -> Tensor:
-    """Return the divisor of each term's sum in one micro-batch, (3,) float64; infinite for a term without tokens.
+    """Return the divisor of each term's sum in one micro-batch, (terms,) float64; infinite for a term without tokens.
 
     Args:
         step: counts of the whole optimizer step, over micro-batches and ranks.
@@ -226,7 +223,7 @@ def supervise(
     """Lay a micro-batch out for scoring: its sequences, and the pairs of rows that meet in the divergence.
 
     Args:
-        divisor: (3,) from `divisors`; None: this micro-batch is the whole step.
+        divisor: (terms,) from `divisors`; None: this micro-batch is the whole step.
         scale: factor of every weight, such as the number of ranks whose gradients will be averaged.
     """
     counts = count_terms(rollouts, objective)
@@ -236,6 +233,7 @@ def supervise(
     teacher: list[ScoredSequence] = []
     columns: list[dict[str, Tensor]] = []
     student_rows = teacher_rows = 0
+    terms = objective.terms
     for i, rollout in enumerate(rollouts):
         found = assign(rollout.spans, objective, has_images=bool(rollout.images))
         if not found:
@@ -244,16 +242,17 @@ def supervise(
         scored = torch.unique(torch.cat([a.tokens for a in found]))  # sorted
         student.append(ScoredSequence(_prompt(rollout, "student"), ids[: scored[-1] + 1], scored, (i, "student")))
         for a in found:
-            t = TERMS.index(a.term)
+            t = terms.index(a.term)
+            taught = objective.roster[t]
             weight = objective.lambdas[t] * scale / float(divisor[t])
             if objective.normalize == "sequence":
                 weight /= len(a.tokens)
             R = len(a.tokens)
-            teacher.append(
-                ScoredSequence(
-                    _prompt(rollout, a.term), ids[a.start : a.tokens[-1] + 1], a.tokens - a.start, (i, a.term)
-                )
-            )
+            names = [a.term, f"{a.term}/control"] if taught.has_control_rows else [a.term]
+            teacher += [
+                ScoredSequence(_prompt(rollout, name), ids[a.start : a.tokens[-1] + 1], a.tokens - a.start, (i, name))
+                for name in names
+            ]
             columns.append(
                 {
                     "student_row": student_rows + torch.searchsorted(scored, a.tokens),
@@ -267,18 +266,29 @@ def supervise(
                     "token": a.tokens,
                     "labels": ids[a.tokens],
                     "sampled_logprob": (ids * torch.nan if rollout.logprobs is None else rollout.logprobs)[a.tokens],
+                    "control_row": teacher_rows + torch.arange(R) + (R if taught.has_control_rows else 0),
+                    "contrast": torch.full((R,), float(taught.contrast)),
+                    "plausibility": torch.full((R,), float(taught.plausibility)),
                 }
             )
-            teacher_rows += R
+            teacher_rows += len(names) * R
         student_rows += len(scored)
     table = {name: torch.cat([c[name] for c in columns]) if columns else _EMPTY[name] for name in _EMPTY}
+    targets = any(teacher.contrast > 0 or teacher.plausibility > 0 for teacher in objective.roster)
     supervision = Supervision(*(table[name] for name in ("student_row", "teacher_row", "kind", "weight", "clip")))
+    if targets:
+        supervision = replace(
+            supervision, control_row=table["control_row"], contrast=table["contrast"],
+            plausibility=table["plausibility"],
+        )  # fmt: skip
     return SupervisedBatch(
         rollouts=tuple(rollouts),
         student_sequences=student,
         teacher_sequences=teacher,
         supervision=supervision,
         counts=counts,
+        terms=terms,
+        control_row=table["control_row"] if any(t.has_control_rows for t in objective.roster) else None,
         **{name: table[name] for name in ("term", "segment", "owner", "token", "labels", "sampled_logprob")},
     )
 
@@ -307,15 +317,15 @@ def importance_ratio(trained: Tensor, sampled: Tensor, clip: float) -> Tensor:
 _EMPTY = {
     name: torch.empty(0, dtype=dtype)
     for names, dtype in (
-        (("student_row", "teacher_row", "owner", "token", "labels"), torch.int64),
+        (("student_row", "teacher_row", "owner", "token", "labels", "control_row"), torch.int64),
         (("kind", "term", "segment"), torch.int8),
-        (("weight", "clip", "sampled_logprob"), torch.float32),
+        (("weight", "clip", "contrast", "plausibility", "sampled_logprob"), torch.float32),
     )
     for name in names
 }
 
 
-def _prompt(rollout: Rollout, role: Role) -> EncodedPrompt:
+def _prompt(rollout: Rollout, role: str) -> EncodedPrompt:
     if role not in rollout.prompts:
         raise ValueError(
             f"prompts of example {rollout.problem_id} must hold {role!r}, which it needs, got {sorted(rollout.prompts)}"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from vigos.method.objective import PRESETS, Objective, check_choices
+from vigos.method.views import View
 from vigos.rollout.engine import Sampling
 from vigos.system.secrets import server_address
 
@@ -86,6 +87,20 @@ class ViGOSConfig(TrainingArguments):
     importance_clip: float = _option(
         0.0,
         "Multiply each token's loss by its probability now over that when it was sampled, at most this; 0: do not.",
+    )
+
+    # --- Own teachers ---
+    # Who supervises what, in place of the method's teachers: docs/teachers.md.
+    teachers: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Teachers of the run's own, each a mapping; unset: those of the method."}
+    )
+    images_columns: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Columns with the images of single roles, such as reasoning: crops; unset: images_column."},
+    )
+    student_view: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What the student sees of the images, such as blur or downscale: 4; unset: the images."},
     )
 
     # --- Teachers and scoring ---
@@ -241,10 +256,10 @@ class ViGOSConfig(TrainingArguments):
     @property
     def objective(self) -> Objective:
         """Return the options of the loss alone, checked."""
-        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
+        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective) if f.init})
 
     def _check_numbers(self) -> None:
-        _ = self.objective, self.sampling  # which check their own fields
+        _ = self.objective, self.sampling, View.read(self.student_view)  # which check their own fields
         positive = ["token_budget", "lora_r", "lora_alpha", "palr_wrong_answers", "max_dropped_steps"]
         positive += ["rollout_batch_size"] if self.rollout_batch_size is not None else []
         for name in positive:
@@ -270,6 +285,10 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], got {self.vllm_gpu_memory_utilization}")
 
     def _check_combinations(self) -> None:
+        special = [t for t in self.objective.roster if t.view is not None or t.columns]
+        if self.palr_steps and (special or self.student_view):
+            name = special[0].name if special else "student"
+            raise ValueError(f"palr_steps must be 0 where {name} has a view or reads columns, got {self.palr_steps}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: examples are rendered into prompts by the trainer")
         if (engine := self.rollout_engine) != "transformers":

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from vigos.method.supervise import TERMS
-
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -30,7 +28,8 @@ CHECKS: dict[str, tuple[float, int, str]] = {
 
 def clipped_share(logs: dict[str, Any]) -> float | None:
     """Return the share of the divergence of all terms together that the clip took away; None where there is none."""
-    parts = [(logs.get(f"kl/{t}", 0.0) * logs.get(f"token_share/{t}", 0.0), logs.get(f"clipped_kl/{t}")) for t in TERMS]
+    terms = [name.removeprefix("kl/") for name in logs if name.startswith("kl/")]
+    parts = [(logs.get(f"kl/{t}", 0.0) * logs.get(f"token_share/{t}", 0.0), logs.get(f"clipped_kl/{t}")) for t in terms]
     total = sum(kl for kl, share in parts if share is not None)
     return sum(kl * share for kl, share in parts if share is not None) / total if total > 0 else None
 

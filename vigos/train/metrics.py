@@ -37,22 +37,26 @@ PER_ROLLOUT = (
     "perf/tflops", "perf/mfu",
     "perf/rollout_wait_s",  # with async_rollout: the part of perf/rollout_s for which the step was blocked
 )  # fmt: skip
-# In the steps in which it is measured (see vigos.train.palr).
-PALR = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in TERMS))
 # Added up over ranks, averaged over optimizer steps.
 PER_STEP = (
-    *(f"loss/{term}" for term in TERMS),
     "examples/skipped", "steps/dropped", "perf/step_s", *(f"perf/{part}_s" for part in PARTS),
 )  # fmt: skip
-NAMES = (*(f"{name}/{term}" for term in TERMS for name in PER_TERM), *PER_ROLLOUT, *PALR)
+
+
+def names_of(terms: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of all metrics of a run with these teachers; PALR in the steps in which it is measured."""
+    palr = ("palr/all", *(f"palr/{name}" for name in SEGMENTS), *(f"palr/teacher/{term}" for term in terms))
+    return (*(f"{name}/{term}" for term in terms for name in PER_TERM), *PER_ROLLOUT, *palr)
 
 
 class Metrics:
     """Hold numerators and denominators by name. Names are fixed, so that sums over ranks line up."""
 
-    def __init__(self) -> None:
-        self._index = {name: i for i, name in enumerate(NAMES)}
-        self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)
+    def __init__(self, terms: Sequence[str] = TERMS) -> None:
+        names = names_of(terms)
+        self.terms = tuple(terms)
+        self._index = {name: i for i, name in enumerate(names)}
+        self._sums = torch.zeros(2, len(names), dtype=torch.float64)
         self._largest = -1.0  # below 0: nothing was measured
 
     def add(self, name: str, numerator: float | Tensor, denominator: float | Tensor = 1.0) -> None:
@@ -63,7 +67,7 @@ class Metrics:
 
     def add_step(self, share: float) -> None:
         """Count one optimizer step in the averages over steps; `share` of it, one over the number of ranks."""
-        for name in PER_STEP:
+        for name in (*(f"loss/{term}" for term in self.terms), *PER_STEP):
             self.add(name, 0.0, share)
 
     def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
@@ -83,14 +87,22 @@ class Metrics:
                 if end > start:
                     self.add(f"length/{part}", end - start)
 
-    def add_terms(self, batch: SupervisedBatch, out: DivergenceOutput, lambdas: Sequence[float], scale: float) -> None:
-        """Add losses, divergences, entropies and clipping by term; `scale` is the one that `supervise` was given."""
+    def add_terms(
+        self, batch: SupervisedBatch, out: DivergenceOutput, lambdas: Sequence[float], scale: float,
+        losses: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add losses, divergences, entropies and clipping by term; `scale` is the one that `supervise` was given.
+
+        Args:
+            losses: (R,), each pair's part of the loss where it is composed outside the divergence.
+        """
         term = batch.term.long()
         divergence = out.divergence.detach().double().cpu()
         added = torch.minimum(divergence, batch.supervision.clip.double())  # type: ignore[union-attr]
         columns = torch.stack(
             [
-                added * batch.supervision.weight.double() / scale,  # type: ignore[union-attr]
+                (added * batch.supervision.weight.double() if losses is None else losses.detach().double().cpu())  # type: ignore[union-attr]
+                / scale,
                 divergence,
                 torch.ones_like(divergence),
                 out.clipped.double().cpu(),
@@ -99,9 +111,9 @@ class Metrics:
                 out.teacher_entropy.double().cpu(),
             ]
         )
-        sums = torch.zeros(len(columns), len(TERMS), dtype=torch.float64).index_add_(1, term, columns)
+        sums = torch.zeros(len(columns), len(self.terms), dtype=torch.float64).index_add_(1, term, columns)
         completion_tokens = sum(rollout.spans.length for rollout in batch.rollouts)
-        for t, name in enumerate(TERMS):
+        for t, name in enumerate(self.terms):
             loss, kl, tokens, clipped, cut, student_entropy, teacher_entropy = sums[:, t].tolist()
             self.add(f"loss/{name}", loss / lambdas[t] if lambdas[t] else 0.0, 0.0)
             self.add(f"kl/{name}", kl, tokens)

@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from vigos.train.config import ViGOSConfig
     from vigos.train.teacher_weights import TeacherWeights
 
-PRIVILEGED: tuple[Term, ...] = ("reasoning", "reference")  # the teachers that read the answer
-
-
 # --- What was measured ------------------------------------------------------------------------------------------------
 
 
@@ -59,9 +56,10 @@ class PALR:
         student, teacher: (R,) float64, nats: log p(y), log q(y).
         wrong: (R,) log of the teacher's mean probability under the wrong answers; `teacher` itself where it reads none.
         other_image: (R,) log q(y) with another example's image.
-        term, segment: (R,) int8, indices into `supervise.TERMS` and `supervise.SEGMENTS`.
+        term, segment: (R,) int8, indices into `terms` and `supervise.SEGMENTS`.
         owner, token: (R,) int64, the rollout (by its place in `measure_palr`'s argument) and the completion's token.
         rollouts: how many were measured.
+        terms: names of the teachers.
         left_out: how many were not, by reason: "no_image", "no_other_image", "no_wrong_answer", "unsupervised".
     """
 
@@ -75,6 +73,7 @@ class PALR:
     token: Tensor
     rollouts: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    terms: tuple[str, ...] = TERMS
 
     @classmethod
     def joined(cls, parts: Sequence[PALR]) -> PALR:
@@ -88,6 +87,7 @@ class PALR:
             owner=torch.cat([p.owner + start for p, start in zip(parts, starts, strict=True)]),
             rollouts=sum(p.rollouts for p in parts),
             left_out=dict(left_out),
+            terms=parts[0].terms,
         )
 
     @property
@@ -112,7 +112,7 @@ class PALR:
         """Return masks (R,): "all", each segment, and each teacher as "teacher/<term>", as far as they have tokens."""
         masks = {"all": torch.ones(len(self.term), dtype=torch.bool)}
         masks |= {name: self.segment == i for i, name in enumerate(SEGMENTS)}
-        masks |= {f"teacher/{name}": self.term == i for i, name in enumerate(TERMS)}
+        masks |= {f"teacher/{name}": self.term == i for i, name in enumerate(self.terms)}
         return {name: mask for name, mask in masks.items() if mask.any()}
 
     def sums(self) -> dict[str, tuple[float, float]]:
@@ -248,9 +248,10 @@ def measure_palr(
     drawn = draw_wrong_answers([_reference(r) for r in rollouts], wrong_answers, seed=seed) if wrong is None else wrong
     donors = draw_other_images(rollouts, seed=seed)
     usable, left_out = _usable(rollouts, drawn, donors)
-    batch = supervise([rollouts[i] for i in usable], config.objective)
+    objective = config.objective.without_controls()
+    batch = supervise([rollouts[i] for i in usable], objective)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
-    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, config.objective, processor, prompts)
+    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, objective, processor, prompts)
     student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, teacher, config, dummy)
 
     R, K = batch.n_pairs, max((len(s.wrong) for s in swapped), default=0)
@@ -273,6 +274,7 @@ def measure_palr(
         wrong=torch.where(counts > 0, mixture, teacher_rows),
         other_image=other_image,
         term=batch.term,
+        terms=batch.terms,
         segment=batch.segment,
         owner=torch.tensor(usable, dtype=torch.int64)[batch.owner],
         token=batch.token,
@@ -318,27 +320,28 @@ def _swapped(
     known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of an example share them
     found = []
     for base in batch.teacher_sequences:
-        i, role = base.owner
-        term: Term = next(t for t in TERMS if t == role)
+        i, term = base.owner
+        teacher = objective.teacher(term)
         rollout, (answers, donor) = batch.rollouts[i], swaps[i]
         assert donor is not None
         prefill = teacher_prefill(term, objective, prompts)
 
         def encode(
-            answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill
-        ) -> EncodedPrompt:
+            answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill,
+            reads: str = teacher.reads,
+        ) -> EncodedPrompt:  # fmt: skip
             like = source.prompts["student"]
             key = (term, rollout.problem, answer, like.images.key if like.images else None)
             if key not in known:
                 known[key] = encode_prompt(
-                    processor, prompts, term, rollout.problem, answer, source.images, prefill, like
+                    processor, prompts, reads, rollout.problem, answer, source.images, prefill, like
                 )
             return known[key]
 
         found.append(
             _Swapped(
                 replace(base, prompt=encode(_reference(rollout), rollouts[donor])),
-                [replace(base, prompt=encode(a, rollout)) for a in answers] if term in PRIVILEGED else [],
+                [replace(base, prompt=encode(a, rollout)) for a in answers] if teacher.privileged else [],
             )
         )
     return found

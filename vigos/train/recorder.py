@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from vigos.divergence.api import DivergenceOutput
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
-from vigos.method.supervise import TERMS, Rollout, SupervisedBatch
+from vigos.method.supervise import Rollout, SupervisedBatch
 from vigos.train.metrics import PARTS, Metrics, peak_gib, peak_tflops
 from vigos.train.ranks import max_over_ranks, sum_over_ranks
 from vigos.train.records import TopTokens, completion_records, fault_record
@@ -51,7 +51,7 @@ class Recorder(TrainerCallback):
         self.args, self.folder, self.phases, self.tokenizer = args, folder, phases, tokenizer
         self.accelerator, self.parameters = accelerator, parameters
         self.lambdas = args.objective.lambdas
-        self.metrics = Metrics()
+        self.metrics = Metrics(args.objective.terms)
         self._peak_tflops = peak_tflops(accelerator.device)
         self._records: list[dict[str, Any]] = []  # of the step under way
         self._before: list[list[float]] = self.metrics.state()
@@ -134,8 +134,9 @@ class Recorder(TrainerCallback):
         Args:
             hidden, head: of the teachers. rows: the pairs of `batch`.
         """
+        privileged = torch.tensor([teacher.privileged for teacher in self.args.objective.roster])
         begins = torch.tensor([r.spans.answer[0] if r.spans.answer[1] else -1 for r in batch.rollouts])
-        at_box = (batch.token == begins[batch.owner]) & (batch.term != TERMS.index("perception"))
+        at_box = (batch.token == begins[batch.owner]) & privileged[batch.term.long()]
         ids, _ = top_tokens(hidden, head, rows.teacher_row.cpu()[at_box], 1)  # type: ignore[union-attr]
         for owner, token in zip(batch.owner[at_box].tolist(), ids[:, 0].tolist(), strict=True):
             says = self.tokenizer.decode([token]).strip().casefold()
@@ -143,22 +144,29 @@ class Recorder(TrainerCallback):
 
     @torch.no_grad()
     def micro_batch(
-        self, step: int, batch: SupervisedBatch, out: DivergenceOutput, top: TopTokens | None = None
-    ) -> None:
+        self, step: int, batch: SupervisedBatch, out: DivergenceOutput, top: TopTokens | None = None,
+        losses: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Record a micro-batch of step number `step` once its divergence is known.
 
         Args:
             top: the likeliest tokens at each pair, if they are to be written.
+            losses: (R,), as in `Metrics.add_terms`.
         """
-        self.metrics.add_terms(batch, out, self.lambdas, scale=float(self.accelerator.num_processes))
+        self.metrics.add_terms(batch, out, self.lambdas, float(self.accelerator.num_processes), losses)
         if out.student_logprob is not None and self.args.divergence_temperature == 1:
             self.metrics.add_mismatch(batch.sampled_logprob, out.student_logprob)
         student, teacher = _tokens_read(batch)
         for part, tokens in zip(PARTS[1:], (teacher, student, batch.n_pairs, student), strict=True):
             self.metrics.add(f"perf/{part}_tokens_per_s", tokens, 0.0)
         if self.writes_completions(step):
-            images = [self.folder.write_images(r.images, self.args.completion_images) for r in batch.rollouts]
-            self._records += completion_records(step, batch, out, self.tokenizer, images, top)
+            side = self.args.completion_images
+            images = [self.folder.write_images(r.images, side) for r in batch.rollouts]
+            records = completion_records(step, batch, out, self.tokenizer, images, top)
+            for record, rollout in zip(records, batch.rollouts, strict=True):
+                if rollout.views:
+                    record["views"] = {k: self.folder.write_images(v, side) for k, v in rollout.views.items()}
+            self._records += records
 
     def operations(self, batch: SupervisedBatch) -> int:
         """Record and return a micro-batch's floating-point operations: about 6 a student token and parameter, 2 a

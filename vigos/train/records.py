@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vigos.method.spans import token_bytes
-from vigos.method.supervise import SEGMENTS, TERMS, Rollout, SupervisedBatch
+from vigos.method.supervise import SEGMENTS, Rollout, SupervisedBatch
 
 if TYPE_CHECKING:
     from vigos.divergence.api import DivergenceOutput
@@ -45,7 +45,7 @@ def completion_records(
     clipped = output.clipped.tolist()
     pairs: dict[int, dict[str, list[int]]] = {}  # of each rollout, by term
     for r, (owner, term) in enumerate(zip(batch.owner.tolist(), batch.term.tolist(), strict=True)):
-        pairs.setdefault(owner, {}).setdefault(TERMS[term], []).append(r)
+        pairs.setdefault(owner, {}).setdefault(batch.terms[term], []).append(r)
     segments, tokens = batch.segment.tolist(), batch.token.tolist()
     records = []
     for i, rollout in enumerate(batch.rollouts):

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vigos.data.examples import BadExample, Example
+from vigos.data.images import BadImage
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import Spans, parse_rollout
-from vigos.method.supervise import TERMS, Rollout, assign, teacher_prefill
+from vigos.method.supervise import Rollout, assign, teacher_prefill
+from vigos.method.teachers import Teacher
+from vigos.method.views import BadView, View
 from vigos.models.parts import base_model, unwrap
 from vigos.models.sharding import gather_trained
 from vigos.rollout.checks import RolloutError
@@ -53,6 +57,7 @@ class RolloutLoader:
         processor: the model's, or the tokenizer of a text-only model.
         accelerator: of the run, for autocast and collectives.
         recorder: told of the examples that were skipped.
+        load_image: opens an entry of an image column for the view `column`.
 
     Attributes:
         examples_used, valid_rollouts: counted over the run, on this rank.
@@ -62,7 +67,7 @@ class RolloutLoader:
 
     def __init__(
         self, args: ViGOSConfig, *, engine: RolloutEngine, model: nn.Module, processor: Any, prompts: Prompts,
-        accelerator: Any, recorder: Recorder, phases: Phases,
+        accelerator: Any, recorder: Recorder, phases: Phases, load_image: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         if args.async_rollout:
             check_engine(engine)
@@ -70,8 +75,14 @@ class RolloutLoader:
         self.args, self.objective, self.sampling = args, args.objective, args.sampling
         self.engine, self.model, self.processor, self.prompts = engine, model, processor, prompts
         self.accelerator, self.recorder, self.phases = accelerator, recorder, phases
+        self.load_image = load_image
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.has_vision = hasattr(processor, "image_processor") and placeholder_ids(base.config) != ()
+        columns = args.images_columns or {}
+        fallback = View("column", columns["student"]) if "student" in columns else None
+        self.student_view = View.read(args.student_view) or fallback
+        if self.student_view is not None and self.student_view.kind == "other":
+            raise ValueError("student_view must not be 'other': its rollouts would be about another example's image")
         self.ahead = RolloutsAhead()
         self.examples_used = self.valid_rollouts = 0
         self.skipped: Counter[str] = Counter()
@@ -241,7 +252,8 @@ class RolloutLoader:
         n = self.sampling.n
         for i, (k, example, prompt) in enumerate(request.examples):
             try:
-                rollouts = self._parse(example, prompt, completions[i * n : (i + 1) * n])
+                others = [other for _, other, _ in request.examples if other is not example]
+                rollouts = self._parse(example, prompt, completions[i * n : (i + 1) * n], others)
             except BadExample as bad:
                 self._skip(bad, request.step)
                 continue
@@ -252,10 +264,19 @@ class RolloutLoader:
             raise ValueError(self._nothing_usable())
         return groups
 
-    def _parse(self, example: Example, prompt: EncodedPrompt, completions: Sequence[Completion]) -> list[Rollout]:
-        """Return an example's rollouts, with the prompts of the teachers that they meet: encoded once, if needed."""
+    def _parse(
+        self, example: Example, prompt: EncodedPrompt, completions: Sequence[Completion], others: Sequence[Example]
+    ) -> list[Rollout]:
+        """Return an example's rollouts, with the prompts of the teachers that they meet: encoded once, if needed.
+
+        Args:
+            others: the step's examples, one of which lends its images to the view `other`.
+        """
         objective = self.objective
-        prompts: dict[Role, EncodedPrompt] = {"student": prompt}
+        prompts: dict[str, EncodedPrompt] = {"student": prompt}
+        views: dict[str, tuple[Any, ...]] = {}
+        if self.student_view is not None:
+            views["student"] = tuple(self._seen(self.student_view, example, others))
         rollouts = []
         for completion in completions:
             spans = parse_rollout(
@@ -268,8 +289,7 @@ class RolloutLoader:
             )
             for a in assign(spans, objective, has_images=bool(example["images"])):
                 if a.term not in prompts:
-                    prefill = teacher_prefill(a.term, objective, self.prompts)
-                    prompts[a.term] = self._encode(a.term, example, prefill, like=prompt)
+                    prompts |= self._taught(objective.teacher(a.term), example, prompt, others, views)
             rollouts.append(
                 Rollout(
                     problem_id=example["problem_id"],
@@ -283,6 +303,7 @@ class RolloutLoader:
                     version=completion.version,
                     reference=self._reference(example),
                     correct=_is_correct(spans, example) if self.args.grade_rollouts else None,
+                    views=views,
                 )
             )
         return rollouts
@@ -297,15 +318,33 @@ class RolloutLoader:
             try:
                 prompt = self._student_prompt(example)
                 shown: dict[str, EncodedPrompt] = {"student": prompt}
-                for term, weight in zip(TERMS, self.objective.lambdas, strict=True):
-                    if weight and (term != "perception" or example["images"]):
-                        prefill = teacher_prefill(term, self.objective, self.prompts)
-                        shown[f"{term} teacher"] = self._encode(term, example, prefill, like=prompt)
+                for teacher in self.objective.roster:
+                    if teacher.weight and (teacher.reads not in ("perception", "") or example["images"]):
+                        read = self._taught(teacher, example, prompt, (), {})
+                        shown |= {f"{name} teacher": each for name, each in read.items()}
             except BadExample:
                 continue
             for name, each in shown.items():
                 logger.info("the %s's prompt, example %s:\n%s", name, example["problem_id"], each.text)
             return
+
+    def _taught(
+        self, teacher: Teacher, example: Example, prompt: EncodedPrompt, others: Sequence[Example],
+        views: dict[str, tuple[Any, ...]],
+    ) -> dict[str, EncodedPrompt]:  # fmt: skip
+        """Return the prompts of a teacher and of its control, by name; adds what they see to `views`."""
+        wanted = {teacher.name: teacher.view}
+        if teacher.has_control_rows:
+            wanted[f"{teacher.name}/control"] = teacher.control
+        prefill, texts, found = teacher_prefill(teacher.name, self.objective, self.prompts), None, {}
+        if teacher.columns:
+            texts = _texts(example, teacher.columns)
+        for name, view in wanted.items():
+            if view is not None:
+                views[name] = tuple(self._seen(view, example, others))
+            like = prompt if view is None and self.student_view is None else None
+            found[name] = self._encode(teacher.reads, example, prefill, like, views.get(name), texts)
+        return found
 
     def _student_prompt(self, example: Example) -> EncodedPrompt:
         example_id, limit = example["problem_id"], self.args.max_prompt_length
@@ -315,22 +354,38 @@ class RolloutLoader:
                 f"{type(base_model(self.model)).__name__} with a {type(self.processor).__name__} has no vision tower; "
                 "train on examples without images (images_column=None), or take an image-text model and its processor"
             )
-        prompt = self._encode("student", example)
+        view = self.student_view
+        images = None if view is None else tuple(self._seen(view, example, ()))
+        prompt = self._encode("student", example, images=images)
         if limit and len(prompt.ids) > limit:
             detail = f"the student's prompt has {len(prompt.ids)} tokens, max_prompt_length is {limit}"
             raise BadExample(example_id, "prompt_too_long", detail)
         return prompt
 
     def _encode(
-        self, role: Role, example: Example, prefill: str | None = None, like: EncodedPrompt | None = None
-    ) -> EncodedPrompt:
+        self, role: Role, example: Example, prefill: str | None = None, like: EncodedPrompt | None = None,
+        images: Sequence[Any] | None = None, columns: Mapping[str, str] | None = None,
+    ) -> EncodedPrompt:  # fmt: skip
+        images = example["images"] if images is None else images
         try:
             return encode_prompt(
-                self.processor, self.prompts, role, example["problem"], self._reference(example), example["images"],
-                prefill, like,
+                self.processor, self.prompts, role, example["problem"], self._reference(example), images, prefill, like,
+                columns,
             )  # fmt: skip
         except ValueError as error:  # the image processor's own limits
             raise BadExample(example["problem_id"], "not_encodable", str(error)) from error
+
+    def _seen(self, view: View, example: Example, others: Sequence[Example]) -> list[Any]:
+        """Return the images of a view; what is drawn follows from the example's id, so a repeated step draws alike."""
+        seed, count = f"{self.args.seed}/{example['problem_id']}", len(example["images"])
+        fits = [o["images"] for o in others if len(o["images"]) == count and o["problem_id"] != example["problem_id"]]
+        lent = random.Random(f"{seed}/other").choice(fits) if fits and view.kind == "other" else None
+        try:
+            return view(example["images"], example["extra"], seed=seed, others=lent, load=self.load_image)
+        except BadView as error:
+            raise BadExample(example["problem_id"], error.reason, str(error)) from error
+        except BadImage as error:
+            raise BadExample(example["problem_id"], error.reason, error.detail) from error
 
     def _reference(self, example: Example) -> str:
         """Return the text that privileged teachers read."""
@@ -369,6 +424,16 @@ class RolloutLoader:
         self.examples_used = state.get("examples_used", 0)
         self.valid_rollouts = state.get("valid_rollouts", 0)
         self.skipped = Counter(state.get("skipped", {}))
+
+
+def _texts(example: Example, columns: Collection[str]) -> dict[str, str]:
+    """Return the texts of the columns that a template names."""
+    for name in columns:
+        if example["extra"].get(name) in (None, ""):
+            raise BadExample(
+                example["problem_id"], "missing_field", f"no field {name!r}, which a teacher's prompt names"
+            )
+    return {name: str(example["extra"][name]) for name in columns}
 
 
 def _is_correct(spans: Spans, example: Example) -> bool:

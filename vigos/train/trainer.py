@@ -34,13 +34,24 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
-from vigos.divergence.api import linear_divergence
+from vigos.divergence.api import DivergenceOutput, linear_divergence
+from vigos.divergence.head import Head
 from vigos.errors import watching_ranks
 from vigos.method.asking import Asking
+from vigos.method.composed import RowWeights, control_pairs, row_losses
 from vigos.method.encode import ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
-from vigos.method.supervise import Rollout, SupervisedBatch, TermCounts, count_terms, divisors, supervise
+from vigos.method.supervise import (
+    Rollout,
+    SupervisedBatch,
+    TermCounts,
+    count_terms,
+    divisors,
+    importance_ratio,
+    supervise,
+)
+from vigos.method.weights import Pairs
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, unwrap
 from vigos.models.routers import LoadBalance
@@ -95,6 +106,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             `datasets.Dataset`).
         prompts: templates of the four roles; None takes `args.prompts_file`, or the built-in wording.
         rollout_engine: samples the completions; None makes the one that `args` name.
+        row_weights: called with a micro-batch and its `vigos.method.weights.Pairs`; returns a factor (R,) of each
+            pair's part of the loss, on top of the teachers' own weights.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Attributes:
@@ -119,6 +132,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         *,
         prompts: Prompts | None = None,
         rollout_engine: RolloutEngine | None = None,
+        row_weights: RowWeights | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -136,6 +150,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         )
         self.model_accepts_loss_kwargs = True  # says the same to transformers that do not know `loss_is_scaled_for_ga`
         self.objective: Objective = args.objective
+        self.row_weights = row_weights
         self.phases = Phases()
         self.prompts = prompts or (Prompts.from_file(args.prompts_file) if args.prompts_file else Prompts())
         self.prompts = self.prompts.with_template_kwargs(args.chat_template_kwargs)
@@ -163,7 +178,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self.rollouts = RolloutLoader(
             args, engine=rollout_engine or build_engine(args, self.model, processing_class), model=self.model,
             processor=processing_class, prompts=self.prompts, accelerator=self.accelerator, recorder=self.recorder,
-            phases=self.phases,
+            phases=self.phases, load_image=self.train_dataset.reader.images.load,  # type: ignore[union-attr]
         )  # fmt: skip
         if self.rollouts.engine.takes_groups:
             self.rollouts.engine.check_weights(base_model(model))
@@ -243,7 +258,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return lambda_p L_p + lambda_r L_r + lambda_f L_f, this micro-batch's share of the whole step's loss.
+        """Return the sum of the terms times their weights, this micro-batch's share of the whole step's loss.
 
         `num_items_in_batch` is part of transformers' signature and not needed: weights carry the divisor.
         """
@@ -265,18 +280,41 @@ class ViGOSTrainer(Trainer, TrainerCallback):
                 student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
                 impl=self.args.impl, **self.objective.divergence_options,
             )  # fmt: skip
+            losses = None
+            if self.row_weights is not None or self.objective.composed or self.args.importance_clip:
+                pairs = self._pairs(batch, out, teacher_hidden, teacher_head)
+                losses = row_losses(batch, out.divergence, pairs, self.objective.roster, self.row_weights)
+            if self.args.importance_clip and losses is not None and out.student_logprob is not None:
+                losses = losses * importance_ratio(
+                    out.student_logprob, batch.sampled_logprob, self.args.importance_clip
+                ).to(losses)
             top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
             self.recorder.teacher_knows(batch, teacher_hidden, teacher_head, supervision)
-        self.recorder.micro_batch(step, batch, out, top)
-        loss = out.loss
-        if self.args.importance_clip:
-            loss = batch.importance_weighted(out.divergence, out.student_logprob, self.args.importance_clip)
+        self.recorder.micro_batch(step, batch, out, top, losses)
+        loss = out.loss if losses is None else losses.sum()
         loss = loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
         if balance is not None:  # a mean over the step's micro-batches; gradients are averaged over ranks
             uneven = balance.loss()
             self.recorder.metrics.add("loss/router", uneven.item())
             loss = loss + self.args.router_aux_loss_coef / self._micro_batches * uneven
         return (loss, out) if return_outputs else loss
+
+    def _pairs(self, batch: SupervisedBatch, out: DivergenceOutput, hidden: Tensor, head: Head) -> Pairs:
+        """Return what weights of pairs are computed from; controls take two more products, without a gradient."""
+        assert out.teacher_logprob is not None
+        teacher = control = out.teacher_logprob
+        rows = control_pairs(batch)
+        if rows is not None and batch.n_pairs:
+            with torch.no_grad():
+                plain = linear_divergence(
+                    hidden, head, hidden, head, supervision=rows, labels=batch.labels, impl=self.args.impl,
+                    temperature=self.objective.divergence_temperature,
+                )  # fmt: skip
+            assert plain.teacher_logprob is not None
+            assert plain.student_logprob is not None
+            teacher, control = plain.teacher_logprob, plain.student_logprob
+        token = batch.token.to(out.divergence.device)
+        return Pairs(out.divergence.detach(), teacher, control, out.teacher_entropy, token)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of a micro-batch, in smaller packs if memory runs out; return its loss."""
