@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from helpers.training import (
 from torch import Tensor
 
 from vigos.models.parts import lm_head
+from vigos.train.compare import SavedModelError
 from vigos.train.config import ViGOSConfig
 
 LAMBDAS = {"lambda_perception": 1.3, "lambda_reasoning": 0.7, "lambda_reference": 2.1}
@@ -208,7 +210,8 @@ def test_head_bias_and_logit_settings_of_the_model_are_used(train_head: bool, tm
     frozen = frozen if train_head else frozen.get_base_model()
     move(engine)
     expected = straight_line(engine.model, frozen, args, data)
-    engine.train()
+    with pytest.raises(SavedModelError) if train_head else nullcontext():  # no class of transformers has this bias
+        engine.train()
     assert engine.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 

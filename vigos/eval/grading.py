@@ -185,26 +185,35 @@ def _digits(text: str) -> str:
 
 
 def _unnamed(said: str, wanted: str) -> tuple[str, str]:
-    """Take names off (`x = 5`, `Area = 5`, `5 = s`) where one side alone has them."""
+    """Take names off (`x = 5`, `Area = 5`, `5 = s`) where one side alone has them; of several, the order counts."""
     if bool(_EQUALS.search(said)) == bool(_EQUALS.search(wanted)):
         return said, wanted
-    return _values(said), _values(wanted)
+    (said, names), (wanted, others) = _values(said), _values(wanted)
+    return (_tuple(said), _tuple(wanted)) if max(names, others) > 1 else (said, wanted)
 
 
-def _values(text: str) -> str:
+def _tuple(text: str) -> str:
+    match = _BRACKETED.fullmatch(text) if len(_elements(text)) == 1 else None
+    return text if match is None and len(_elements(text)) == 1 else f"({match[1] if match else text})"
+
+
+def _values(text: str) -> tuple[str, int]:
+    """Return the text without its names, and how many different ones there were."""
+    names = set()
     parts = _elements(text)
     sides = [[side.strip() for side in _EQUALS.split(part)] for part in parts]
     if all(len(s) == 1 for s in sides):
-        return text
+        return text, 0
     found = []
     for values in sides:
+        names.update(values[:1] if len(values) > 1 else [])
         if len(values) == 1 or _is_name(values[0]):
             found.append(values[1] if len(values) > 1 and "\\approx" in text else values[-1])
         elif len(values) == 2 and _is_name(values[1]):
             found.append(values[0])
         else:
-            return text
-    return ", ".join(found)
+            return text, 0
+    return ", ".join(found), len(names)
 
 
 def _is_name(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from vigos.models.parts import base_model, eval_mode, unwrap
 from vigos.models.sharding import gathered_head
 from vigos.scoring.hidden_states import hidden_states
 from vigos.train.adapters import base_copy, plain_class
+
+logger = logging.getLogger(__name__)
 
 QUESTION = "What is the largest number that you can see, and which colour has it?"
 COMPLETION = "A large 7, in red, above a small 3. It is seven."
@@ -81,10 +84,16 @@ class SavedCheck:
         """
         core: Any = unwrap(self.model)
         base = base_model(core)
-        loaded = (
-            load_adapter(base_copy(core, self.weights), folder) if name == "adapter"
-            else plain_class(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
-        )  # fmt: skip
+        if name == "adapter":
+            try:
+                below = base_copy(core, self.weights)
+            except RuntimeError as error:  # a model that somebody changed by hand
+                kind, reason = type(base).__name__, " ".join(str(error).split())[:200]
+                logger.warning("adapter/ is not compared: %s does not make the model under it (%s)", kind, reason)
+                return
+            loaded = load_adapter(below, folder)
+        else:
+            loaded = plain_class(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
         distance = (logprobs_of(loaded, self.sequence) - self.trained).abs().mean().item()
         bound = BOUND if base.dtype in (torch.float32, torch.float64) and not self.mixed else BOUND_16_BIT
         if not distance <= bound:
