@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str, folder: Path, **variables: str) -> str:
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=550, check=False
+        command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -54,6 +54,7 @@ def test_the_archive_holds_what_a_build_needs(archive: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the extension is compiled
 def test_from_the_archive_over_a_wheel_into_an_empty_environment(archive: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip")
     build = ("--no-index", "--no-deps", "--no-build-isolation", "--quiet")
