@@ -13,7 +13,8 @@ _REASON_WORDS = {"image_token": "image placeholder", "tagless": "no tags at all"
 
 def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
     """Return (key, title, charts) of each section; charts without data and sections without charts are left out."""
-    terms = OF_TERM.items()
+    found = {name.removeprefix("kl/") for log in logs for line in log for name in line if name.startswith("kl/")}
+    terms = (OF_TERM | dict(zip(sorted(found - OF_TERM.keys()), SERIES, strict=False))).items()
     sections: list[tuple[str, str, list[Chart | None]]] = [
         (
             "training", "Training",

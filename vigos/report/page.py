@@ -254,6 +254,7 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     """
     texts: dict[str, int] = {}
     images: dict[str, int] = {}
+    teachers = {term: i for i, term in enumerate(TERMS)}  # and after them a run's own
     pictures: list[dict[str, Any]] = []
     found = []
 
@@ -287,7 +288,7 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
                 taught.append(
                     [
                         token,
-                        TERMS.index(term),
+                        teachers.setdefault(term, len(teachers)),
                         scores["segments"][i],
                         _number(scores["divergence"][i]),
                         int(scores["clipped"][i]),
@@ -320,7 +321,13 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
             break
         placed.append((number, place))
     ordered = [found[i] for i in sorted(range(len(found)), key=placed.__getitem__)]
-    return {"texts": list(texts), "images": pictures, "rollouts": ordered, "runs": [run.name for run in runs]}
+    return {
+        "texts": list(texts),
+        "images": pictures,
+        "rollouts": ordered,
+        "runs": [run.name for run in runs],
+        "teachers": list(teachers),
+    }
 
 
 def _number(value: Any) -> float | None:

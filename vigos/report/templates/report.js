@@ -2,7 +2,8 @@
 // The rollouts of the page. Everything a run wrote is set as text or as a property, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const TEACHERS = ["perception", "reasoning", "reference"];
+  const TEACHERS = data.teachers, COLOURS = ["perception", "reasoning", "reference", "series-1", "series-2", "series-3"];
+  const colourOf = (k) => `var(--${COLOURS[k % COLOURS.length]})`;
   const PAGE = 20, PAGE_TOKENS = 8000; // cards drawn at once, and the tokens after which it is fewer
   const $ = (id) => document.getElementById(id);
   const list = $("list"), tip = $("tip"), root = document.documentElement;
@@ -155,7 +156,7 @@
       const mean = own.reduce((sum, t) => sum + (t[3] ?? 0), 0) / own.length, clips = own.filter((t) => t[4]).length;
       const words = `${name}: ${own.length} tokens, mean KL ${number(mean)}` + (clips ? `, ${clips} clipped` : "");
       const mark = el("i", { "aria-hidden": "true" });
-      mark.style.setProperty("--c", `var(--${name})`);
+      mark.style.setProperty("--c", colourOf(k));
       sums.append(el("li", {}, mark, words));
     });
     if (!r.taught.length) sums.append(el("li", { text: "no token of it was supervised" }));
@@ -188,7 +189,7 @@
     tip.replaceChildren(head);
     if (!t) tip.append(el("p", { class: "muted", text: "no teacher supervises it" }));
     else {
-      const [, teacher, segment, kl, clipped, p, q, top_p, top_q] = t, colour = `var(--${TEACHERS[teacher]})`;
+      const [, teacher, segment, kl, clipped, p, q, top_p, top_q] = t, colour = colourOf(teacher);
       tip.append(el("p", { text: `${TEACHERS[teacher]} teacher, token of the ${segment === "other" ? "rest" : segment}` }));
       tip.append(el("p", { text: `KL ${number(kl)} nats${clipped ? ", above the clip: no gradient" : ""}` }));
       tip.append(el("p", { text: `student ${percent(p)}, teacher ${percent(q)}` }));
