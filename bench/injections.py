@@ -94,6 +94,7 @@ def kill(folder: Path, data: Path, whole: Path, count: int) -> dict[str, Any]:
     """Kill runs at random moments, `count` times in all; a third of them as the final weights are written."""
     chance = random.Random(0)
     kills, runs, lost, unequal = {"step": 0, "checkpoint": 0, "final save": 0}, 0, 0, 0
+    found: dict[str, Any] = {}
     while sum(kills.values()) < count:
         run, code = folder / f"killed-{runs}", 1
         runs += 1
@@ -124,9 +125,9 @@ def kill(folder: Path, data: Path, whole: Path, count: int) -> dict[str, Any]:
             code = over
         unequal += not same(run, whole)
         shutil.rmtree(run)
-    return {
-        "kills": kills, "runs": runs, "steps lost but the one under way": max(lost, 0), "ended otherwise": unequal,
-    }  # fmt: skip
+        found = {"kills": kills, "runs": runs, "steps lost but the one under way": lost, "ended otherwise": unequal}
+        print(found, file=sys.stderr, flush=True)
+    return found
 
 
 def said(log: Path) -> list[str]:
@@ -203,8 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     load_base()  # the parent imports for all
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         data, whole, part = write_world(folder / "world", "train", 12), folder / "whole", folder / "part"
         started = time.monotonic()
         if code := wait(start(whole, data, folder / "whole.log")):
@@ -212,16 +213,18 @@ def main() -> None:
         shutil.copytree(whole, part)  # as a kill after the second step leaves it
         for left in ("adapter", "merged", "checkpoint-3", "checkpoint-4"):
             shutil.rmtree(part / left)
-        found = {
-            "killed": kill(folder, data, whole, options.kills),
-            "changed": change(folder, data, part, options.changed),
-            "damaged": damage(folder, data, part, whole, options.damaged),
-            "seconds": round(time.monotonic() - started),
+        found: dict[str, Any] = {}
+        phases: dict[str, Callable[[], Any]] = {
+            "damaged": lambda: damage(folder, data, part, whole, options.damaged),
+            "changed": lambda: change(folder, data, part, options.changed),
+            "killed": lambda: kill(folder, data, whole, options.kills),
+            "seconds": lambda: round(time.monotonic() - started),
         }
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        for name, phase in phases.items():
+            found[name] = phase()
+            if options.output:  # what is found so far
+                options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

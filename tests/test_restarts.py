@@ -194,6 +194,17 @@ def test_a_missing_state_is_an_error_or_said(
     assert f"checkpoint-1 holds no state of the {word} and the random numbers: a new one is used" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [({"lora_r": 2}, "must fit this run's model, got: .*size mismatch"), ({"lora": False}, "must hold a whole model")],
+)
+def test_another_adapter_is_refused_in_a_line(
+    option: dict[str, Any], said: str, two_steps: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(tmp_path, max_steps=2, **option).train(resume_from_checkpoint=str(two_steps / "checkpoint-1"))
+
+
 def make(folder: Path, step: int, text: str = "") -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)

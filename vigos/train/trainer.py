@@ -518,7 +518,11 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         if adapted:
             check_saved_adapter(self.model, resume_from_checkpoint)
         if self.is_fsdp_enabled or adapted:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except RuntimeError as error:  # tensors of another size
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{resume_from_checkpoint} must fit this run's model, got: {reason}") from error
         else:
             load_model(self.model, resume_from_checkpoint)
 

@@ -27,6 +27,8 @@ def load_model(model: nn.Module, folder: str | Path) -> None:
     Such a file holds the names of the hub, which only `from_pretrained` translates into those of the modules:
     `load_state_dict` would find none of them. Raises ValueError for missing, unexpected and unfitting tensors.
     """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} must hold a whole model, got none: resume with the lora option of its run")
     core: Any = unwrap(model)
     dtype = functools.reduce(torch.promote_types, {p.dtype for p in core.parameters()})  # the widest rounds nothing
     loaded, info = plain_class(core).from_pretrained(
@@ -46,6 +48,9 @@ def check_saved_adapter(model: nn.Module, folder: str | Path) -> None:
     """Raise ValueError unless a checkpoint's files hold every tensor of the model's adapter and no other."""
     if (Path(folder) / "adapter_model.safetensors").is_file():  # else in a folder of its name
         check_adapter_file(model, folder)
+    files = ("adapter_model.safetensors", "*/adapter_model.safetensors", "pytorch_model_fsdp*")
+    if not any(path for name in files for path in Path(folder).glob(name)):
+        raise ValueError(f"{folder} must hold an adapter, got none: resume with the lora option of its run")
     full = Path(folder) / "pytorch_model_fsdp.bin"
     if full.is_file():  # what FSDP2 loads, without minding what is missing
         found = set(torch.load(full, map_location="meta", mmap=True, weights_only=True))
