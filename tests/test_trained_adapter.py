@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vigos.models.load import load_adapter
 from vigos.scoring.teacher import teacher_mode
-from vigos.train.adapters import base_copy, check_mergeable
+from vigos.train.adapters import base_copy, check_mergeable, merged_copy
 from vigos.train.compare import SavedCheck, SavedModelError, fixed_sequence
 from vigos.train.teacher_weights import TeacherWeights
 
@@ -162,12 +161,23 @@ def test_adapters_that_change_the_base_are_refused(tmp_path: Path, start: str) -
 
 
 @pytest.mark.parametrize("parameters", [["gate_up_proj"], ["gate_up_proj", "down_proj"]], ids=["one", "several"])
-def test_adapters_of_experts_are_not_merged(parameters: list[str]) -> None:
-    model = tiny_model("qwen3_5_moe")
+def test_adapters_of_experts_are_merged_as_they_were_trained(parameters: list[str]) -> None:
     names = [f"mlp.experts.{name}" for name in parameters]
     lora = LoraConfig(target_modules=[], target_parameters=names, r=2, lora_dropout=0.0)
-    with pytest.raises(ValueError, match=r"save_merged must be false for .*target_parameters"):
-        check_mergeable(get_peft_model(copy.deepcopy(model), lora))
+    model = get_peft_model(tiny_model("qwen3_5_moe"), lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    check_mergeable(model)
+    ids = torch.arange(8, 24)[None]
+    with torch.no_grad():
+        wanted, merged = model(input_ids=ids).logits, base_copy(model)(input_ids=ids).logits
+        assert (wanted - merged).abs().max() > 0.01
+    state = {name: tensor.clone() for name, tensor in merged_copy(model).state_dict().items()}
+    plain = tiny_model("qwen3_5_moe").eval()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(logits(plain), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"bf16": True}, {"dtype": torch.bfloat16}], ids=["autocast", "weights"])
