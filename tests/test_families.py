@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_models import LAYERS, tiny_model
+import torch
+from helpers.small_families import SMALL, small_model
+from helpers.tiny_models import LAYERS, tiny_model, words
 from helpers.training import config
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vigos.cli import main
+from vigos.method.encode import EncodedPrompt, ScoredSequence
+from vigos.models.compat import is_stateful
 from vigos.models.families import FAMILIES, describe, family_of, layer_kinds, tree_refusal
+from vigos.scoring.check import TreeCheck
+from vigos.scoring.forwards import check_tree
+from vigos.scoring.hidden_states import hidden_states
 from vigos.train.adapters import prepare_model
 
 
@@ -60,3 +68,35 @@ def test_doctor_prints_the_row(capsys: pytest.CaptureFixture[str]) -> None:
         main(["doctor", "--model", "builtin", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert (printed["family"], printed["prefix tree"]) == ("Qwen2.5-VL", "exact, by a test")
+
+
+# ---- every family that is easily made small, scored ------------------------------------------------------------------
+
+QUICK = ("aria", "gemma4", "idefics3", "kosmos-2.5", "mistral3", "paligemma")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL],
+)
+def test_no_family_is_scored_wrongly_in_silence(model_type: str) -> None:
+    """The tree's states are those of separate forwards, or it is refused, or left with a warning."""
+    model = small_model(model_type)
+    first, second = words(20, 1), words(12, 2)
+    prompts = [EncodedPrompt(ids, None, None) for ids in (first, first, torch.cat([first[:12], second]))]
+    sequences = [
+        ScoredSequence(prompt, words(8 + i, 3 + i // 2), torch.arange(2, 8 + i), (0, ""))
+        for i, prompt in enumerate(prompts)
+    ]
+    check = TreeCheck()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if tree_refusal(model.config) or (family_of(model.config) is None and is_stateful(model)):
+            with pytest.raises(ValueError, match="use scoring='separate'"):
+                check_tree(model)
+            return
+        states = check.hidden_states(model, sequences, "student")
+        exact = hidden_states(model, sequences, scoring="separate", token_budget=1)
+    assert ((states - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 1e-4
+    assert check._seen["student"] > 0, "it was compared"
+    assert check.failed == any("go on with scoring='separate'" in str(w.message) for w in caught)

@@ -133,8 +133,10 @@ def test_where_a_model_rounds_more_the_tree_is_no_worse(seed: int) -> None:
     assert all(ours <= 2 * theirs for ours, theirs in zip(errors["tree"], errors["separate"], strict=True)), errors
 
 
-@every_family
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("family", "reentrant"),
+    [*((family, False) for family in FAMILIES), *((f, True) for f in ("qwen3_vl", "qwen3_5", "lfm2_vl", "nemotron_h"))],
+)
 def test_under_gradient_checkpointing(family: str, reentrant: bool) -> None:
     model, sequences = tiny_model(family, seed=FAMILIES[family]).train(), mixed_rows(family)
     exact, wanted = states_and_gradients(model, sequences, scoring="separate")
@@ -207,7 +209,10 @@ class HalfScripted(ScriptedEngine):
         return [a if i % 2 else b for i, (a, b) in enumerate(zip(written, scripted, strict=True))]
 
 
-@every_family
+@pytest.mark.parametrize(
+    "family",
+    [f if f in ("qwen2_5_vl", "qwen3_5", "lfm2_vl") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_two_steps_of_training_are_those_of_separate_forwards(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
