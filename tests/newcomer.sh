@@ -53,11 +53,11 @@ Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 P
   outside=(--allow-outside-root true)
 else
-  vigos world generate mine --split train --n 64 --seed 5 > /dev/null
+  vigos world generate mine --split train --n 64 --seed 5
   ln -s mine/train.jsonl train.jsonl 2> /dev/null || true; outside=(--data-root mine)
 fi
 run=(train --model builtin --data train.jsonl "${outside[@]}" --output-dir run --use-cpu true --max-steps 6 --save-steps 2
-  --per-device-train-batch-size 4 --max-completion-length 48 --report-to none)
+  --per-device-train-batch-size 4 --gradient-accumulation-steps 1 --max-completion-length 48 --report-to none)
 "$python" -m vigos "${run[@]}" > run.txt 2>&1 & process=$!
 until [ -d run/checkpoint-2 ] || ! kill -0 $process 2> /dev/null; do sleep 0.2; done
 kill -INT $process 2> /dev/null || true
