@@ -333,7 +333,7 @@ def test_what_the_checkpoint_holds_decides(server: Server, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING, logger="vigos.rollout.prefetch"):
         cooler = resumed(temperature=0.5)
     assert cooler.written[2] != whole.written[2]
-    assert caplog.text.count("step 3 samples its rollouts now: those in the checkpoint are of other rows") == 1
+    assert caplog.text.count("step 3 samples its rollouts now: those in the checkpoint are of other examples") == 1
     state.write_text(json.dumps(kept | {"rollouts": kept["rollouts"] | {"completions": None}}))
     without = resumed()
     assert without.written[2] != whole.written[2]

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from helpers.restart_cases import At, child, resume, step_of, until, wait
 from vigos.data.examples import load_rows
 from vigos.errors import TrainingStopped, end_process
+from vigos.rollout.engine import Completion
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.prefetch import Request
 from vigos.train.checkpoint import checkpoints, last_checkpoint
@@ -60,9 +61,9 @@ class Watched(ViGOSTrainer):
         super().__init__(*args, **kwargs)
         parse = self.rollouts._rollouts
 
-        def watched(request: Request, completions: Sequence[Tensor]) -> Any:
+        def watched(request: Request, completions: Sequence[Completion]) -> Any:
             self.requests[request.step] = request
-            self.written[request.step] = [ids.tolist() for ids in completions]
+            self.written[request.step] = [completion.ids.tolist() for completion in completions]
             self.weights[request.step] = trained(self)
             return parse(request, completions)
 

@@ -91,8 +91,8 @@ def _is_empty(image: Any) -> bool:
 def _row(
     record: Record, example_id: Any, problem: str, answer: Any, images: Sequence[Any], *keep: str, **extra: Any
 ) -> dict[str, Any]:
-    """Return an example; if all of `images` are null it holds a null, so that it is skipped and not asked blindly."""
-    shown = [image for image in images if not _is_empty(image)] or [None] * bool(images)
+    """Return an example; if all of `images` are null it holds an image of nothing: it is skipped, not asked blindly."""
+    shown = [image for image in images if not _is_empty(image)] or [{}] * bool(images)
     kept = {name: record[name] for name in keep if record.get(name) is not None}
     answer = None if answer is None else str(answer)
     return {"problem": problem, "images": shown, "answer": answer, "problem_id": str(example_id)} | kept | extra
