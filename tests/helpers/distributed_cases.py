@@ -168,7 +168,10 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
                 model.save_pretrained(folder / "untrained")
         deepspeed.comm.barrier()
         model = type(model).from_pretrained(folder / "untrained")
-    own = CopyEngine.for_model(copy.deepcopy(model), processor()) if engines else None
+    own = None
+    if engines:  # loaded, as students are: a model made from its configuration loses its checkpoint's names under FSDP2
+        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype)
+        own = CopyEngine.for_model(copy.deepcopy(model), processor())
     engine = trainer(model, args, data())
     if own is not None:
         own.check_weights(own.model)
