@@ -10,6 +10,7 @@ end with the metrics (clocks apart) and weights, to the bit, of one that nothing
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def kill(folder: Path, data: Path, whole: Path, count: int) -> dict[str, Any]:
             moment = chance.choice(("step", "checkpoint", "final save")) if sum(kills.values()) < count else "never"
             marks: dict[str, Callable[[], bool]] = {
                 "step": lambda before=before, run=run: len(metrics(run)) > before,
-                "checkpoint": lambda run=run: bool(list(run.glob("saving/checkpoint-*/*"))),
+                "checkpoint": lambda run=run: bool(glob.glob(f"{run}/saving/checkpoint-*/*")),
                 "final save": lambda run=run: bool(list(run.glob("saving/adapter")) or list(run.glob("saving/merged"))),
                 "never": lambda: False,
             }

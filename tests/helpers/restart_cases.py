@@ -5,6 +5,7 @@ The parent imports and forks, so that a child costs a second and not ten. What h
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -110,7 +111,7 @@ def kill_at_random(folder: Path) -> dict[str, Any]:
         before = last_checkpoint(run) if run.is_dir() else None
         number = child(lambda: resume(build(run)), log)
         if chance.random() < 0.6:  # in the middle of writing a checkpoint
-            until(20, lambda: bool(list(run.glob("saving/checkpoint-*/*"))))
+            until(20, lambda: bool(glob.glob(f"{run}/saving/checkpoint-*/*")))
             time.sleep(chance.uniform(0, 0.02))
         else:  # at any time before it has gone on by two steps: on a fast machine too the run must outlast the kills
             step = 0 if before is None else step_of(before)

@@ -101,7 +101,6 @@ def _numerically_equal(said: Any, gold: Any) -> bool | None:
 
 def serve(requests: TextIO, replies: TextIO) -> None:
     """Answer until the input ends."""
-    logging.disable(logging.CRITICAL)  # expressions that do not parse are everyday business
     try:
         import math_verify  # noqa: F401
     except ImportError as error:
@@ -128,6 +127,7 @@ def _out_of_time(*_: Any) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)  # expressions that do not parse are everyday business
     if sys.platform == "linux":  # other systems do not enforce such a bound, or refuse it
         import resource
 

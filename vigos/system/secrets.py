@@ -7,7 +7,7 @@ import os
 from urllib.parse import quote, urlsplit
 
 _KNOWN: set[str] = set()
-_SHORTEST = 4  # characters; to mask a shorter one would tear words apart
+_SHORTEST = 8  # characters: "EMPTY" or "hidden" guards nothing, and as a word of a page or a file it must stay
 
 
 def api_key(variable: str) -> str | None:
