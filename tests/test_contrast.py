@@ -11,6 +11,7 @@ from helpers.engines import PROFILES, set_up
 
 import vigos
 from vigos import reference
+from vigos.divergence.validation import supervision_tensors
 
 INF = float("inf")
 ENGINES = ("reference", "cpu", "triton")
@@ -176,6 +177,17 @@ def test_logits(engine, gamma):
     assert error(out.divergence.detach().double(), divergence.detach()) < 1e-4
     assert error(leaf.grad[:, :v].double(), exact.grad) < 1e-4
     assert not leaf.grad[:, v:].any()
+
+
+def test_a_contrast_leaves_later_calls_alone():
+    z = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    call = {"student_row": torch.arange(3), "teacher_row": torch.arange(3)}
+    plain = vigos.logits_divergence(*z, supervision=vigos.Supervision(**call), impl="reference")
+    contrast = vigos.Supervision(**call, control_row=torch.tensor([1, 2, 0]), contrast=0.5)
+    vigos.logits_divergence(*z, supervision=contrast, impl="reference")
+    assert len(supervision_tensors(vigos.Supervision(**call), *z)) == 5
+    again = vigos.logits_divergence(*z, supervision=vigos.Supervision(**call), impl="reference")
+    assert torch.equal(plain.divergence, again.divergence)
 
 
 MISTAKES = {

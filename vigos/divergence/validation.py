@@ -186,7 +186,7 @@ def supervision_tensors(supervision: Supervision | None, student: Tensor, teache
     wanted_types = _FIELDS
     numbers = (supervision.contrast, supervision.plausibility)
     if supervision.control_row is not None or any(isinstance(x, Tensor) or x != 0 for x in numbers):
-        wanted_types |= _TARGET_FIELDS
+        wanted_types = _FIELDS | _TARGET_FIELDS
     if supervision.control_row is None and (isinstance(numbers[0], Tensor) or numbers[0] != 0):
         raise ValueError(f"supervision.control_row must be given with contrast, got None and {_described(numbers[0])}")
     for name, (dtype, wanted_type) in wanted_types.items():
