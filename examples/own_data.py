@@ -1,8 +1,8 @@
 """ViGOS, OPSD and supervised fine-tuning on data that nobody here made: images, questions and answers of easy-VQA.
 
     pip install easy-vqa
-    python examples/own_data.py --output-dir runs/easy-vqa            # about half an hour on one core
-    python examples/own_data.py --output-dir runs/easy-vqa --method opsd   # goes on from the same warm-up
+    python examples/own_data.py --output-dir runs/easy-vqa
+    python examples/own_data.py --output-dir runs/easy-vqa --method opsd  # goes on from the same warm-up
 
 The built-in model knows neither "triangle" nor "yes", and a teacher cannot teach what it cannot say. So half of the
 training images are spent on a supervised warm-up, which also teaches a habit of the kind that this data invites: every
