@@ -126,7 +126,7 @@ def first_call(case: Case, dtype: torch.dtype) -> float:
 
 
 def peak_gflops() -> float:
-    """What this processor's threads compute in registers alone, multiplications and additions, in 10^9 a second."""
+    """Measure what the threads compute in registers alone: multiplications and additions, in 10^9 a second."""
     extension, threads = importlib.import_module("vigos._C"), torch.get_num_threads()
     times = [(seconds(lambda: extension.multiply_add(10**7, threads), "cpu")) for _ in range(5)]
     return float(extension.multiply_add(10**7, threads)) / min(times) / 1e9

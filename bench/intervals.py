@@ -1,4 +1,4 @@
-"""How often intervals hold the truth and tests raise false alarms, where related examples are right or wrong together.
+"""Measure how often intervals hold the truth and tests raise false alarms, where related examples go together.
 
     python bench/intervals.py [--runs 2000]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.divergence_cases import Case, case, error, heads, logits_divergence, run, split
-from helpers.engines import PROFILES, set_up
+from helpers.engines import engines_on_cpu
 
 import vigos
 from vigos import reference
@@ -17,13 +17,7 @@ INF = float("inf")
 ENGINES = ("reference", "cpu", "triton")
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """The name of an engine that has contrast, with several chunks at the sizes of a test."""
-    if PROFILES[request.param].device != "cpu":
-        pytest.skip("its tensors lie on the CPU")
-    set_up(request.param, monkeypatch, request)
-    return request.param
+engine = engines_on_cpu(ENGINES)
 
 
 def contrasted(engine: str, *, alpha: float = 0.7, gamma: float = 0.0, **options) -> Case:
@@ -101,7 +95,7 @@ def outputs(c: Case, impl: str, labels: torch.Tensor | None = None) -> tuple[vig
 
 
 def test_no_contrast_is_no_control_bit_for_bit(engine):
-    """Also where the control's hidden states are not even numbers, and next to pairs that have a contrast."""
+    """Hold also where the control's hidden states are not even numbers, and next to pairs that have a contrast."""
     c = contrasted(engine, alpha=0.0)
     rows = c.supervision
     plain = replace(c, supervision=replace(rows, control_row=None, contrast=0.0, plausibility=0.0))

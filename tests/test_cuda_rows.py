@@ -1,4 +1,4 @@
-"""What only the CUDA row kernels can be asked, emulated on the CPU: clusters, paths, the plan of a launch, refusals.
+"""Ask what only the CUDA row kernels can be asked, emulated on the CPU: clusters, paths, plans of a launch, refusals.
 
 That their results are right is in test_engines.py and test_engines_logits.py; what needs a GPU, in test_engines_gpu.py.
 """

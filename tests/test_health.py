@@ -1,4 +1,4 @@
-"""What says that nothing can be learned, and the card of what was."""
+"""Test the warnings that nothing can be learned, and the model card."""
 
 from __future__ import annotations
 

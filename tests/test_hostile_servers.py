@@ -1,4 +1,4 @@
-"""What a real server may answer: slowly, without end, or without sense. Bounded time and memory, one line, no key."""
+"""Let a real server answer slowly, without end, or without sense. Bounded time and memory, one line, no key."""
 
 from __future__ import annotations
 

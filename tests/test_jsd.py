@@ -8,7 +8,7 @@ import math
 import mpmath
 import pytest
 import torch
-from helpers.engines import PROFILES, set_up
+from helpers.engines import PROFILES, engines_on_cpu
 
 import vigos
 
@@ -17,13 +17,7 @@ DISTANCES = torch.tensor([1e-3, 1e-3, 0.3, 0.3, 4.0, 15.0])  # of the teacher, a
 ROWS, V = len(DISTANCES), 24
 
 
-@pytest.fixture(params=PROFILES)
-def engine(request, monkeypatch):
-    """The name of an engine that runs here."""
-    if PROFILES[request.param].device != "cpu":
-        pytest.skip("its tensors lie on the CPU; the GPU's own files test it there")
-    set_up(request.param, monkeypatch, request)
-    return request.param
+engine = engines_on_cpu(PROFILES)
 
 
 def logits(distance=DISTANCES[:, None]):
@@ -75,7 +69,7 @@ def test_jsd_of_any_beta(engine, beta):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("beta", [1e-8, 0.3, 1 - 1e-8])
 def test_jsd_of_impossible_entries(engine, beta):
-    """What one side cannot produce adds a finite term, what neither can adds nothing; no NaN."""
+    """Check that an entry impossible on one side adds a finite term, and on both sides nothing; no NaN."""
     student, teacher = logits(1.0)
     student[:, 0] = teacher[:, 1] = -math.inf
     student[:, 2] = teacher[:, 2] = -math.inf

@@ -1,4 +1,4 @@
-"""What somebody else's model or adapter folder may not do: bring code, be something else, or fit only in part."""
+"""Refuse models and adapters of others that bring code, are something else, or fit only in part."""
 
 from __future__ import annotations
 

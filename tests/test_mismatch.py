@@ -1,4 +1,4 @@
-"""What an engine said of its tokens, against the trainer: differences, importance ratios, phases of a step."""
+"""Compare an engine's log-probabilities with the trainer's: differences, importance ratios, phases of a step."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def images_in_float64(sequence: ScoredSequence) -> ScoredSequence:
 
 @every_family
 def test_in_float64_the_tree_is_exact(family: str) -> None:
-    """What float32 leaves between tree and separate forwards is the order of its additions."""
+    """Show in float64 that float32 leaves only the order of its additions between tree and separate forwards."""
     sequences = [images_in_float64(sequence) for sequence in mixed_rows(family)]
     with InFloat64():
         model = in_float64(tiny_model(family))

@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_the_trained_model_is_an_error(tmp_path: Path, full
 def test_a_wrong_merged_model_takes_no_place_and_the_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if merging forgot the adapter."""
+    """Merge as if the adapter were forgotten."""
     monkeypatch.setattr("vigos.train.final.merged_copy", base_copy)
     run = trainer(adapted(), config(tmp_path, save_merged=True), rows(2), texts=TEXTS)
     with pytest.raises(SavedModelError, match="merged/ was not written"):

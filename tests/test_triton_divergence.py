@@ -1,4 +1,4 @@
-"""What only the Triton engine can be asked; test_engines.py and test_engines_logits.py say that it is right."""
+"""Ask what only the Triton engine can be asked; test_engines.py and test_engines_logits.py say that it is right."""
 
 from __future__ import annotations
 

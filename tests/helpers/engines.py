@@ -117,3 +117,16 @@ def set_up(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
         configure(monkeypatch, name, cpu.Config(most_columns=16))
     else:
         configure(monkeypatch, name, chunked.Config(cpu_elements=16 * 501))
+
+
+def engines_on_cpu(names: Any) -> Any:
+    """Return a fixture: the name of each engine that takes tensors on the CPU here, with chunks at a test's sizes."""
+
+    @pytest.fixture(params=names)
+    def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+        if PROFILES[request.param].device != "cpu":
+            pytest.skip("its tensors lie on the CPU; the files for a GPU test it there")
+        set_up(request.param, monkeypatch, request)
+        return request.param
+
+    return engine

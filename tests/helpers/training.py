@@ -193,7 +193,7 @@ def move(engine: Any, scale: float = 0.1) -> None:
 
 
 def metrics_of(engine: Any) -> list[dict[str, Any]]:
-    """What was logged at each step, without clocks and memory."""
+    """Return what was logged at each step, without clocks and memory."""
     logs = [log for log in engine.state.log_history if "loss" in log]
     return [{k: v for k, v in log.items() if not k.startswith(("perf/", "train_", "epoch"))} for log in logs]
 

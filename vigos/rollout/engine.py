@@ -131,6 +131,25 @@ class RolloutEngine(Protocol):
         """Refuse a student whose weights would not arrive; called once, with the initial ones. Raises RolloutError."""
 
 
+class CompletionEngine(RolloutEngine):
+    """Serve `generate` and `sample` by one function, which is told whether log-probabilities are wanted."""
+
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
+        """Sample as `RolloutEngine.generate` says. Raises RolloutError."""
+        return [completion.ids for completion in self._sample(prompts, sampling, seed, logprobs=False)]
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
+    ) -> list[Completion]:
+        """Sample as `generate` does, with log-probabilities. Raises RolloutError."""
+        return self._sample(prompts, sampling, seed, logprobs=True)
+
+    def _sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int], *, logprobs: bool
+    ) -> list[Completion]:
+        raise NotImplementedError
+
+
 def stream_seed(seed: int, *streams: int) -> int:
     """Return a 63-bit seed from a seed and stream numbers, so that neighbouring ones are unrelated (splitmix64).
 

@@ -36,7 +36,7 @@ from vigos.method.encode import Chat, EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.answers import read_completions, read_names
 from vigos.rollout.checks import RolloutChecks, RolloutError, known_logprobs
-from vigos.rollout.engine import Completion, RolloutEngine, Sampling, prompt_seeds
+from vigos.rollout.engine import Completion, CompletionEngine, Sampling, prompt_seeds
 from vigos.rollout.full_weights import FullWeights, Server
 from vigos.system.http import Client, ServerError, parsed_answer
 from vigos.system.secrets import api_key, server_address
@@ -56,7 +56,7 @@ class RolloutServerError(RolloutError):
     """Raised if the server is gone, refuses, or gives unusable answers."""
 
 
-class ServerEngine(RolloutEngine):
+class ServerEngine(CompletionEngine):
     """Sample on a server. Completions are as exact as with the model at hand: ids, not text.
 
     Args:
@@ -111,16 +111,6 @@ class ServerEngine(RolloutEngine):
 
     def __repr__(self) -> str:  # without the key
         return f"ServerEngine({self.url!r}, {self.model!r})"
-
-    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
-        """Sample as `RolloutEngine.generate` says. Raises RolloutServerError."""
-        return [completion.ids for completion in self._sample(prompts, sampling, seed, logprobs=False)]
-
-    def sample(
-        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
-    ) -> list[Completion]:
-        """Sample as `generate` does, with log-probabilities."""
-        return self._sample(prompts, sampling, seed, logprobs=True)
 
     def _sample(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int], *, logprobs: bool

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from vigos.method.encode import EncodedPrompt
 from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.checks import RolloutChecks, RolloutError, collapsed, known_logprobs
-from vigos.rollout.engine import Completion, RolloutEngine, Sampling, prompt_seeds
+from vigos.rollout.engine import Completion, CompletionEngine, Sampling, prompt_seeds
 from vigos.rollout.full_weights import BACKEND, WORKER, FullWeights, InProcess
 from vigos.system.extras import install
 from vigos.system.http import UnusableAnswer
 
 
-class VLLMEngine(RolloutEngine):
+class VLLMEngine(CompletionEngine):
     """Sample with `vllm.LLM`.
 
     Args:
@@ -79,16 +79,6 @@ class VLLMEngine(RolloutEngine):
 
     def __repr__(self) -> str:
         return f"VLLMEngine({self.model!r})"
-
-    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]) -> list[Tensor]:
-        """Sample as `RolloutEngine.generate` says. Raises RolloutError."""
-        return [completion.ids for completion in self._sample(prompts, sampling, seed, logprobs=False)]
-
-    def sample(
-        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int]
-    ) -> list[Completion]:
-        """Sample as `generate` does, with log-probabilities."""
-        return self._sample(prompts, sampling, seed, logprobs=True)
 
     def _sample(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int | Sequence[int], *, logprobs: bool

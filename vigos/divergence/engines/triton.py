@@ -240,9 +240,8 @@ class Gradients:
         self.offsets = torch.arange(width + 1, device=device)
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
         self.filled = 0
-        self.unread = (
-            0  # rows of the last chunk that lie at the end of dlogits, `skipped` less than its live rows first
-        )
+        # The last chunk's rows at the end of dlogits, after `skipped` of the chunk's rows that went before.
+        self.unread = 0
         self.skipped = 0
         self.live_count = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
