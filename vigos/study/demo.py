@@ -32,7 +32,7 @@ def run_demo(
     """Write data, evaluate the built-in base, train it, evaluate again; return the content of `summary.json`.
 
     Returns:
-        `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their Wilson intervals,
+        `before` and `after`, each with `score`, `prior`, `valid_rate` (shares in [0, 1]) and their 95 % intervals,
         and `seconds`.
     """
     from vigos.data.examples import load_rows
