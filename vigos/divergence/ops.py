@@ -35,7 +35,7 @@ from vigos.divergence.supervision import REVERSE_KL
 NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 
-def _operator(name: str) -> Callable[[Callable[..., object]], Any]:
+def operator(name: str) -> Callable[[Callable[..., object]], Any]:
     """Register a function that changes none of its arguments as an operator.
 
     torch.library.custom_op does the same, but its first call imports torch._dynamo: two seconds.
@@ -291,7 +291,7 @@ def linear(
     return linear_op(*student, list(teacher), list(supervision), labels, *call.packed(), need)
 
 
-@_operator("vigos::linear_divergence")
+@operator("vigos::linear_divergence")
 def linear_op(
     student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher: list[Tensor | None],
     supervision: list[Tensor], labels: Tensor | None, scalars: list[float], vocab_size: int, group_name: str, impl: str,
@@ -331,7 +331,7 @@ def _linear_fake(  # type: ignore[no-untyped-def]
     )
 
 
-@_operator("vigos::linear_divergence_backward")
+@operator("vigos::linear_divergence_backward")
 def _linear_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student: list[Tensor | None], teacher: list[Tensor | None],
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str, need: list[bool],
@@ -434,7 +434,7 @@ def logits(
     return logits_op(student_logits, teacher_logits, list(supervision), labels, *call.packed(), inplace)
 
 
-@_operator("vigos::logits_divergence")
+@operator("vigos::logits_divergence")
 def logits_op(
     student_logits: Tensor, teacher_logits: Tensor, supervision: list[Tensor], labels: Tensor | None,
     scalars: list[float], vocab_size: int, group_name: str, impl: str, inplace: bool,
@@ -469,7 +469,7 @@ def _logits_gradient(
         return choose(call.impl, problem).logits_backward(problem, state, g, out=out)
 
 
-@_operator("vigos::logits_divergence_backward")
+@operator("vigos::logits_divergence_backward")
 def _logits_backward_op(
     upstream: list[Tensor | None], saved: list[Tensor], student_logits: Tensor, teacher_logits: Tensor,
     supervision: list[Tensor], scalars: list[float], vocab_size: int, group_name: str, impl: str,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from vigos.divergence import reference
-from vigos.divergence.ops import NOT_CAPTURED, check_targets
+from vigos.divergence.ops import check_targets, operator
 
 CHUNK = 2**22  # elements of the temporaries
 
 
-@torch.library.custom_op("vigos::target_logits", mutates_args=(), tags=NOT_CAPTURED)
+@operator("vigos::target_logits")
 def target_logits(teacher_logits: Tensor, supervision: list[Tensor], temperature: float, vocab_size: int) -> Tensor:
     """Return the targets' raw logits, (R, V) float32 (float64 for float64): those of softmax(z* / temperature).
 
@@ -32,7 +32,7 @@ def target_logits(teacher_logits: Tensor, supervision: list[Tensor], temperature
     return out
 
 
-@target_logits.register_fake
+@torch.library.register_fake("vigos::target_logits")
 def _target_logits_fake(teacher_logits, supervision, temperature, vocab_size):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
     return teacher_logits.new_empty((supervision[1].shape[0], teacher_logits.shape[1]), dtype=dtype)
