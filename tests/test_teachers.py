@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from vigos.cli.recipes import FOLDER, names, path_of, summary
 from vigos.method.objective import Objective
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
+from vigos.world import write_world
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B]
 GREY = (127, 127, 127)
@@ -242,6 +245,22 @@ def test_recipes_name_their_source() -> None:
 
 
 # --- Teachers of a run's own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_from_the_command_line(tmp_path: Path) -> None:
+    def vigos_says(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "vigos", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert {line for line in vigos_says("recipes").splitlines() if line and line[0] != " "} == set(names())
+    data, run = write_world(tmp_path / "world", "train", 4), tmp_path / "run"
+    options = "--max-steps 1 --per-device-train-batch-size 4 --gradient-accumulation-steps 1 --use-cpu true"
+    where = ("--model", "builtin", "--data", str(data), "--output-dir", str(run), "--max-completion-length", "60")
+    vigos_says("train", "--recipe", "opsd", *where, *options.split(), "--report-to", "none")
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert logged["token_share/reference"] == 1  # one teacher supervises every token
 
 
 def test_several_teachers_share_a_span_and_leave_their_views(tmp_path: Path) -> None:
