@@ -167,6 +167,7 @@ def test_addresses_that_are_none(address: str) -> None:
         Judge(address, "m")
 
 
-def test_short_words_are_not_masked() -> None:
-    remember("a")
-    assert masked("a banana") == "a banana"
+@pytest.mark.parametrize("word", ["a", "EMPTY", "hidden"])
+def test_short_words_are_not_masked(word: str) -> None:
+    remember(word)
+    assert masked(f"{word} banana") == f"{word} banana"

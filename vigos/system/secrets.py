@@ -7,7 +7,8 @@ import os
 from urllib.parse import quote, urlsplit
 
 _KNOWN: set[str] = set()
-_SHORTEST = 8  # characters: "EMPTY" or "hidden" guards nothing, and as a word of a page or a file it must stay
+_SHORTEST = 4  # characters; to mask a shorter one would tear words apart
+_PLAIN_WORD = 8  # letters: a shorter key of letters alone, "EMPTY" or "hidden", guards nothing, and pages hold the word
 
 
 def api_key(variable: str) -> str | None:
@@ -30,7 +31,7 @@ def api_key(variable: str) -> str | None:
 
 def remember(secret: str) -> None:
     """Mask this text from now on, also as JSON, as Python and as an address spell it."""
-    if len(secret) >= _SHORTEST:
+    if len(secret) >= (_PLAIN_WORD if secret.isalpha() else _SHORTEST):
         _KNOWN.update((secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")))
 
 
