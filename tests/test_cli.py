@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from vigos.cli import main
-from vigos.cli.commands import EVAL, PALR, PROBE, TRAIN, after_training, check_trackers
+from vigos.cli.app import EVAL, PALR, PROBE, TRAIN
 from vigos.cli.doctor import examine
 from vigos.cli.folders import output_folder
 from vigos.cli.options import UsageError, declared
+from vigos.cli.train import after_training, check_trackers
 from vigos.data.examples import load_rows
 from vigos.divergence.engines import IMPLS
 from vigos.launch import Source, run_facts

@@ -7,8 +7,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vigos
-from vigos.divergence import ops as operators
+from vigos.divergence import call as call_module
+from vigos.divergence.call import Call
 from vigos.divergence.engines.problem import LogitTransform
+from vigos.divergence.linear_op import linear_backward_op, linear_op
+from vigos.divergence.logits_op import logits_op
 
 IMPLS = ["reference", "cpu"]
 N, D, V = 8, 6, 41
@@ -34,49 +37,30 @@ def fields(rows):
 def linear_arguments(impl, dtype=torch.float32, need=(True, True, True), labels=None):
     student, head, bias, teacher, rows = inputs(dtype)
     transform = LogitTransform(0.9, 15.0, 1.2)
-    packed = operators.Call(transform, transform, 0.3, impl=impl).packed()
-    return (
-        student,
-        head,
-        bias,
-        [teacher, None, None],
-        fields(rows),
-        labels,
-        *packed,
-        list(need),
-    )
+    packed = Call(transform, transform, 0.3, impl=impl).packed()
+    return student, head, bias, [teacher, None, None], fields(rows), labels, *packed, list(need)
 
 
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, False, False)])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_linear(impl, need):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        operators.linear_op, linear_arguments(impl, need=need, labels=torch.arange(N)), test_utils=tests
-    )
+    torch.library.opcheck(linear_op, linear_arguments(impl, need=need, labels=torch.arange(N)), test_utils=tests)
 
 
 @pytest.mark.slow
 def test_opcheck_traced():
-    torch.library.opcheck(operators.linear_op, linear_arguments("cpu"), test_utils=("test_aot_dispatch_dynamic",))
+    torch.library.opcheck(linear_op, linear_arguments("cpu"), test_utils=("test_aot_dispatch_dynamic",))
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     rows = inputs()[4]
-    packed = operators.Call(LogitTransform(), LogitTransform(), impl="cpu").packed()
-    arguments = (
-        student,
-        teacher,
-        fields(rows),
-        None,
-        *packed,
-        False,
-    )
-    torch.library.opcheck(operators.logits_op, arguments)
+    packed = Call(LogitTransform(), LogitTransform(), impl="cpu").packed()
+    torch.library.opcheck(logits_op, (student, teacher, fields(rows), None, *packed, False))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_backward(impl):
     arguments = linear_arguments(impl)
-    out = operators.linear_op(*arguments)
+    out = linear_op(*arguments)
     saved = [x.detach() for x in (out[1], *out[8:12])]
     student, (teacher, supervision, _), rest = arguments[:3], arguments[3:6], arguments[6:]
     rest = ([x.detach() for x in student], teacher, supervision, *rest)
@@ -86,7 +70,7 @@ def test_opcheck_backward(impl):
         (torch.tensor(2.0), torch.rand(N)),
     ):
         torch.library.opcheck(
-            operators._linear_backward_op, ([grad_loss, grad_divergence], saved, *rest),
+            linear_backward_op, ([grad_loss, grad_divergence], saved, *rest),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -100,8 +84,8 @@ def test_operators_say_that_no_graph_captures_them():
 def test_values_are_checked_in_forward_alone(monkeypatch):
     """On a GPU the check waits for the device."""
     seen = []
-    real = operators._check_rows
-    monkeypatch.setattr(operators, "_check_rows", lambda *rest: seen.append(1) or real(*rest))
+    real = call_module.check_rows
+    monkeypatch.setattr(call_module, "check_rows", lambda *rest: seen.append(1) or real(*rest))
     student, head, _, teacher, rows = inputs()
     vigos.linear_divergence(student, head, teacher, supervision=rows, impl="reference").loss.backward()
     logits = torch.randn(N, V, requires_grad=True)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers.training import CUT_OFF, VALID_A, config, rows, tiny_student, trainer
 
-from vigos.cli.commands import TRAIN
+from vigos.cli.app import TRAIN
 from vigos.train.metrics import peak_tflops
 from vigos.train.profiling import NAMES, Phases, table
 

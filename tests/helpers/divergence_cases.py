@@ -11,8 +11,9 @@ from torch import Tensor
 import vigos
 from vigos import reference
 from vigos.divergence.api import _output
+from vigos.divergence.call import Call
 from vigos.divergence.engines.problem import LogitTransform
-from vigos.divergence.ops import Call, logits
+from vigos.divergence.logits_op import logits
 from vigos.divergence.validation import supervision_tensors
 
 KINDS = (vigos.FORWARD_KL, vigos.REVERSE_KL, vigos.JSD)

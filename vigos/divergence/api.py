@@ -1,8 +1,8 @@
 """Divergences between a student's and its teachers' next-token distributions, without the logits of a batch.
 
 `linear_divergence` starts from hidden states, `logits_divergence` from logits that exist. Both check their arguments
-(`vigos.divergence.validation`) and call a registered operator (`vigos.divergence.ops`), which passes them as one frozen
-dataclass to the engine that `impl` names (`vigos.divergence.engines`).
+(`vigos.divergence.validation`) and call a registered operator (`linear_op`, `logits_op`), which passes them as one
+frozen dataclass to the engine that `impl` names (`vigos.divergence.engines`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vigos.divergence.call import Call
 from vigos.divergence.engines.problem import LogitTransform
 from vigos.divergence.head import Head
-from vigos.divergence.ops import Call, linear, logits
+from vigos.divergence.linear_op import linear
+from vigos.divergence.logits_op import logits
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.targets import target_logits

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.ops import Call, _logits_backward_inplace_op, _logits_backward_op, _once, logits
+from vigos.divergence.call import Call
+from vigos.divergence.logits_op import logits, logits_backward_inplace_op, logits_backward_op
+from vigos.divergence.operator import once
 
 
 def overlaps(x: Tensor) -> bool:
@@ -94,10 +96,10 @@ class _Strided(torch.autograd.Function):
             )  # fmt: skip
             if dlogits is None:
                 if torch.is_grad_enabled():  # create_graph=True
-                    _once()
-                _logits_backward_inplace_op(*arguments)
+                    once()
+                logits_backward_inplace_op(*arguments)
             else:
-                dlogits.view(-1, v)[start : start + n] = _logits_backward_op(*arguments)
+                dlogits.view(-1, v)[start : start + n] = logits_backward_op(*arguments)
             start += n
         return student.detach() if dlogits is None else dlogits, *nothing
 

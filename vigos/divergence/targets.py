@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vigos.divergence import reference
-from vigos.divergence.ops import check_targets, operator
+from vigos.divergence.call import check_targets
+from vigos.divergence.operator import operator
 
 CHUNK = 2**22  # elements of the temporaries
 

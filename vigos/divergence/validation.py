@@ -1,7 +1,7 @@
 """Checks of the arguments of `linear_divergence` and `logits_divergence`, before anything is computed.
 
 A `ValueError` names the argument, what was wanted and what came. Nothing here waits for a device: ranges of indices are
-checked by the operators (`vigos.divergence.ops`).
+checked by the operators (`vigos.divergence.call`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Private names of other libraries that models, scoring and training depend on, each with the version it was read in.
 
 A new version of one of them is checked here first. Two more stand where this module cannot be imported:
-`torch.distributed.distributed_c10d._resolve_process_group` (vigos/divergence/ops.py, torch 2.13.0) and
+`torch.distributed.distributed_c10d._resolve_process_group` (vigos/divergence/call.py, torch 2.13.0) and
 `atexit._run_exitfuncs` (vigos/errors.py, Python 3.11).
 """
 

@@ -19,7 +19,6 @@ over their states. What it leaves out: evaluation (see `vigos.eval.evaluate`) an
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import uuid
@@ -30,15 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable, load_rows
-from vigos.divergence.api import DivergenceOutput, linear_divergence
-from vigos.divergence.head import Head
+from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable
+from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.asking import Asking
-from vigos.method.composed import RowWeights, control_pairs, row_losses
+from vigos.method.composed import RowWeights
 from vigos.method.encode import ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
@@ -48,10 +45,8 @@ from vigos.method.supervise import (
     TermCounts,
     count_terms,
     divisors,
-    importance_ratio,
     supervise,
 )
-from vigos.method.weights import Pairs
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, unwrap
 from vigos.models.routers import LoadBalance
@@ -80,7 +75,9 @@ from vigos.train.config import ViGOSConfig
 from vigos.train.engines import build_engine
 from vigos.train.final import save_final
 from vigos.train.health import Health
+from vigos.train.inputs import as_examples, check_arguments, unchanged
 from vigos.train.manifest import is_trained, read_manifest
+from vigos.train.pair_weights import weighted_losses
 from vigos.train.palr import PALR, measure_palr
 from vigos.train.profiling import Phases, ProfileCallback
 from vigos.train.ranks import count_over_ranks, sum_over_ranks
@@ -136,14 +133,14 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_arguments(model, args, processing_class)
+        check_arguments(model, args, processing_class)
         set_seed(args.seed)  # before the adapter is drawn
         model = prepare_model(model, args)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_unchanged,  # examples become prompts once the step is known
-            train_dataset=_as_examples(train_dataset, args),
+            data_collator=unchanged,  # examples become prompts once the step is known
+            train_dataset=as_examples(train_dataset, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -280,14 +277,10 @@ class ViGOSTrainer(Trainer, TrainerCallback):
                 student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
                 impl=self.args.impl, **self.objective.divergence_options,
             )  # fmt: skip
-            losses = None
-            if self.row_weights is not None or self.objective.composed or self.args.importance_clip:
-                pairs = self._pairs(batch, out, teacher_hidden, teacher_head)
-                losses = row_losses(batch, out.divergence, pairs, self.objective.roster, self.row_weights)
-            if self.args.importance_clip and losses is not None and out.student_logprob is not None:
-                losses = losses * importance_ratio(
-                    out.student_logprob, batch.sampled_logprob, self.args.importance_clip
-                ).to(losses)
+            losses = weighted_losses(
+                batch, out, teacher_hidden, teacher_head, self.args, objective=self.objective,
+                row_weights=self.row_weights,
+            )  # fmt: skip
             top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
             self.recorder.teacher_knows(batch, teacher_hidden, teacher_head, supervision)
         self.recorder.micro_batch(step, batch, out, top, losses)
@@ -298,23 +291,6 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             self.recorder.metrics.add("loss/router", uneven.item())
             loss = loss + self.args.router_aux_loss_coef / self._micro_batches * uneven
         return (loss, out) if return_outputs else loss
-
-    def _pairs(self, batch: SupervisedBatch, out: DivergenceOutput, hidden: Tensor, head: Head) -> Pairs:
-        """Return what weights of pairs are computed from; controls take two more products, without a gradient."""
-        assert out.teacher_logprob is not None
-        teacher = control = out.teacher_logprob
-        rows = control_pairs(batch)
-        if rows is not None and batch.n_pairs:
-            with torch.no_grad():
-                plain = linear_divergence(
-                    hidden, head, hidden, head, supervision=rows, labels=batch.labels, impl=self.args.impl,
-                    temperature=self.objective.divergence_temperature,
-                )  # fmt: skip
-            assert plain.teacher_logprob is not None
-            assert plain.student_logprob is not None
-            teacher, control = plain.teacher_logprob, plain.student_logprob
-        token = batch.token.to(out.divergence.device)
-        return Pairs(out.divergence.detach(), teacher, control, out.teacher_entropy, token)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of a micro-batch, in smaller packs if memory runs out; return its loss."""
@@ -528,39 +504,3 @@ class ViGOSTrainer(Trainer, TrainerCallback):
 
 
 _ONE = torch.zeros(1, dtype=torch.int64)
-
-
-def _check_arguments(model: nn.Module, args: Any, processing_class: Any) -> None:
-    if not isinstance(args, ViGOSConfig):
-        raise ValueError(f"args must be a ViGOSConfig, got {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process: start one process a GPU with `accelerate launch "
-            "--num_processes ...`, or set CUDA_VISIBLE_DEVICES to one of them"
-        )
-    if processing_class is None:
-        raise ValueError("processing_class must be the model's processor or tokenizer, got None")
-    if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
-        raise ValueError(f"model must be unsharded (args say how the trainer shards it), got the DTensor {sharded[0]}")
-
-
-def _unchanged(examples: list[Any]) -> Any:
-    """Collate by returning the list: a function of a module, so that it can be sent to data loader workers."""
-    return examples
-
-
-def _as_examples(dataset: Any, args: ViGOSConfig) -> ExampleDataset | ExampleStream:
-    """Return examples, with a `BadExample` in place of one that cannot be used, so that it does not end the run."""
-    if isinstance(dataset, ExampleDataset | ExampleStream):
-        examples = copy.copy(dataset)
-        examples.bad_examples = "return"
-        return examples
-    return load_rows(
-        dataset,
-        problem_column=args.problem_column,
-        images_column=args.images_column,
-        answer_column=args.answer_column,
-        id_column=args.id_column,
-        streaming=hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"),
-        bad_examples="return",
-    )
