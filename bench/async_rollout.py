@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import RESULTS, Table, machine
+from measure import Table, machine, results_file
 from PIL import Image
 
 from vigos.data.examples import load_rows
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed ones of a run")
     parser.add_argument("--rounds", type=int, default=2, help="runs with and without, in turn")
     parser.add_argument("--rows", type=int, default=16, help="of a step")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "async_rollout.csv", help="CSV")
+    parser.add_argument("--out", type=Path, default=results_file("cpu", "async_rollout"), help="CSV")
     parser.add_argument("--serve", type=float, default=None, metavar="DELAY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import losses
 import torch
 from losses import Inputs
-from measure import RESULTS, Table, checked, machine, peak_bytes, seconds, take_turns
+from measure import Table, checked, machine, peak_bytes, results_file, seconds, take_turns
 from torch import Tensor
 
 import vigos
@@ -224,7 +224,7 @@ def main() -> None:
         about["isa"] = importlib.import_module("vigos._C").isa()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     wanted, failed = args.cases or [name for name in groups if name != SMALL], list[str]()
-    table = Table(args.out or RESULTS / args.device / "divergence.csv", about, wanted)
+    table = Table(args.out or results_file(args.device, "divergence"), about, wanted)
     for name in wanted:
         for case in groups[name]:
             lines = run_case(case, args.device, dtype, args.repeats, args.only, failed)

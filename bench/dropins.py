@@ -1,6 +1,6 @@
 """What each drop-in changes: memory and time of the loss, and the error of its gradient, before and after.
 
-    python bench/dropins.py                                  # this machine, V = 151,936, results to bench/results/cpu/
+    python bench/dropins.py                                  # this machine, V = 151,936
     python bench/dropins.py --tokens 256 --only trl gkd      # larger, fewer
 
 Each codebase runs in a process of its own: the peer's code where it is a package (TRL, Liger), else a straight-line
@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import RESULTS, Table, machine, peak_bytes, relative_error, take_turns
+from measure import Table, machine, peak_bytes, relative_error, results_file, take_turns
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -239,7 +239,7 @@ def main() -> None:
         print(json.dumps(measure(args.one, args)))
         return
     about = machine(args.device, "trl", "liger-kernel")
-    table = Table(args.out or RESULTS / args.device / "dropins.csv", about)
+    table = Table(args.out or results_file(args.device, "dropins"), about)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(
         f"{args.tokens} tokens, hidden size {args.width}, V = {args.vocabulary:,}, bf16 operands, forward and backward"

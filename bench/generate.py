@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure import RESULTS, Table, machine, take_turns
+from measure import Table, machine, results_file, take_turns
 from prefix_tree import IMAGE, QUESTION, SIZES, SYSTEM, VISION_END, VISION_START, build, picture, words
 
 from vigos.method.encode import EncodedPrompt
@@ -44,7 +44,7 @@ def main() -> None:
     model = build(args.size, args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
     engine = TransformersEngine(model, eos_token_ids=(), pad_token_id=0, banned_token_ids=(IMAGE,))
     about = machine(args.device, "transformers")
-    table = Table(args.out or RESULTS / args.device / f"generate_{args.size}.csv", about)
+    table = Table(args.out or results_file(args.device, f"generate_{args.size}"), about)
     print(" · ".join(about.values()))
     sampling = Sampling(temperature=0.0, max_new_tokens=args.new_tokens)
     for image_tokens in args.image_tokens:

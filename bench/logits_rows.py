@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import RESULTS, Table, checked, machine, peak_bytes, take_turns
+from measure import Table, checked, machine, peak_bytes, results_file, take_turns
 from torch import Tensor
 
 import vigos
@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     about = machine(args.device)
     sizes, failed = args.rows or [4096 if args.device == "cuda" else 256], list[str]()
-    table = Table(args.out or RESULTS / args.device / "logits_rows.csv", about)
+    table = Table(args.out or results_file(args.device, "logits_rows"), about)
     print(", ".join(about.values()))
     for dtype_name in args.dtypes:
         for n in sizes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import gc
+import importlib
 import os
 import platform
 import subprocess
@@ -23,6 +24,13 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def results_file(device: str, name: str) -> Path:
+    """Return bench/results/cuda/NAME.csv, or bench/results/cpu-ISA/NAME.csv: processors of different kinds differ."""
+    if device == "cpu":
+        device = f"cpu-{importlib.import_module('vigos._C').isa()}"
+    return RESULTS / device / f"{name}.csv"
 
 
 def machine(device: str, *packages: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ NAMES = {
 Row = dict[str, str]
 
 
-def rows(name: str, device: str = "cpu", **wanted: str) -> list[Row]:
+def rows(name: str, device: str = "cpu-avx512", **wanted: str) -> list[Row]:
     """Rows of a results file in which every column of `wanted` has that value."""
     with (BENCH / "results" / device / f"{name}.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
@@ -47,19 +47,25 @@ def about(row: Row) -> str:
 
 
 def divergence_target() -> str:
-    found = rows("divergence", group="target")
+    """The target size on two kinds of processor."""
+    machines = [rows("divergence", f"cpu-{isa}", group="target") for isa in ("avx512", "avx2")]
+    first, second = ({row["engine"]: row for row in found} for found in machines)
     lines = []
-    for row in sorted(found, key=lambda r: float(r["ms"])):
+    for row in sorted(first.values(), key=lambda r: float(r["ms"])):
         name = NAMES.get(row["engine"], row["engine"])
         bold = "**" if row["engine"] == "vigos cpu" else ""
         memory = "" if row["engine"] == "floor" else f"{float(row['peak_mib']):,.0f} MiB"
         error = "" if row["engine"] == "floor" else f"{float(row['error']):.1e}"
-        lines.append(
-            [f"{bold}{name}{bold}", f"{float(row['ms']):,.0f} ms", f"{float(row['of_floor']):.2f}", memory, error]
-        )
-    first = found[0]
-    size = f"N {int(first['n']):,}, D {int(first['d']):,}, V {int(first['v']):,}"
-    return table([f"{size}, float32", "time", "vs. 3 GEMMs", "memory", "gradient error"], lines) + about(first)
+        times = [
+            cell
+            for found in (row, second.get(row["engine"]))
+            for cell in ((f"{float(found['ms']):,.0f} ms", f"{float(found['of_floor']):.2f}") if found else ("", ""))
+        ]
+        lines.append([f"{bold}{name}{bold}", *times, memory, error])
+    size = f"N {int(row['n']):,}, D {int(row['d']):,}, V {int(row['v']):,}"
+    head = [f"{size}, float32", "AVX-512", "vs. 3 GEMMs", "AVX2", "vs. 3 GEMMs", "memory", "gradient error"]
+    named = zip(("AVX-512", "AVX2"), machines, strict=True)
+    return table(head, lines) + "".join(about(f[0] | {"device": f"{isa}: {f[0]['device']}"}) for isa, f in named)
 
 
 def growth() -> str:
@@ -141,7 +147,7 @@ def prefix_tree() -> str:
 
 def prefix_tree_state() -> str:
     """Layers that carry state: the tree beside separate forwards."""
-    found = rows("prefix_tree_25m_qwen3_5")
+    found = rows("prefix_tree_25m_qwen3_5", "cpu-avx2")
     lines = []
     for tree in (row for row in found if row["scheme"] == "tree"):
         (alone,) = (row for row in found if row["scheme"] == "separate" and row["group"] == tree["group"])

@@ -1,7 +1,7 @@
 """Draws every figure of the documentation from the committed results; measures nothing.
 
-python bench/plots.py                     # bench/results/{cpu,study}/*.csv -> docs/images/
-python bench/plots.py --results cpu h200
+python bench/plots.py                     # bench/results/{cpu-avx512,study}/*.csv -> docs/images/
+python bench/plots.py --results cpu-avx512 cpu-avx2 h200
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def prefix_tree(frame: pd.DataFrame, device: str) -> None:
 def main() -> None:
     """Each results folder's CSVs; a file that is not there draws nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", nargs="+", default=["cpu"], help="folders under bench/results")
+    parser.add_argument("--results", nargs="+", default=["cpu-avx512"], help="folders under bench/results")
     args = parser.parse_args()
     with plt.rc_context(STYLE):
         for device in args.results:

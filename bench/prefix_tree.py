@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import RESULTS, Table, machine, peak_bytes, seconds
+from measure import Table, machine, peak_bytes, results_file, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 import vigos
@@ -247,7 +247,7 @@ def main() -> None:
     every = CASES if args.device == "cpu" else GPU_CASES
     cases = {"-".join(map(str, case)): case for case in ([every[i] for i in args.cases] if args.cases else every)}
     name = args.size + ("" if args.family == "qwen2_5_vl" else f"_{args.family}")
-    table = Table(args.out or RESULTS / args.device / f"prefix_tree_{name}.csv", about, cases)
+    table = Table(args.out or results_file(args.device, f"prefix_tree_{name}"), about, cases)
     print(" · ".join(about.values()))
     print(
         " image rollouts invalid scheme     tokens    Tflop        s    cpu s     MiB   released/this: flop    s  cpu s"

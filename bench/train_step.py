@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from measure import RESULTS, Table, machine, peak_bytes, seconds, synchronize
+from measure import Table, machine, peak_bytes, results_file, seconds, synchronize
 from peft import LoraConfig, get_peft_model
 from prefix_tree import COMPLETION, IMAGE, SIZES, build, step, student_sequences, supervision
 from torch import Tensor
@@ -135,7 +135,7 @@ def main() -> None:
     enable()
     engine = TransformersEngine(model, eos_token_ids=(), pad_token_id=0, banned_token_ids=(IMAGE,))
     about = machine(args.device, "transformers", "peft")
-    table = Table(args.out or RESULTS / args.device / f"train_step_{args.size}.csv", about)
+    table = Table(args.out or results_file(args.device, f"train_step_{args.size}"), about)
     print(" · ".join(about.values()))
     for image_tokens in args.image_tokens:
         routed, released = step(image_tokens, args.rollouts, args.invalid)

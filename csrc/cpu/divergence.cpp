@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kLanes = 16;       // columns come in multiples of it
 constexpr int64_t kSuperBlock = 96;  // rows of a head whose logits stay in the second-level cache
 constexpr int64_t kPanels = 7;       // of a packed piece of the head: it and the sums it adds to stay there too
-constexpr int64_t kStrip = 448;      // columns of the head that share a packed piece of the gradient
+constexpr int64_t kStrip = 1024;     // columns of the head that share a packed piece of the gradient
 constexpr int64_t kRowBlock = 1024;  // entries of a row at a time: 64 steps of 16 lanes
 constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
 
@@ -208,8 +208,9 @@ void chunk_statistics(const Statistics& statistics, int threads) {
 void backproject(const Slopes& g, const Matrix& head, float* out, int threads) {
   const Isa& table = isa();
   const int64_t d = head.columns, v = head.rows, l = g.n, size = item_size(head.dtype);
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, v / 4096)), length = (v + parts - 1) / parts;
-  const int64_t group = std::min(kStrip, kPanels * table.panel), strips = (d + kStrip - 1) / kStrip;
+  const int64_t strips = (d + kStrip - 1) / kStrip, strip = rounded_up((d + strips - 1) / strips);
+  const int64_t parts = std::clamp<int64_t>(v / 4096, 1, strips == 1 ? 16 : 8), length = (v + parts - 1) / parts;
+  const int64_t group = std::min(strip, kPanels * table.panel);
   static thread_local Scratch partial_scratch;
   float* partial = partial_scratch.at_least(parts * l * d);
   parallel_for(parts * strips, threads, [&](int64_t i) {
@@ -217,7 +218,7 @@ void backproject(const Slopes& g, const Matrix& head, float* out, int threads) {
     float* packed = packed_scratch.at_least(kDepth * group);
     float* tiles = tiles_scratch.at_least(kDepth * (l + table.tile_rows));
     float* work = work_scratch.at_least(kGradientRows * g.width);
-    const int64_t part = i / strips, left = i % strips * kStrip, right = std::min(d, left + kStrip);
+    const int64_t part = i / strips, left = std::min(d, i % strips * strip), right = std::min(d, left + strip);
     const int64_t begin = part * length, end = std::min(v, begin + length);
     float* dest = partial + part * l * d;
     for (int64_t r = 0; begin >= end && r < l; ++r) std::fill(dest + r * d + left, dest + r * d + right, 0.0f);
