@@ -29,6 +29,8 @@ RIGHT = [
     ("$\\mathrm{Red}$", "red"), ("The answer is red", "red"), ("Final answer: red", "red"), ("猫", "猫"),
     ("( 1 ,2)", "(1, 2)"),
     ("x", "X"), ("\\(red\\)", "red"), ("St. John", "st. john"),
+    ("TV", "television"), ("two tvs", "two televisions"), ("grey", "gray"), ("mountain bike", "mountain bicycle"),
+    ("planes", "airplane"), ("colour photo", "color photograph"),
     # choices
     ("B", "(B)"), ("(B)", "B"), ("B.", "B"), ("(b)", "B"), ("b", "B"), ("B. red", "B"), ("B) red", "(B) blue"),
     ("red", "(B) red"),
@@ -128,11 +130,9 @@ def test_a_reference_equals_itself(answer):
 
 
 def test_cases_that_were_marked_by_hand():
-    """At least 97 % right, and no wrong answer counted right."""
     wrong = [case for case in CASES if grade(case["prediction"], case["reference"]) != case["expected"]]
     assert len(CASES) == 128
-    assert not [case for case in wrong if not case["expected"]]
-    assert len(wrong) <= 0.03 * len(CASES), wrong
+    assert not wrong
 
 
 # --- Choices ----------------------------------------------------------------------------------------------------------

@@ -98,10 +98,20 @@ def is_percent(unit: str) -> bool:
     return _kind(unit) == (frozenset({("percent", 1)}), 1.0)
 
 
+# Short forms and British spellings that answers about pictures are full of.
+_SAME_WORD = {
+    "tv": "television", "phone": "telephone", "cellphone": "telephone", "fridge": "refrigerator", "bike": "bicycle",
+    "plane": "airplane", "aeroplane": "airplane", "photo": "photograph", "mic": "microphone", "limo": "limousine",
+    "hippo": "hippopotamus", "rhino": "rhinoceros", "math": "mathematics", "maths": "mathematics", "lab": "laboratory",
+    "grey": "gray", "colour": "color", "centre": "center", "theatre": "theater", "tyre": "tire", "doughnut": "donut",
+}  # fmt: skip
+
+
 def singular(text: str) -> str:
-    """Return English words without case and plural endings, good enough to compare two spellings of one word."""
+    """Return English words without case, plural endings and short forms, to compare two spellings of one word."""
     words = []
-    for word in text.casefold().split():
+    for written in text.casefold().split():
+        word = _SAME_WORD.get(written.removesuffix("s"), written)
         for ending, new in (("ies", "y"), ("ves", "f"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh")):
             if word.endswith(ending) and len(word) > len(ending) + 1:
                 words.append(word.removesuffix(ending) + new)

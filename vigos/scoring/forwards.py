@@ -110,7 +110,9 @@ def _separate_forwards(
         members = [(ids[i], sequences[i].prompt) for i in batch]
         forwards.append(
             Forward(
-                build=lambda members=members: padded_batch(base, members, pad_token_id=pad_token_id),  # type: ignore[misc]
+                build=lambda members=members: (  # type: ignore[misc]
+                    padded_batch(base, members, pad_token_id=pad_token_id) | {"use_cache": False}
+                ),
                 positions=torch.cat(positions),
                 rows=torch.cat(rows),
                 tokens=len(batch) * width,
