@@ -47,19 +47,22 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(checkpoint_path())
 
 
-def tiny_student(dtype: torch.dtype = torch.float32, seed: int = 0, tied: bool = False) -> Any:
+def tiny_student(
+    dtype: torch.dtype = torch.float32, seed: int = 0, tied: bool = False, width: int = 32, padding: int = 0
+) -> Any:
     """A random two-layer Qwen2.5-VL for `processor()`, with weights large enough that contexts matter."""
     tokenizer = processor().tokenizer
     ids = {t: tokenizer.convert_tokens_to_ids(f"<|{t}|>") for t in ("image_pad", "video_pad", "vision_start", "im_end")}
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None,
+        "vocab_size": len(tokenizer) + padding, "hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": width // 8, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "bos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]},
         "eos_token_id": ids["im_end"], "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": tied,
     }  # fmt: skip
     image = processor().image_processor
     vision = {
-        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": width,
         "patch_size": image.patch_size, "spatial_merge_size": image.merge_size, "window_size": 8 * image.patch_size,
         "fullatt_block_indexes": [1],
     }  # fmt: skip

@@ -8,7 +8,6 @@ frozen dataclass to the engine that `impl` names (`vigos.divergence.engines`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from vigos.divergence.engines.problem import LogitTransform
 from vigos.divergence.head import Head
 from vigos.divergence.linear_op import linear
 from vigos.divergence.logits_op import logits
+from vigos.divergence.output import DivergenceOutput
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.targets import target_logits
@@ -38,24 +38,6 @@ from vigos.divergence.validation import (
     warn_of_missing_gradients,
     warn_once,
 )
-
-
-@dataclass(frozen=True)
-class DivergenceOutput:
-    """Hold the results for R pairs. `loss` and `divergence` are differentiable, everything else is detached.
-
-    Statistics are float32 (float64 for float64 inputs), in nats, of the distributions at the temperature asked for.
-    """
-
-    loss: Tensor  # scalar: sum or mean of weight * min(divergence, clip); (R,) with reduction="none"
-    divergence: Tensor  # (R,) before the row's clip
-    clipped: Tensor  # (R,) bool: divergence > clip
-    student_entropy: Tensor  # (R,)
-    teacher_entropy: Tensor  # (R,); with a contrast or a cut, this and the next are the target's
-    student_lse: Tensor  # (R,) log of the sum of exp(logit)
-    teacher_lse: Tensor  # (R,)
-    student_logprob: Tensor | None  # (R,) log-probability of the labels; None without labels
-    teacher_logprob: Tensor | None
 
 
 def linear_divergence(

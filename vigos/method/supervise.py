@@ -15,8 +15,8 @@ sum and `supervise`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ TERMS: tuple[Term, ...] = ("perception", "reasoning", "reference")  # of the bui
 SEGMENTS = ("description", "reasoning", "answer", "other")  # what `SupervisedBatch.segment` numbers
 
 NO_CLIP = float("inf")
+CONTROL = "/control"  # after a teacher's name: its control
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,26 @@ class SupervisedBatch:
     def n_pairs(self) -> int:
         """Return R, the number of pairs."""
         return len(self.term)
+
+    def part(self, terms: Collection[int]) -> tuple[Tensor, SupervisedBatch]:
+        """Return the pairs of some teachers, (R',) int64, and the batch of these with their teachers' sequences alone.
+
+        Student sequences and counts stay; rows of teachers and controls are counted anew.
+        """
+        names = {self.terms[t] for t in terms}
+        mine = [s.owner[1].removesuffix(CONTROL) in names for s in self.teacher_sequences]
+        lengths = torch.tensor([len(s.scored) for s in self.teacher_sequences], dtype=torch.int64)
+        number = torch.tensor(mine, dtype=torch.int64).repeat_interleave(lengths).cumsum(0) - 1
+        index = torch.isin(self.term, torch.tensor(sorted(terms), dtype=torch.int8)).nonzero().squeeze(1)
+
+        def chosen(table: Any) -> dict[str, Any]:
+            columns = {f.name: getattr(table, f.name) for f in fields(table)}
+            kept = {name: x[index] for name, x in columns.items() if isinstance(x, Tensor)}
+            return kept | {name: number[kept[name]] for name in ("teacher_row", "control_row") if name in kept}
+
+        sequences = [s for s, stays in zip(self.teacher_sequences, mine, strict=True) if stays]
+        supervision = replace(self.supervision, **chosen(self.supervision))
+        return index, replace(self, teacher_sequences=sequences, supervision=supervision, **chosen(self))
 
 
 def assign(spans: Spans, objective: Objective, *, has_images: bool = True) -> list[Assignment]:
@@ -248,7 +269,7 @@ def supervise(
             if objective.normalize == "sequence":
                 weight /= len(a.tokens)
             R = len(a.tokens)
-            names = [a.term, f"{a.term}/control"] if taught.has_control_rows else [a.term]
+            names = [a.term, a.term + CONTROL] if taught.has_control_rows else [a.term]
             teacher += [
                 ScoredSequence(_prompt(rollout, name), ids[a.start : a.tokens[-1] + 1], a.tokens - a.start, (i, name))
                 for name in names

@@ -44,6 +44,8 @@ class Teacher:
         contrast, plausibility: alpha and gamma of the target, as in `vigos.Supervision`.
         token_clip: nats; None: the objective's. soft_clip: tau of tau * tanh(d / tau) in its place.
         weigh: names of `vigos.method.weights.WEIGHTS`, each with its number or numbers.
+        model: folder of another model that teaches, of the student's vocabulary; None: the run's `teacher`.
+        offload: keep that model on the CPU between optimizer steps.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Teacher:
     token_clip: float | None = None
     soft_clip: float | None = None
     weigh: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    offload: bool = False
 
     @classmethod
     def read(cls, given: Any) -> Teacher:
@@ -113,6 +117,10 @@ class Teacher:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        if self.model is not None and not (isinstance(self.model, str) and self.model):
+            raise ValueError(f"model must name a folder, got {self.model!r}")
+        if not isinstance(self.offload, bool) or (self.offload and self.model is None):
+            raise ValueError(f"offload must be true or false, and false without model, got {self.offload!r}")
         if self.contrast > 0 and self.control is None:
             raise ValueError("control must name a view with contrast, got None")
         if self.plausibility > 0 and self.kind == REVERSE_KL:

@@ -11,11 +11,13 @@ Weights are constants of the step: no gradient goes through them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vigos.divergence.output import in_order
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Pairs:
     control_logprob: Tensor
     teacher_entropy: Tensor
     token: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs], places: Sequence[Tensor]) -> Pairs:
+        """Return parts of a batch's pairs in the order of their places, as in `vigos.divergence.output.joined`."""
+        columns = {f.name: in_order([getattr(part, f.name) for part in parts], places) for f in fields(cls)}
+        return cls(**columns)  # type: ignore[arg-type]
 
 
 def advantage(pairs: Pairs, bounds: Sequence[float]) -> Tensor:

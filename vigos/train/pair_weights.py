@@ -1,38 +1,67 @@
-"""Weigh the pairs of a micro-batch: by its teachers, by the user's function, by importance."""
+"""Compare the pairs of a micro-batch, and weigh them: by its teachers, by the user's function, by importance."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vigos.divergence.api import DivergenceOutput, linear_divergence
+from vigos.divergence.api import linear_divergence
 from vigos.divergence.head import Head
+from vigos.divergence.output import DivergenceOutput, joined
 from vigos.method.composed import RowWeights, control_pairs, row_losses
 from vigos.method.objective import Objective
 from vigos.method.supervise import SupervisedBatch, importance_ratio
 from vigos.method.weights import Pairs
-from vigos.train.config import ViGOSConfig
+from vigos.train.top_tokens import joined_top
+
+if TYPE_CHECKING:
+    from vigos.train.config import ViGOSConfig
+    from vigos.train.other_models import Part
+    from vigos.train.recorder import Recorder
+    from vigos.train.records import TopTokens
+    from vigos.train.teacher_weights import TeacherWeights
 
 
-def weighted_losses(
-    batch: SupervisedBatch, out: DivergenceOutput, hidden: Tensor, head: Head, args: ViGOSConfig, *,
-    objective: Objective, row_weights: RowWeights | None,
-) -> Tensor | None:  # fmt: skip
-    """Return each pair's part of the loss, (R,); None where nothing but the supervision weighs pairs.
+def compared(
+    batch: SupervisedBatch, parts: Sequence[Part], student_hidden: Tensor, head: Head, hidden: Sequence[Tensor], *,
+    teacher: TeacherWeights, recorder: Recorder, step: int, args: ViGOSConfig, row_weights: RowWeights | None,
+) -> tuple[DivergenceOutput, Tensor | None, TopTokens | None]:  # fmt: skip
+    """Return the divergence of every pair, its part of the loss (R,), and the likeliest tokens of step number `step`.
+
+    Losses are None where nothing but the supervision weighs pairs, tokens where they are not recorded.
 
     Args:
-        out: divergence of the student from its teachers.
-        hidden, head: the teachers' hidden states (M, D) and head.
+        parts: the batch by the model that teaches; hidden: of the teachers of each.
+        student_hidden, head: of the student.
         row_weights: the user's function, see `ViGOSTrainer`.
     """
-    if row_weights is None and not objective.composed and not args.importance_clip:
-        return None
-    losses = row_losses(
-        batch, out.divergence, _pairs(batch, out, hidden, head, args.impl, objective), objective.roster, row_weights
-    )
-    if args.importance_clip and out.student_logprob is not None:
-        losses = losses * importance_ratio(out.student_logprob, batch.sampled_logprob, args.importance_clip).to(losses)
-    return losses
+    objective = args.objective
+    weighed = row_weights is not None or objective.composed or bool(args.importance_clip)
+    outputs, pairs, tops, places = [], [], [], [part.places for part in parts]
+    for part, rows in zip(parts, hidden, strict=True):
+        rules = part.batch.supervision
+        with part.model.heads(head) if part.model else nullcontext((head, teacher.head(head))) as (student, other):
+            teacher_hidden = rows.to(other.weight.dtype)
+            out = linear_divergence(
+                student_hidden, student, teacher_hidden, other, supervision=rules, labels=part.batch.labels,
+                impl=args.impl, **objective.divergence_options,
+            )  # fmt: skip
+            outputs.append(out)
+            if weighed:
+                pairs.append(_pairs(part.batch, out, teacher_hidden, other, args.impl, objective))
+            tops.append(recorder.likeliest(step, (student_hidden, student), (teacher_hidden, other), rules))
+            recorder.teacher_knows(part.batch, teacher_hidden, other, rules)
+    out, losses = joined(outputs, places), None
+    if weighed:
+        losses = row_losses(batch, out.divergence, Pairs.joined(pairs, places), objective.roster, row_weights)
+        if args.importance_clip and out.student_logprob is not None:
+            ratio = importance_ratio(out.student_logprob, batch.sampled_logprob, args.importance_clip)
+            losses = losses * ratio.to(losses)
+    return out, losses, joined_top(tops, places)
 
 
 def _pairs(

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from vigos.divergence.api import DivergenceOutput
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
-from vigos.method.supervise import Rollout, SupervisedBatch
+from vigos.method.supervise import CONTROL, Rollout, SupervisedBatch
 from vigos.train.metrics import PARTS, Metrics, peak_gib, peak_tflops
 from vigos.train.ranks import max_over_ranks, sum_over_ranks
 from vigos.train.records import TopTokens, completion_records, fault_record
@@ -50,6 +50,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.args, self.folder, self.phases, self.tokenizer = args, folder, phases, tokenizer
         self.accelerator, self.parameters = accelerator, parameters
+        self.other_parameters: Mapping[str, int] = {}  # of teachers that are another model, by name
         self.lambdas = args.objective.lambdas
         self.metrics = Metrics(args.objective.terms)
         self._peak_tflops = peak_tflops(accelerator.device)
@@ -171,8 +172,11 @@ class Recorder(TrainerCallback):
     def operations(self, batch: SupervisedBatch) -> int:
         """Record and return a micro-batch's floating-point operations: about 6 a student token and parameter, 2 a
         teacher token."""
-        student, teacher = _tokens_read(batch)
-        operations = (6 * student + 2 * teacher) * self.parameters
+        student, _ = _tokens_read(batch)
+        operations = 6 * student * self.parameters
+        for s in batch.teacher_sequences:
+            size = self.other_parameters.get(s.owner[1].removesuffix(CONTROL), self.parameters)
+            operations += 2 * size * (len(s.prompt.ids) + len(s.completion_ids))
         self.metrics.add("perf/tflops", operations / 1e12, 0.0)
         if self._peak_tflops:
             self.metrics.add("perf/mfu", operations / 1e12 / self._peak_tflops, 0.0)

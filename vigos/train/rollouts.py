@@ -22,7 +22,7 @@ from vigos.data.images import BadImage
 from vigos.method.encode import EncodedPrompt, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import Spans, parse_rollout
-from vigos.method.supervise import Rollout, assign, teacher_prefill
+from vigos.method.supervise import CONTROL, Rollout, assign, teacher_prefill
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
 from vigos.models.parts import base_model, unwrap
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
     from vigos.train.config import ViGOSConfig
+    from vigos.train.other_models import OtherModel, OtherModels
     from vigos.train.profiling import Phases
     from vigos.train.recorder import Recorder
 
@@ -58,6 +59,7 @@ class RolloutLoader:
         accelerator: of the run, for autocast and collectives.
         recorder: told of the examples that were skipped.
         load_image: opens an entry of an image column for the view `column`.
+        other_models: whose processors encode the prompts of their teachers; None: the student's all.
 
     Attributes:
         examples_used, valid_rollouts: counted over the run, on this rank.
@@ -68,6 +70,7 @@ class RolloutLoader:
     def __init__(
         self, args: ViGOSConfig, *, engine: RolloutEngine, model: nn.Module, processor: Any, prompts: Prompts,
         accelerator: Any, recorder: Recorder, phases: Phases, load_image: Callable[[Any], Any] | None = None,
+        other_models: OtherModels | None = None,
     ) -> None:  # fmt: skip
         if args.async_rollout:
             check_engine(engine)
@@ -75,7 +78,7 @@ class RolloutLoader:
         self.args, self.objective, self.sampling = args, args.objective, args.sampling
         self.engine, self.model, self.processor, self.prompts = engine, model, processor, prompts
         self.accelerator, self.recorder, self.phases = accelerator, recorder, phases
-        self.load_image = load_image
+        self.load_image, self.other_models = load_image, other_models
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.has_vision = hasattr(processor, "image_processor") and placeholder_ids(base.config) != ()
         columns = args.images_columns or {}
@@ -90,7 +93,10 @@ class RolloutLoader:
         self._epoch: Batches | None = None
         self._engine_step = 0  # the step whose adapter the engine has; a fresh adapter changes nothing
         self._eos = eos_ids(base, self.tokenizer)
-        self._placeholders = placeholder_ids(base.config)
+        others = other_models.models.values() if other_models else ()
+        self._placeholders = tuple(
+            {*placeholder_ids(base.config), *(i for other in others for i in other.placeholders)}
+        )
 
     def bind(self, model: nn.Module) -> None:
         """Take the wrapped student, before the first step, and forget the requests of an earlier run."""
@@ -335,15 +341,16 @@ class RolloutLoader:
         """Return the prompts of a teacher and of its control, by name; adds what they see to `views`."""
         wanted = {teacher.name: teacher.view}
         if teacher.has_control_rows:
-            wanted[f"{teacher.name}/control"] = teacher.control
+            wanted[teacher.name + CONTROL] = teacher.control
         prefill, texts, found = teacher_prefill(teacher.name, self.objective, self.prompts), None, {}
         if teacher.columns:
             texts = _texts(example, teacher.columns)
+        other = self.other_models.model_of(teacher) if self.other_models else None
         for name, view in wanted.items():
             if view is not None:
                 views[name] = tuple(self._seen(view, example, others))
-            like = prompt if view is None and self.student_view is None else None
-            found[name] = self._encode(teacher.reads, example, prefill, like, views.get(name), texts)
+            like = prompt if view is None and self.student_view is None and other is None else None
+            found[name] = self._encode(teacher.reads, example, prefill, like, views.get(name), texts, other)
         return found
 
     def _student_prompt(self, example: Example) -> EncodedPrompt:
@@ -364,12 +371,13 @@ class RolloutLoader:
 
     def _encode(
         self, role: Role, example: Example, prefill: str | None = None, like: EncodedPrompt | None = None,
-        images: Sequence[Any] | None = None, columns: Mapping[str, str] | None = None,
+        images: Sequence[Any] | None = None, columns: Mapping[str, str] | None = None, other: OtherModel | None = None,
     ) -> EncodedPrompt:  # fmt: skip
         images = example["images"] if images is None else images
+        processor = self.processor if other is None else other.processor
         try:
             return encode_prompt(
-                self.processor, self.prompts, role, example["problem"], self._reference(example), images, prefill, like,
+                processor, self.prompts, role, example["problem"], self._reference(example), images, prefill, like,
                 columns,
             )  # fmt: skip
         except ValueError as error:  # the image processor's own limits

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vigos.divergence.head import Head
+from vigos.divergence.output import in_order
 from vigos.divergence.reference import logits as head_logits
 
 ROWS_AT_A_TIME = 128  # 128 x 152,000 logits in float32 are 78 MB
@@ -28,3 +32,10 @@ def top_tokens(hidden: Tensor, head: Head, rows: Tensor, k: int, *, temperature:
         values, ids[start : start + len(chosen)] = z.topk(k)
         probabilities[start : start + len(chosen)] = (values - z.logsumexp(-1, keepdim=True)).exp()
     return ids, probabilities
+
+
+def joined_top(parts: Sequence[Any], places: Sequence[Tensor]) -> Any:
+    """Return the likeliest tokens of parts of a batch's pairs, of both sides, in the order of their places."""
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    return tuple(tuple(in_order([p[side][i] for p in parts], places) for i in (0, 1)) for side in (0, 1))

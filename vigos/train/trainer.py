@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream, check_usable
-from vigos.divergence.api import linear_divergence
 from vigos.errors import watching_ranks
 from vigos.method.asking import Asking
 from vigos.method.composed import RowWeights
@@ -77,7 +76,8 @@ from vigos.train.final import save_final
 from vigos.train.health import Health
 from vigos.train.inputs import as_examples, check_arguments, unchanged
 from vigos.train.manifest import is_trained, read_manifest
-from vigos.train.pair_weights import weighted_losses
+from vigos.train.other_models import OtherModels, Part
+from vigos.train.pair_weights import compared
 from vigos.train.palr import PALR, measure_palr
 from vigos.train.profiling import Phases, ProfileCallback
 from vigos.train.ranks import count_over_ranks, sum_over_ranks
@@ -110,6 +110,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
     Attributes:
         rollouts: turns examples into a step's rollouts.
         teacher, scorer: whose weights teach, and how their hidden states are computed.
+        other_models: those that teach beside them.
         guard: repeats or drops steps that go wrong.
         recorder: metrics and records.
         parts: those with a state, by their name in checkpoints.
@@ -172,10 +173,15 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             token_budget=args.token_budget,
             adapter=self.teacher.adapter,
         )
+        self.other_models = OtherModels(args, student=base_model(model), processor=processing_class, device=args.device)
+        self.recorder.other_parameters = {
+            t.name: other.parameters for t in self.objective.roster if (other := self.other_models.model_of(t))
+        }
         self.rollouts = RolloutLoader(
             args, engine=rollout_engine or build_engine(args, self.model, processing_class), model=self.model,
             processor=processing_class, prompts=self.prompts, accelerator=self.accelerator, recorder=self.recorder,
             phases=self.phases, load_image=self.train_dataset.reader.images.load,  # type: ignore[union-attr]
+            other_models=self.other_models,
         )  # fmt: skip
         if self.rollouts.engine.takes_groups:
             self.rollouts.engine.check_weights(base_model(model))
@@ -262,8 +268,9 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         batch, step, dummy = inputs["batch"], self.state.global_step + 1, self._dummy_sequence()
         # With a frozen tower, teachers and student read the features of one run an image.
         vision = VisionCache.for_model(base_model(model)) if self.rollouts.has_vision else None
-        with self.phases("teachers"), self.teacher.weights():
-            teacher_hidden, supervision = self.scorer.score(batch, vision=vision, dummy=dummy)
+        parts = self.other_models.parts(batch)
+        with self.phases("teachers"):
+            hidden = [self._teacher_rows(part, vision, dummy) for part in parts]
         balance = LoadBalance(base_model(model)) if self.args.router_aux_loss_coef else None
         with self.phases("student forward"):
             student_hidden = self.scorer.score_student(
@@ -271,18 +278,11 @@ class ViGOSTrainer(Trainer, TrainerCallback):
                 balance=balance,
             )  # fmt: skip
         with self.phases("divergence"), gathered_head(model) as head, self.accelerator.autocast():
-            teacher_head = self.teacher.head(head)
-            student_hidden, teacher_hidden = (x.to(head.weight.dtype) for x in (student_hidden, teacher_hidden))
-            out = linear_divergence(
-                student_hidden, head, teacher_hidden, teacher_head, supervision=supervision, labels=batch.labels,
-                impl=self.args.impl, **self.objective.divergence_options,
+            student_hidden = student_hidden.to(head.weight.dtype)
+            out, losses, top = compared(
+                batch, parts, student_hidden, head, hidden, teacher=self.teacher, recorder=self.recorder, step=step,
+                args=self.args, row_weights=self.row_weights,
             )  # fmt: skip
-            losses = weighted_losses(
-                batch, out, teacher_hidden, teacher_head, self.args, objective=self.objective,
-                row_weights=self.row_weights,
-            )  # fmt: skip
-            top = self.recorder.likeliest(step, (student_hidden, head), (teacher_hidden, teacher_head), supervision)
-            self.recorder.teacher_knows(batch, teacher_hidden, teacher_head, supervision)
         self.recorder.micro_batch(step, batch, out, top, losses)
         loss = out.loss if losses is None else losses.sum()
         loss = loss + 0.0 * student_hidden.sum()  # attached to the graph when there are no pairs
@@ -291,6 +291,14 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             self.recorder.metrics.add("loss/router", uneven.item())
             loss = loss + self.args.router_aux_loss_coef / self._micro_batches * uneven
         return (loss, out) if return_outputs else loss
+
+    def _teacher_rows(self, part: Part, vision: VisionCache | None, dummy: ScoredSequence | None) -> Tensor:
+        """Return the hidden rows of a part's teachers."""
+        if part.model is not None:
+            with self.accelerator.autocast():
+                return part.model.score(part.batch, self.scorer.token_budget)
+        with self.teacher.weights():
+            return self.scorer.score(part.batch, vision=vision, dummy=dummy)[0]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of a micro-batch, in smaller packs if memory runs out; return its loss."""
@@ -441,6 +449,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop the step if its numbers are not finite."""
+        self.other_models.rest()
         # DeepSpeed has stepped by now and checks for itself (not in float32), as float16's loss scaler does.
         if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             self.guard.drop_if_not_finite(self.model, state.global_step + 1)
