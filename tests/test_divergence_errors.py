@@ -118,7 +118,7 @@ MISTAKES = {
     ),
     "teacher row float": (rows(teacher_row=torch.arange(4.0)), r"supervision.teacher_row must be int64"),
     "kind": (rows(kind=7), r"supervision.kind must be integers \(R,\) or one number, one of 'forward', .* got 7"),
-    "kind, a word": (rows(kind="fwd"), r"supervision.kind must be .*'forward', 'reverse', 'jsd', got 'fwd'"),
+    "kind, a word": (rows(kind="fwd"), r"supervision.kind must be .*'forward', 'reverse', 'jsd', .* got 'fwd'"),
     "kind, wrapping": (
         rows(kind=torch.full((4,), 256)),
         r"supervision.kind must hold vigos.FORWARD_KL, REVERSE_KL or JSD",
@@ -133,7 +133,7 @@ MISTAKES = {
         r"supervision's mask is \(4,\) and must match the teacher's leading dimensions, got \(6,\)",
     ),
     "kind, a tensor": (
-        rows(kind=torch.full((4,), 3, dtype=torch.int8)),
+        rows(kind=torch.full((4,), 5, dtype=torch.int8)),
         r"supervision.kind must hold vigos.FORWARD_KL, REVERSE_KL or JSD",
     ),
     "kind, floats": (rows(kind=torch.zeros(4)), r"supervision.kind must be integers"),

@@ -366,7 +366,7 @@ MISTAKES = {
     "name": ({"name": "Own one"}, r"name must be a word of small letters"),
     "role": ({"reads": "reasonning"}, r"reads must be one of student, .* or a template"),
     "span": ({"spans": "thoughts"}, r"spans must be of description, reasoning, answer, all, got thoughts"),
-    "direction": ({"kind": "both"}, r"kind must be of forward, reverse, jsd, got both"),
+    "direction": ({"kind": "both"}, r"kind must be of forward, reverse, jsd, skew_forward, skew_reverse, got both"),
     "weight": ({"weight": -1}, r"weight must be a number of at least 0, got -1"),
     "contrast without a control": ({"contrast": 1.0}, r"control must name a view with contrast"),
     "a cut reverse KL": ({"kind": "reverse", "plausibility": 0.1}, r"plausibility must be 0 for reverse KL"),

@@ -17,6 +17,8 @@ _EXPORTS = {  # name -> module
     "FORWARD_KL": "vigos.divergence.supervision",
     "REVERSE_KL": "vigos.divergence.supervision",
     "JSD": "vigos.divergence.supervision",
+    "SKEW_FORWARD": "vigos.divergence.supervision",
+    "SKEW_REVERSE": "vigos.divergence.supervision",
     "kind_and_beta": "vigos.divergence.supervision",
     "PrefixTree": "vigos.scoring.prefix_tree",
     "TeacherScorer": "vigos.scoring.teacher",

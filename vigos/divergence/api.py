@@ -8,17 +8,19 @@ frozen dataclass to the engine that `impl` names (`vigos.divergence.engines`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vigos.divergence.betas import by_beta
 from vigos.divergence.call import Call
 from vigos.divergence.engines.problem import LogitTransform
 from vigos.divergence.head import Head
 from vigos.divergence.linear_op import linear
 from vigos.divergence.logits_op import logits
-from vigos.divergence.output import DivergenceOutput
+from vigos.divergence.output import DivergenceOutput, reduced
 from vigos.divergence.strided import as_matrix, merged, overlaps, strided_logits
 from vigos.divergence.supervision import Supervision
 from vigos.divergence.targets import target_logits
@@ -68,9 +70,9 @@ def linear_divergence(
             forward KL, weight 1, no clip.
         temperature: both distributions are softmax(logits / temperature); no temperature squared in the loss.
         beta: of rows of kind JSD, beta * KL(teacher || m) + (1 - beta) * KL(student || m) with
-            m = (1 - beta) * student + beta * teacher. Towards 0 it approaches forward KL times beta, towards 1 reverse
-            KL times 1 - beta. `kind_and_beta` translates TRL's
-            and Liger's meaning.
+            m = (1 - beta) * student + beta * teacher, and of skew KL, whose m it is. Towards 0 a JSD approaches forward
+            KL times beta, towards 1 reverse KL times 1 - beta. `kind_and_beta` translates TRL's and Liger's meaning;
+            `supervision.beta` gives pairs their own.
         entry_clip: each vocabulary entry's term is clipped to this before the sum (OPSD's clip).
         labels: int64, ids whose log-probabilities are returned; (R,), or of the mask's shape.
         vocab_size: ids from here on are padding: probability 0 on both sides, no gradient.
@@ -93,6 +95,13 @@ def linear_divergence(
     that weights the logarithm does not, a KL is +inf: clipped by a finite clip, else the loss is +inf. Forward KL still
     has its gradient p_s - p_t then; reverse KL has none (NaN).
     """
+    if isinstance(supervision, Supervision) and supervision.beta is not None:
+        check_scalars(temperature, beta, entry_clip, impl, reduction, student_hidden.dtype)
+        options: dict[str, Any] = {
+            "temperature": temperature, "entry_clip": entry_clip, "vocab_size": vocab_size, "impl": impl,
+        }  # fmt: skip
+        sides = (student_hidden, head, teacher_hidden, teacher_head)
+        return by_beta(linear_divergence, sides, supervision, labels, reduction, options)
     head = head_of(head, "head")
     teacher = head if teacher_head is None else head_of(teacher_head, "teacher_head")
     shared = teacher.weight is head.weight
@@ -168,6 +177,15 @@ def logits_divergence(
         Everything else as in `linear_divergence`; with a contrast or a cut the targets take R x V floats. A scale or a
         softcap is the caller's: these are logits as softmax reads them, but for the temperature.
     """
+    if isinstance(supervision, Supervision) and supervision.beta is not None:
+        if inplace:
+            raise ValueError("inplace must be False with supervision.beta, whose calls would read what others wrote")
+        check_scalars(temperature, beta, entry_clip, impl, reduction, student_logits.dtype)
+        options: dict[str, Any] = {
+            "temperature": temperature, "entry_clip": entry_clip, "vocab_size": vocab_size, "impl": impl,
+            "process_group": process_group,
+        }  # fmt: skip
+        return by_beta(logits_divergence, (student_logits, teacher_logits), supervision, labels, reduction, options)
     check_rows(student_logits, "student_logits", "(..., V)")
     check_rows(teacher_logits, "teacher_logits", "(..., V)")
     v, device = student_logits.shape[-1], student_logits.device
@@ -224,11 +242,7 @@ def _output(
     loss, divergence = out[:2]
     weight, clip = weight.to(divergence.device), clip.to(divergence.device)
     clipped = divergence.detach() > clip
-    if reduction == "mean":
-        loss = loss / (weight != 0).sum().clamp(min=1)
-    elif reduction == "none":
-        value = torch.where(clipped, clip.to(divergence.dtype), divergence)
-        loss = torch.where(weight != 0, value * weight.to(value.dtype), 0.0)
+    loss = reduced(loss, divergence, weight, clip, reduction)
     details = [x.detach() for x in out[2:8]]
     logprobs = (None, None) if labels is None else (details[4], details[5])
     divergence = divergence.clone()  # the operator's own is saved for backward; this one may be written to

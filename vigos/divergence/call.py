@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vigos.divergence.engines.problem import LogitTransform
-from vigos.divergence.supervision import REVERSE_KL
+from vigos.divergence.supervision import JSD, REVERSE_KL, SKEW_REVERSE
 
 
 def check_rows(
@@ -24,7 +24,7 @@ def check_rows(
     ranges = [
         ("supervision.student_row", student_row, 0, n - 1, f"rows of the student's {n}"),
         ("supervision.teacher_row", teacher_row, 0, m - 1, f"rows of the teacher's {m}"),
-        ("supervision.kind", kind, 0, 2, "vigos.FORWARD_KL, REVERSE_KL or JSD"),
+        ("supervision.kind", kind, 0, SKEW_REVERSE, "vigos.FORWARD_KL, REVERSE_KL or JSD, or skew ones"),
     ]
     if labels is not None:
         ranges.append(("labels", labels, 0, v - 1, f"ids below the vocabulary size {v}"))
@@ -84,7 +84,7 @@ class Call:
 
     Attributes:
         student, teacher: each side's transform from raw logits to z.
-        beta: of rows of kind JSD. entry_clip: clip of each vocabulary entry's term, or None.
+        beta: of rows of kind JSD and of skew KL. entry_clip: clip of each vocabulary entry's term, or None.
         vocab_size: logical size of the whole vocabulary; -1: every entry that the heads hold.
         group_name: of the process group that the vocabulary is sharded over, or "".
         impl: "auto" or the name of an engine.
@@ -143,5 +143,5 @@ def rows_of(
         **{name: x.to(device) for name, x in zip(names, supervision, strict=False)},
         "labels": None if labels is None else labels.to(device), "student_transform": call.student,
         "teacher_transform": call.teacher, "beta": call.beta, "entry_clip": call.entry_clip, "vocab_size": vocab_size,
-        "vocab_start": start, "group": group,
+        "vocab_start": start, "group": group, "skewed": bool((kind > JSD).any()),
     }  # fmt: skip

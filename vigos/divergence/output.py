@@ -27,6 +27,16 @@ class DivergenceOutput:
     teacher_logprob: Tensor | None
 
 
+def reduced(loss: Tensor, divergence: Tensor, weight: Tensor, clip: Tensor, reduction: str) -> Tensor:
+    """Return the sum `loss` over pairs as it is, as their mean or pair by pair; `reduction` as in the divergences."""
+    if reduction == "mean":
+        return loss / (weight != 0).sum().clamp(min=1)
+    if reduction == "none":
+        value = torch.where(divergence.detach() > clip, clip.to(divergence.dtype), divergence)
+        return torch.where(weight != 0, value * weight.to(value.dtype), 0.0)
+    return loss
+
+
 def joined(outputs: Sequence[DivergenceOutput], places: Sequence[Tensor]) -> DivergenceOutput:
     """Return the results of calls for some of R pairs each, with reduction "sum", as one for all R.
 

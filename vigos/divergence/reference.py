@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.head import Head
-from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
+from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, SKEW_FORWARD, SKEW_REVERSE, Supervision
 
 INF = float("inf")
 
@@ -79,12 +79,26 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, entry
 
     m = (1 - beta) * student + beta * teacher.
     """
+    log_q, log_p, log_m = _mixture(student_logits, teacher_logits, beta)
+    return _sum(beta * log_p.exp() * _gap(log_p, log_m) + (1 - beta) * log_q.exp() * _gap(log_q, log_m), entry_clip)
+
+
+def _mixture(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     neither = (log_q == -INF) & (log_p == -INF)
     log_m = torch.logaddexp(
         log_q.masked_fill(neither, 0.0) + math.log(1 - beta), log_p.masked_fill(neither, 0.0) + math.log(beta)
     )
-    return _sum(beta * log_p.exp() * _gap(log_p, log_m) + (1 - beta) * log_q.exp() * _gap(log_q, log_m), entry_clip)
+    return log_q, log_p, log_m
+
+
+def skew_kl(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float, entry_clip: float | None = None, *, forward: bool
+) -> Tensor:
+    """Return KL(teacher || m) of each row if `forward`, else KL(student || m), with the m of `jsd`: (N, V) -> (N,)."""
+    log_q, log_p, log_m = _mixture(student_logits, teacher_logits, beta)
+    log_w = log_p if forward else log_q
+    return _sum(log_w.exp() * _gap(log_w, log_m), entry_clip)
 
 
 def divergence(
@@ -96,6 +110,8 @@ def divergence(
         (FORWARD_KL, lambda s, t: forward_kl(s, t, entry_clip)),
         (REVERSE_KL, lambda s, t: reverse_kl(s, t, entry_clip)),
         (JSD, lambda s, t: jsd(s, t, beta, entry_clip)),
+        (SKEW_FORWARD, lambda s, t: skew_kl(s, t, beta, entry_clip, forward=True)),
+        (SKEW_REVERSE, lambda s, t: skew_kl(s, t, beta, entry_clip, forward=False)),
     ):
         rows = (kind == value).nonzero().squeeze(-1)
         out = out.index_put((rows,), compute(student_logits[rows], teacher_logits[rows]))

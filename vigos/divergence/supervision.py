@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
-KINDS = {"forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD}
+FORWARD_KL, REVERSE_KL, JSD, SKEW_FORWARD, SKEW_REVERSE = range(5)
+KINDS = {
+    "forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD, "skew_forward": SKEW_FORWARD, "skew_reverse": SKEW_REVERSE
+}  # fmt: skip
 
 
 def kind_and_beta(beta: float) -> tuple[int, float]:
@@ -34,8 +36,9 @@ class Supervision:
     Attributes:
         student_row: int64, index into the student's rows.
         teacher_row: int64, index into the teacher's rows.
-        kind: FORWARD_KL ("forward") = KL(teacher || student), REVERSE_KL ("reverse") = KL(student || teacher) or JSD
-            ("jsd"); one of them, or integers (R,).
+        kind: FORWARD_KL ("forward") = KL(teacher || student), REVERSE_KL ("reverse") = KL(student || teacher), JSD
+            ("jsd"), or a KL to the mixture m = (1 - beta) student + beta teacher of JSD: SKEW_FORWARD ("skew_forward")
+            = KL(teacher || m), SKEW_REVERSE ("skew_reverse") = KL(student || m); one of them, or integers (R,).
         weight: float32, factor of the pair in the loss.
         clip: float32, nats; the pair adds weight * min(divergence, clip) to the loss. inf: no clip.
         shape: leading dimensions that student and teacher must have, checked with the call; None: not checked.
@@ -44,6 +47,8 @@ class Supervision:
         contrast: float32, alpha, at least 0. The pair's target has the logits z* = z_t + alpha (z_t - z_c).
         plausibility: float32, gamma, in [0, 1]. The target is cut to the teacher's plausible entries, those with
             p_t >= gamma max p_t; the others have probability 0 (not for reverse KL, which would be infinite).
+        beta: float, in (0, 1), in place of the call's, for JSD and skew KL. Each value is computed in a call of its
+            own; other kinds do not read it. None: the call's.
     """
 
     student_row: Tensor
@@ -55,6 +60,7 @@ class Supervision:
     control_row: Tensor | None = field(default=None, kw_only=True)
     contrast: Tensor | float = field(default=0.0, kw_only=True)
     plausibility: Tensor | float = field(default=0.0, kw_only=True)
+    beta: Tensor | float | None = field(default=None, kw_only=True)
 
     @classmethod
     def aligned(

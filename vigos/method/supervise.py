@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vigos.divergence.supervision import Supervision
+from vigos.divergence.supervision import JSD, Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence
 from vigos.method.objective import Objective
 from vigos.method.prompts import Prompts
@@ -290,6 +290,7 @@ def supervise(
                     "control_row": teacher_rows + torch.arange(R) + (R if taught.has_control_rows else 0),
                     "contrast": torch.full((R,), float(taught.contrast)),
                     "plausibility": torch.full((R,), float(taught.plausibility)),
+                    "beta": torch.full((R,), taught.beta or objective.jsd_beta, dtype=torch.float64),
                 }
             )
             teacher_rows += len(names) * R
@@ -302,6 +303,8 @@ def supervise(
             supervision, control_row=table["control_row"], contrast=table["contrast"],
             plausibility=table["plausibility"],
         )  # fmt: skip
+    if any(teacher.beta is not None or teacher.kind > JSD for teacher in objective.roster):
+        supervision = replace(supervision, beta=table["beta"])
     return SupervisedBatch(
         rollouts=tuple(rollouts),
         student_sequences=student,
@@ -341,6 +344,7 @@ _EMPTY = {
         (("student_row", "teacher_row", "owner", "token", "labels", "control_row"), torch.int64),
         (("kind", "term", "segment"), torch.int8),
         (("weight", "clip", "contrast", "plausibility", "sampled_logprob"), torch.float32),
+        (("beta",), torch.float64),
     )
     for name in names
 }

@@ -36,7 +36,8 @@ class Teacher:
         view: of the images; None: as they are.
         spans: description, reasoning, answer, or all.
         rollouts: which it supervises: valid, invalid, all.
-        kind: direction, FORWARD_KL, REVERSE_KL or JSD.
+        kind: direction, a value of `vigos.divergence.supervision.KINDS`.
+        beta: of JSD and skew KL; None: the objective's `jsd_beta`.
         weight: lambda.
         prefix: "student": it reads the completion from its start; "think": from `<think>` on.
         prefill: opens the assistant's turn; None: the student's, or the one of `<think>`.
@@ -54,6 +55,7 @@ class Teacher:
     spans: tuple[str, ...] = ("all",)
     rollouts: str = "all"
     kind: int = FORWARD_KL
+    beta: float | None = None
     weight: float = 1.0
     prefix: str = "student"
     prefill: str | None = None
@@ -103,7 +105,7 @@ class Teacher:
             )
         for name, values, known in (
             ("spans", self.spans, SPANS), ("rollouts", (self.rollouts,), ROLLOUTS),
-            ("kind", (self.kind,), (FORWARD_KL, REVERSE_KL, JSD)), ("prefix", (self.prefix,), ("student", "think")),
+            ("kind", (self.kind,), tuple(KINDS.values())), ("prefix", (self.prefix,), ("student", "think")),
         ):  # fmt: skip
             if not values or any(value not in known for value in values):
                 shown = KINDS if name == "kind" else known
@@ -113,6 +115,8 @@ class Teacher:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not least <= value <= most or math.isinf(value):
                 raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+        if self.beta is not None and (self.kind < JSD or not (isinstance(self.beta, float) and 0 < self.beta < 1)):
+            raise ValueError(f"beta must be in (0, 1), for jsd, skew_forward or skew_reverse, got {self.beta!r}")
         for name in ("token_clip", "soft_clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):

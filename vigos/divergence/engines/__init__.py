@@ -43,6 +43,8 @@ def engine(impl: str) -> ModuleType:
 
 
 def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str | None:
+    if problem.skewed and module is not engine("reference"):
+        return "it has no kernel for a skew KL; the reference engine has"
     if isinstance(problem, LinearProblem):
         return module.why_not(problem)
     if not hasattr(module, "logits_why_not"):

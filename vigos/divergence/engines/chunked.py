@@ -6,8 +6,10 @@ With delta = log p_s - log p_t, taken as gap - lse_gap = (z_s - z_t) - (L_s - L_
     reverse KL   sum p_s (expm1(-delta) + delta)                     a = p_s delta
     JSD(beta)    sum beta p_t (log p_t - log m) + a,  m = (1 - beta) p_s + beta p_t
                                                                       a = (1 - beta) p_s (log p_s - log m)
+    skew forward sum p_t (expm1(e) - e), e = log m - log p_t         a = (1 - beta) p_s (m - p_t) / m
+    skew reverse the same of p_s                                      a = p_s ((1 - beta) (m - p_s) / m - e)
 
-and d/dz_s = a - p_s S with S = sum a, for all three. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
+and d/dz_s = a - p_s S with S = sum a, for all five. The two KL sums are the textbook ones plus sum (p_s - p_t) = 0,
 which makes every term of them >= 0 and of second order; they do not notice an error of lse_gap to first order,
 and neither does a - p_s S. With `entry_clip` the textbook terms are clipped, as in siyan-zhao/OPSD; where a term is
 above the clip, a = p_s for forward KL, -p_s for reverse KL and 0 for JSD. With a shared head, (student - teacher) @
@@ -40,7 +42,7 @@ from vigos.divergence.engines.problem import (
     chunks,
     live_rows,
 )
-from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL
+from vigos.divergence.supervision import FORWARD_KL, JSD, KINDS, REVERSE_KL, SKEW_FORWARD
 
 INF = float("inf")
 
@@ -222,9 +224,31 @@ def _jsd_terms(terms: _Terms, share: float) -> tuple[Tensor, Tensor]:
     return terms.larger * value, (c if share < 0 else 1 - c) * student
 
 
+def _skew_entries(terms: _Terms, forward: bool, beta: float, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Return what `_entries` does, for KL(w || m): w is the teacher if `forward`, and the mixture has c of it."""
+    c = beta if forward else 1 - beta
+    weighting, other, delta = (terms.p_t, terms.p_s, terms.delta) if forward else (terms.p_s, terms.p_t, -terms.delta)
+    rise = torch.log1p((1 - c) * torch.expm1(delta.clamp(max=1.0)))
+    rise = torch.where(delta > 0.5, delta + torch.log1p(c * torch.expm1(-delta)), rise)  # log m - log p_w
+    above = rise > 0
+    larger = torch.where(above, c * weighting + (1 - c) * other, weighting)
+    u = _kl_terms(replace(terms, delta=rise, larger=larger, student_larger=above), of_student=False)
+    a = -(1 - beta) * torch.expm1(-rise)
+    a = torch.where(terms.p_s > 0, terms.p_s * (a if forward else a - rise), u - u)  # NaN where u is
+    if clip is None:
+        return u, a
+    plain = torch.where(weighting > 0, -weighting * rise, u - u)
+    return (
+        torch.where(plain > clip, clip, plain),
+        torch.where(plain > clip, (1 - beta if forward else -beta) * terms.p_s, a),
+    )
+
+
 def _entries(terms: _Terms, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
     """Return (terms of the divergence, a), (C, V) each."""
     clip = rows.entry_clip
+    if kind > JSD:
+        return _skew_entries(terms, kind == SKEW_FORWARD, rows.beta, clip)
     if kind == JSD:
         u, a = _jsd_terms(terms, rows.share)
         return (u, a) if clip is None else (torch.where(u > clip, clip, u), torch.where(u > clip, 0.0, a))
@@ -258,7 +282,7 @@ def _measure(rows: Rows, pair: _Pair, kind: Tensor, labels: Tensor | None) -> tu
     known = torch.stack([top_s, total_s.log(), top_t, total_t.log(), lse_gap, torch.zeros_like(lse_gap)], dim=1)
     terms = _terms(pair, known)
     sums = torch.zeros(2, kind.shape[0], dtype=lse_gap.dtype, device=lse_gap.device)
-    for value in (FORWARD_KL, REVERSE_KL, JSD):
+    for value in KINDS.values():
         of_kind = kind == value
         if of_kind.any():
             sums = torch.where(of_kind, torch.stack([x.sum(-1) for x in _entries(terms, value, rows)]), sums)
@@ -280,7 +304,7 @@ def _dlogits(rows: Rows, pair: _Pair, kind: Tensor, state: Tensor) -> Tensor:
     """Return d divergence / d raw student logits of a chunk, (C, V)."""
     terms, mean_slope = _terms(pair, state), state[:, MEAN_SLOPE]
     out = torch.zeros_like(pair.z_s)
-    for value in (FORWARD_KL, REVERSE_KL, JSD):
+    for value in KINDS.values():
         of_kind = kind == value
         if of_kind.any():
             a = _slopes(terms, value, rows)

@@ -68,11 +68,12 @@ class Rows:
 
     Attributes:
         student_row, teacher_row: int64 (R,), in range; may repeat, in any order.
-        kind: int8 (R,), FORWARD_KL, REVERSE_KL or JSD.
+        kind: int8 (R,), one of `vigos.divergence.supervision.KINDS`.
         weight, clip: float32 (R,); the loss is sum of weight * min(divergence, clip).
         labels: int64 (R,) global vocabulary ids, or None.
         student_transform, teacher_transform: from each side's raw logits to z; the two may differ.
-        beta: of rows of kind JSD, in (0, 1).
+        beta: of rows of kind JSD and of skew KL, in (0, 1).
+        skewed: some rows are of skew KL.
         entry_clip: clip of each vocabulary entry's term before the sum, or None.
         vocab_size: logical size of the whole vocabulary; global ids beyond it have probability 0.
         vocab_start: global id of this shard's first entry; 0 without a group.
@@ -94,6 +95,7 @@ class Rows:
     vocab_size: int
     vocab_start: int
     group: dist.ProcessGroup | None
+    skewed: bool = field(default=False, kw_only=True)
     control_row: Tensor | None = field(default=None, kw_only=True)
     contrast: Tensor | None = field(default=None, kw_only=True)
     plausibility: Tensor | None = field(default=None, kw_only=True)

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int,
     student = torch.randn(n, d, generator=generator)
     teacher = student + 0.02 * torch.randn(n, d, generator=generator)
     rows = torch.arange(n)
-    tensors = {"student_hidden": student, "student_weight": weight, "teacher_hidden": teacher}
+    tensors: dict[str, Any] = {"student_hidden": student, "student_weight": weight, "teacher_hidden": teacher}
     return LinearProblem(
         **{name: x.to(device, dtype) for name, x in tensors.items()},
         student_row=rows.to(device), teacher_row=rows.to(device),
