@@ -48,12 +48,13 @@ test-oldest:
 newcomer: $(STAMP)
 	tests/newcomer.sh $(ARGS)
 
-# The wheels are built from the archive, which so proves to be whole.
+# The wheels are built from the archive, which so proves to be whole. Of pyenv's versions all are tried.
 wheel: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; print(build_sdist("dist"))'
+	versions=$$(pyenv versions --bare 2>/dev/null | paste -sd:); [ -z "$$versions" ] || export PYENV_VERSION=$$versions; \
 	for python in python3.11 python3.12 python3.13; do \
-	  $$python -c '' 2>/dev/null || { echo "no $$python here: no wheel for it"; continue; }; \
+	  $$python -c '' 2>/dev/null || { echo "no $$python here: no wheel for it (uv python install brings one)"; continue; }; \
 	  VIGOS_BUILD=require $$python -m pip wheel --quiet --no-deps --wheel-dir dist dist/vigos-*.tar.gz || exit 1; \
 	done; ls dist
 

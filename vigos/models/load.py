@@ -177,4 +177,4 @@ def check_names(folder: str | Path, found: set[str], wanted: set[str]) -> None:
             f"missing, {len(unexpected)} unexpected, such as {(missing + unexpected)[0]}; it was trained on another "
             "model, or with other lora_ options"
         )
-    logger.info("took all %d tensors of the adapter in %s", len(wanted), folder)
+    logger.debug("took all %d tensors of the adapter in %s", len(wanted), folder)
