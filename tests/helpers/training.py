@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -123,8 +124,7 @@ class CopyEngine(TransformersEngine):
     collective = False
 
     def check_weights(self, model: Any) -> None:
-        """Takes the model's weights; called once by whoever makes it."""
-        self.original, self.state = model, dict[str, Tensor]()
+        self.original, self.state = copy.deepcopy(model), dict[str, Tensor]()
         self.update_weights(0, model, checkpoint_groups(model, trained=False))
 
     def update_weights(self, step: int, model: Any, weights: Any) -> None:
@@ -174,10 +174,8 @@ def trainer(
 ) -> ViGOSTrainer:
     """A trainer that takes rows in order; scripted rollouts if `texts` are given, else the model's own."""
     engine = None if texts is None else ScriptedEngine(texts)
-    options = {"processing_class": processor()} | options
-    return _InOrder(
-        model=model, args=args, train_dataset=data, prompts=PROMPTS, rollout_engine=engine, **options
-    )  # fmt: skip
+    options = {"processing_class": processor(), "rollout_engine": engine} | options
+    return _InOrder(model=model, args=args, train_dataset=data, prompts=PROMPTS, **options)
 
 
 class _InOrder(ViGOSTrainer):
