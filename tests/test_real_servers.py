@@ -428,7 +428,28 @@ class Restart(TrainerCallback):
 
 
 @vllm
+def test_what_a_broadcast_announces_is_what_vllm_reads() -> None:
+    """Of NCCL that is all that can run without a GPU: the meeting and the announcement parse on vLLM's side."""
+    nccl = pytest.importorskip("vllm.distributed.weight_transfer.nccl_common")
+    from vigos.rollout import vllm_worker
+
+    requests_: list[Any] = []
+
+    def request(path: str, body: Any = None) -> Any:
+        requests_.append((path, body))
+        return {"world_size": 2}
+
+    meeting = full_weights.Broadcast(request, "127.0.0.1").meeting()
+    read = nccl.NCCLWeightTransferInitInfo(**meeting)
+    assert (read.world_size, read.rank_offset, read.master_address) == (3, 1, "127.0.0.1")
+    names = vllm_worker.Names(names=["a"], nccl=meeting)
+    assert json.loads(json.dumps(dataclasses.asdict(names)))["nccl"] == meeting
+    assert requests_ == [("get_world_size", None)]
+
+
+@vllm
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # vLLM starts three times, in up to three minutes on busy cores
 @pytest.mark.parametrize("kind", ["server", "in process"])
 def test_full_fine_tuning_on_vllm(
     kind: str, servable: str, base: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,7 @@ def test_the_key_is_sent_and_never_shown(
         ({"rollout_engine": "server", "rollout_model": "m"}, r"vllm_server_base_url must be given"),
         ({"rollout_engine": "server", "vllm_server_base_url": "http://x/v1"}, r"rollout_model must be given"),
         ({"vllm_sleep_level": 3}, r"vllm_sleep_level must be 0, 1 or 2, got 3"),
+        ({"vllm_weight_transfer": "nccl"}, r"vllm_weight_transfer must be 'files' unless .*lora True"),
         ({"vllm_sleep_level": 2}, r"vllm_sleep_level must be at most 1 with lora"),
         ({"rollout_engine": "vllm"}, r"rollout_model must be given with rollout_engine='vllm'"),
         ({"vllm_gpu_memory_utilization": 1.5}, r"vllm_gpu_memory_utilization must be in \(0, 1\], got 1.5"),

@@ -42,7 +42,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 world_app = typer.Typer(
-    help="The built-in world: handwritten digits in inks.", no_args_is_help=True, rich_markup_mode=None
+    help="Make and check the built-in world.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(world_app, name="world")
 

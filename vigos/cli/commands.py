@@ -32,7 +32,7 @@ def report(
     rollouts: Annotated[int, typer.Option(help="Rollouts shown at most, sampled evenly over the steps.")] = 400,
     force: Force = False,
 ) -> None:
-    """Write one HTML file about a run: headline numbers, rollouts token by token, curves, cost. It loads nothing."""
+    """Write one HTML file about a run. Headline numbers, rollouts token by token, curves, cost; it loads nothing."""
     from vigos.report.page import write_report
 
     page = (output_dir or run) / "report.html"
@@ -57,7 +57,7 @@ def study(
     jobs: Annotated[int, typer.Option(help="Processes side by side, one thread each.")] = 2,
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
-    """Compare the methods and their parts on the built-in world. A stopped study goes on where it stopped."""
+    """Compare the methods on the built-in world. Their parts too; a stopped study goes on where it stopped."""
     from vigos.study.plan import CONTROL, FULL, QUICK, reduced
     from vigos.study.results import draw, print_results
     from vigos.study.run import run_study
@@ -130,7 +130,7 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Say what is known of this model's family instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Say what this machine can run, and check each engine against the oracle."""
+    """Say what this machine can run. Each engine is checked against the oracle."""
     from vigos.cli.doctor import examine, examine_model
 
     if model is not None:

@@ -106,7 +106,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Those of the other.")],
     force: Force = False,
 ) -> None:
-    """Compare two evaluations, paired on the examples they share: b - a in points, 95 % interval, exact p.
+    """Compare two evaluations. Paired on the examples they share: b - a in points, 95 % interval, exact p.
 
     Five metrics are looked at, so one counts as different at p < 0.01: two runs of one model then differ in one of them
     at most once in twenty times.

@@ -27,7 +27,7 @@ def demo(
         bool, typer.Option("--overwrite", help="Delete the earlier demo in the folder first.")
     ] = False,
 ) -> None:
-    """Post-train the built-in model with the whole method; evaluate it before and after."""
+    """Post-train the built-in model. The whole method, with an evaluation before and after."""
     with output_folder(output_dir, "vigos demo", DEMO, overwrite=overwrite):
         import torch
 
@@ -65,7 +65,7 @@ def train(
 
 @app.command("recipes")
 def recipes_command() -> None:
-    """List the recipes: configurations of published methods, for `vigos train --recipe NAME`."""
+    """List the recipes. They are configurations of published methods, for `vigos train --recipe NAME`."""
     for name in names():
         typer.echo(
             "\n".join([name, *textwrap.wrap(summary(name), 116, initial_indent="    ", subsequent_indent="    ")])
@@ -109,7 +109,7 @@ def after_training(folder: Path) -> list[str]:
 
 @app.command(cls=Raw, context_settings=RAW, add_help_option=False)
 def palr(context: typer.Context, config: Config = None, list_options: Listing = False, show_help: Help = False) -> None:
-    """Measure how much of the supervision the answer buys."""
+    """Measure how much supervision the answer buys."""
     stop_for_help(PALR, show_help, list_options)
     source, options = PALR.parse(config, context.args)
     from vigos.launch import palr_from_source

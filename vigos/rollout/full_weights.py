@@ -11,15 +11,19 @@ which every update sets last: between its start and its end, and after a restart
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vigos.models.parts import base_model
 from vigos.models.sharding import parameter_groups
 from vigos.rollout.checks import RolloutError
+from vigos.system.extras import install
 
 BACKEND = "vigos"
 WORKER = "vigos.rollout.vllm_worker.Extension"
@@ -152,7 +156,6 @@ def checkpoint_groups(model: nn.Module, *, trained: bool = True) -> Iterator[dic
 
 def checkpoint_names(model: nn.Module, *, trained: bool = True) -> list[str]:
     """Return the names of `checkpoint_groups`, without gathering anything."""
-    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     base = base_model(model)
@@ -266,3 +269,65 @@ class Server:
     def reset(self) -> None:
         """Set all of the server's parameters to zero."""
         self.request("weight_checker", {"action": "reset"})
+
+
+class Broadcast(Server):
+    """Carry weights to a vLLM server on other GPUs by NCCL, through a group that vLLM's own helpers open.
+
+    The trainer's leader is its rank 0, vLLM's workers are the others. Not run on a GPU yet.
+
+    Args:
+        request: as for `Server`.
+        host: of the server: the group meets at this host's address on the way there.
+    """
+
+    def __init__(self, request: Any, host: str) -> None:
+        super().__init__(request, Path())
+        self.host, self._held = host, ""
+        self._group: Any = None
+
+    def init(self, names: list[str]) -> None:
+        """Name the tensors of every update, and open a group unless the server is still in the last one."""
+        if self._group is not None and self.version() == self._held:
+            super().init(names)
+            return
+        try:
+            from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        except ImportError as error:
+            raise ImportError(f"weights by NCCL need vLLM beside the trainer: {install('vllm')}") from error
+        meeting = self.meeting()
+        with ThreadPool(1) as pool:  # both sides meet in here
+            joined = pool.apply_async(
+                self.request, ("init_weight_transfer_engine", {"init_info": {"names": names, "nccl": meeting}})
+            )
+            self._group = trainer_init(meeting)
+            joined.get()
+
+    def meeting(self) -> dict[str, Any]:
+        """Return where and with how many the group meets, as vLLM's `NCCLWeightTransferInitInfo` has it."""
+        workers = int(self.request("get_world_size")["world_size"])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((self.host, 9))
+            address = probe.getsockname()[0]
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = probe.getsockname()[1]
+        return {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
+
+    def send(self, group: dict[str, Tensor]) -> None:
+        """Announce tensors and broadcast them."""
+        announced = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in group.items()]
+        stream = torch.cuda.current_stream()
+        opened, self._group = self._group, None  # of no use any more if this fails
+        with ThreadPool(1) as pool:
+            taken = pool.apply_async(self.request, ("update_weights", {"update_info": {"broadcast": announced}}))
+            for x in group.values():
+                opened.broadcast(x.to("cuda"), src=0, stream=stream)
+            stream.synchronize()
+            taken.get()
+        self._group = opened
+
+    def finish(self, version: str) -> None:
+        """End the update, give the weights a version and forget what the old ones made of prompts and images."""
+        super().finish(version)
+        self._held = version

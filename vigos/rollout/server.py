@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from vigos.rollout.adapters import adapter_name, drop_adapters, save_adapter
 from vigos.rollout.answers import read_completions, read_names
 from vigos.rollout.checks import RolloutChecks, RolloutError, known_logprobs
 from vigos.rollout.engine import Completion, CompletionEngine, Sampling, prompt_seeds
-from vigos.rollout.full_weights import FullWeights, Server
+from vigos.rollout.full_weights import Broadcast, FullWeights, Server
 from vigos.system.http import Client, ServerError, parsed_answer
 from vigos.system.secrets import api_key, server_address
 
@@ -72,6 +73,7 @@ class ServerEngine(CompletionEngine):
         pause: seconds before the third try, doubled for each further one; the second follows at once.
         adapters: folder in which adapters are saved for the server; None: none are.
         full_weights: folder through which the server gets all weights of the student, in place of an adapter.
+        nccl: the weights go by NCCL instead, and the folder only names the run.
     """
 
     owns_weights = True
@@ -80,7 +82,7 @@ class ServerEngine(CompletionEngine):
         self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
         banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
         timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
-        full_weights: str | Path | None = None,
+        full_weights: str | Path | None = None, nccl: bool = False,
     ) -> None:  # fmt: skip
         self.url = server_address(url, "vllm_server_base_url", KEY_VARIABLE)
         if not model:
@@ -99,7 +101,9 @@ class ServerEngine(CompletionEngine):
         self.weights: FullWeights | None = None
         if full_weights is not None:
             run = hashlib.blake2b(str(Path(full_weights).resolve()).encode(), digest_size=4).hexdigest()
-            self.weights = FullWeights(Server(self._root_request, Path(full_weights)), run)
+            host = urlsplit(self.url).hostname or ""
+            transport = Broadcast(self._root_request, host) if nccl else Server(self._root_request, Path(full_weights))
+            self.weights = FullWeights(transport, run)
         self._salt = secrets.token_hex(16)
         # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
         self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()

@@ -3,6 +3,8 @@
     vllm serve … --worker-extension-cls vigos.rollout.vllm_worker.Extension \\
       --weight-transfer-config '{"backend": "vigos"}'
 
+Groups come as bytes, as files, or through an NCCL group that vLLM's own helpers open (not run on a GPU yet).
+
 An update is vLLM's own: init (once, with the names that every update brings), start, groups, finish. A layer's fused
 weights are put together, and processed, when the last of them has come, so no second model is ever whole. An update
 that lacks a name is refused at its end; one that was cut off is closed by the start of the next.
@@ -11,7 +13,9 @@ that lacks a name is refused at its end; one that was cut off is closed by the s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from safetensors.torch import load, load_file
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -26,17 +30,22 @@ BACKEND = "vigos"
 
 @dataclass
 class Names(WeightTransferInitInfo):  # type: ignore[misc]
-    """Name what every update brings, as in a checkpoint."""
+    """Name what every update brings, as in a checkpoint; and the NCCL group to join, as vLLM's own back end does."""
 
     names: list[str] = field(default_factory=list)
+    nccl: dict[str, Any] | None = None
 
 
 @dataclass
 class Group(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Carry a group of tensors as safetensors: the bytes, or the path of a file; with neither, end the update."""
+    """Carry a group of tensors as safetensors: the bytes, or the path of a file; with neither, end the update.
+
+    Or announce what is broadcast next: (name, dtype, shape) of each tensor.
+    """
 
     data: bytes | None = None
     path: str | None = None
+    broadcast: list[tuple[str, str, list[int]]] | None = None
 
 
 class GroupTransfer(WeightTransferEngine):  # type: ignore[misc]
@@ -46,10 +55,19 @@ class GroupTransfer(WeightTransferEngine):  # type: ignore[misc]
     update_info_cls = Group
     names: frozenset[str] = frozenset()
     missing: set[str] | None = None  # of the update under way
+    nccl: Any = None  # communicator, rank 0 of which is the trainer's leader
 
     def init_transfer_engine(self, init_info: Names) -> None:
-        """Take the names that every update brings."""
+        """Take the names that every update brings, and join the trainer's NCCL group."""
         self.names = frozenset(init_info.names)
+        if init_info.nccl is not None:
+            from vllm.distributed.weight_transfer.nccl_common import (
+                NCCLWeightTransferInitInfo,
+                worker_init_process_group,
+            )
+
+            self.shutdown()
+            self.nccl = worker_init_process_group(NCCLWeightTransferInitInfo(**init_info.nccl), self.parallel_config)
 
     def start_weight_update(self) -> None:
         """Begin an update, and close one that was cut off: what it has loaded must not count in this one."""
@@ -68,6 +86,12 @@ class GroupTransfer(WeightTransferEngine):  # type: ignore[misc]
             tensors = load_file(update_info.path)
         elif update_info.data is not None:
             tensors = load(bytes(update_info.data))
+        elif update_info.broadcast is not None:
+            tensors = {}
+            for name, dtype, shape in update_info.broadcast:
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                self.nccl.broadcast(tensors[name], src=0, stream=torch.cuda.current_stream())
+            torch.cuda.current_stream().synchronize()
         else:
             raise ValueError("the update was given up")
         self.model.load_weights(iter(tensors.items()))
@@ -81,7 +105,10 @@ class GroupTransfer(WeightTransferEngine):  # type: ignore[misc]
         self.missing = None
 
     def shutdown(self) -> None:
-        """Hold nothing."""
+        """Leave the NCCL group."""
+        if self.nccl is not None:
+            self.nccl.destroy()
+            self.nccl = None
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from vigos.method.objective import PRESETS, Objective, check_choices
@@ -148,6 +149,9 @@ class ViGOSConfig(TrainingArguments):
         0,
         "While it does not sample, vLLM in this process keeps its weights (0), moves them to the CPU (1) or drops them "
         "(2, full fine-tuning).",
+    )
+    vllm_weight_transfer: Literal["files", "nccl"] = _option(
+        "files", "How a server gets all weights: files of the run folder, or NCCL broadcasts to its GPUs (not yet run)."
     )
     rollout_concurrency: int = _option(32, "Requests in flight on the rollout server.")
     rollout_timeout: float = _option(600.0, "Seconds that a request to the rollout server may take.")
@@ -299,6 +303,12 @@ class ViGOSConfig(TrainingArguments):
                     )
             if engine == "server":
                 server_address(str(self.vllm_server_base_url), "vllm_server_base_url", "VIGOS_ROLLOUT_API_KEY")
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if self.vllm_weight_transfer == "nccl" and (engine != "server" or self.lora or on_cpu):
+            raise ValueError(
+                "vllm_weight_transfer must be 'files' unless all weights go from a GPU to a server (rollout_engine "
+                f"server, lora false), got 'nccl' with {engine}, lora {self.lora} and {'no' if on_cpu else 'a'} GPU"
+            )
         if self.vllm_sleep_level not in (0, 1, 2):
             raise ValueError(f"vllm_sleep_level must be 0, 1 or 2, got {self.vllm_sleep_level!r}")
         if self.vllm_sleep_level == 2 and self.lora:
