@@ -64,6 +64,7 @@ def prompts(base: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def serving(command: Sequence[str], log: Path, port: int = 0, **environment: str) -> Iterator[str]:
     """Runs `command --port N` until it answers /health; yields its address."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a server that was killed
         probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

@@ -354,7 +354,8 @@ class Command:
             else:
                 lines.append(f"  {flag:<{left - 2}}{body.pop(0)}")
             lines += [" " * left + part for part in body]
-        return "\n".join([*lines, "", "Example:", f"  {self.example}", ""])
+        example = textwrap.wrap(self.example, width - 4, subsequent_indent="  ", break_on_hyphens=False)
+        return "\n".join([*lines, "", "Example:", "  " + " \\\n  ".join(example), ""])
 
     def listing(self) -> str:
         """Return every option of ours with default and help by group, then the names of transformers' options."""
