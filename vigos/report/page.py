@@ -450,10 +450,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """Return the few options that tell runs apart, as far as the folder says them."""
     facts = _section(run.config, "run")
     options = {**_section(run.config, "transformers"), **_section(run.config, "vigos"), **facts}
-    found = [(name, str(options[name])) for name in _SHOWN if options.get(name) not in (None, "")]
+    idle = {"token_clip"} if options.get("clip_mode", "token") != "token" else set()
+    found = [(name, str(options[name])) for name in _SHOWN if options.get(name) not in (None, "") and name not in idle]
     for name in ("data", "model"):  # the last part of a path: a shared page should not show folders of a machine
         if value := str(options.get(name) or ""):
-            found.insert(0, (name, Path(value).name if Path(value).is_absolute() else value))
+            path = Path(value)
+            shown = "builtin" if path.parts[-3:] == ("vigos", "world", "checkpoint") else path.name
+            found.insert(0, (name, shown if path.is_absolute() else value))
     steps = str(int(run.log[-1]["step"])) if run.log else "0"
     found = [*((name, value) for name, value in found if name != "max_steps"), ("steps", steps)]
     if run.duration_s:
