@@ -21,6 +21,7 @@ from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Sampling
 from vigos.rollout.generate import TransformersEngine
 from vigos.rollout.server import KEY_VARIABLE, RolloutServerError, ServerEngine
+from vigos.rollout.vllm import only_gpu
 from vigos.train.config import ViGOSConfig
 from vigos.train.trainer import ViGOSTrainer
 from vigos.world import load_base, world_prompts, write_world
@@ -238,3 +239,16 @@ def test_training_on_a_server_is_training(port: int, rows: Path, tmp_path: Path)
     ours = [name for name, path in seen(port)["adapters"].items() if path.startswith(str(tmp_path))]
     assert ours == [trainer.rollouts.engine.served_name]  # the one before was unloaded
     assert [p.name for p in (tmp_path / "served" / "rollout_adapters").iterdir()] == ["vigos-2"]
+
+
+@pytest.mark.parametrize(("visible", "wanted"), [(None, "1"), ("4, 6", "6"), ("", "1")])
+def test_the_processes_of_a_rank_see_its_gpu_alone(
+    visible: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(name, visible)
+    with only_gpu(1):
+        assert os.environ[name] == wanted
+    assert os.environ.get(name) == visible

@@ -11,10 +11,12 @@ or there. vLLM holds a copy of the base weights of its own. Needs the extra `vll
 from __future__ import annotations
 
 import multiprocessing
+import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +45,7 @@ class VLLMEngine(CompletionEngine):
         full_weights: take all weights of the student instead of an adapter.
         sleep_level: what vLLM lets go of while it does not sample. 0: nothing; 1: its weights go to the CPU; 2: they
             are dropped, which needs `full_weights`. Not on CPUs.
+        gpu: which of the GPUs that this process may see vLLM takes; None leaves that to vLLM (the first).
         options: further arguments of `vllm.LLM`, such as dtype, max_model_len and gpu_memory_utilization.
     """
 
@@ -52,7 +55,7 @@ class VLLMEngine(CompletionEngine):
     def __init__(
         self, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int], banned_token_ids: Sequence[int] = (),
         vocab_size: int | None = None, adapters: str | Path | None = None, lora_r: int = 64,
-        full_weights: bool = False, sleep_level: int = 0, **options: Any,
+        full_weights: bool = False, sleep_level: int = 0, gpu: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         try:
             from vllm import LLM
@@ -71,7 +74,8 @@ class VLLMEngine(CompletionEngine):
         before = {child.pid for child in multiprocessing.active_children()}
         # Without the model's own generation config, whose repetition penalty and limits would join in.
         sleep = {"enable_sleep_mode": True} if sleep_level else {}
-        self.llm = LLM(model=model, generation_config="vllm", **(lora | sleep | options))
+        with only_gpu(gpu):
+            self.llm = LLM(model=model, generation_config="vllm", **(lora | sleep | options))
         self.takes_groups, self.sleep_level = full_weights, sleep_level
         self.weights = FullWeights(InProcess(self.llm), secrets.token_hex(4)) if full_weights else None
         self.processes = [c.pid for c in multiprocessing.active_children() if c.pid is not None and c.pid not in before]
@@ -183,6 +187,22 @@ class VLLMEngine(CompletionEngine):
             return Completion(ids)
         values = [known[token].logprob for token, known in zip(output.token_ids, output.logprobs, strict=True)]
         return Completion(ids, known_logprobs(values, len(ids)))
+
+
+@contextmanager
+def only_gpu(gpu: int | None) -> Iterator[None]:
+    """Let processes that are started inside see one GPU of those that this one may see; None changes nothing."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if gpu is not None:
+        os.environ[name] = before.split(",")[gpu].strip() if before else str(gpu)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif gpu is not None:
+            del os.environ[name]
 
 
 _WATCH = """

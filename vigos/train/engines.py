@@ -52,6 +52,7 @@ def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: 
     }  # fmt: skip
     return VLLMEngine(
         str(args.rollout_model), tokenizer, adapters=adapters if args.lora else None, lora_r=args.lora_r,
-        full_weights=not args.lora, sleep_level=args.vllm_sleep_level, **id_rules(base, tokenizer),
-        **(defaults | options),
+        full_weights=not args.lora, sleep_level=args.vllm_sleep_level,
+        gpu=args.local_process_index if args.world_size > 1 and not args.use_cpu else None,
+        **id_rules(base, tokenizer), **(defaults | options),
     )  # fmt: skip
