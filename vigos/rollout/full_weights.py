@@ -315,7 +315,7 @@ class Broadcast(Server):
         return {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
 
     def send(self, group: dict[str, Tensor]) -> None:
-        """Announce tensors and broadcast them."""
+        """Send tensors by a broadcast that a request announces."""
         announced = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in group.items()]
         stream = torch.cuda.current_stream()
         opened, self._group = self._group, None  # of no use any more if this fails

@@ -73,7 +73,6 @@ class ServerEngine(CompletionEngine):
         pause: seconds before the third try, doubled for each further one; the second follows at once.
         adapters: folder in which adapters are saved for the server; None: none are.
         full_weights: folder through which the server gets all weights of the student, in place of an adapter.
-        nccl: the weights go by NCCL instead, and the folder only names the run.
     """
 
     owns_weights = True
@@ -82,7 +81,7 @@ class ServerEngine(CompletionEngine):
         self, url: str, model: str, tokenizer: Any, *, eos_token_ids: Sequence[int],
         banned_token_ids: Sequence[int] = (), vocab_size: int | None = None, concurrency: int = 32,
         timeout: float = 600.0, retries: int = 4, pause: float = 1.0, adapters: str | Path | None = None,
-        full_weights: str | Path | None = None, nccl: bool = False,
+        full_weights: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.url = server_address(url, "vllm_server_base_url", KEY_VARIABLE)
         if not model:
@@ -101,9 +100,7 @@ class ServerEngine(CompletionEngine):
         self.weights: FullWeights | None = None
         if full_weights is not None:
             run = hashlib.blake2b(str(Path(full_weights).resolve()).encode(), digest_size=4).hexdigest()
-            host = urlsplit(self.url).hostname or ""
-            transport = Broadcast(self._root_request, host) if nccl else Server(self._root_request, Path(full_weights))
-            self.weights = FullWeights(transport, run)
+            self.weights = FullWeights(Server(self._root_request, Path(full_weights)), run)
         self._salt = secrets.token_hex(16)
         # Part of the adapters' names, the same on every rank: runs that share a server do not take each other's.
         self._run = hashlib.blake2b(str(self.adapters and self.adapters.resolve()).encode(), digest_size=4).hexdigest()
@@ -174,6 +171,11 @@ class ServerEngine(CompletionEngine):
         """Send all of the student's weights and compare what they made with what was read. See `FullWeights`."""
         if self.weights is not None:
             self.weights.check(model)
+
+    def send_by_nccl(self) -> None:
+        """Send full weights by NCCL, and no longer through files: the folder then only names the run."""
+        assert self.weights is not None
+        self.weights.transport = Broadcast(self._root_request, urlsplit(self.url).hostname or "")
 
     def _root_request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send a request to the part of vLLM's API that is not OpenAI's, and return its answer, if it has one."""

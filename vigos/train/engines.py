@@ -26,11 +26,14 @@ def build_engine(args: ViGOSConfig, model: nn.Module, processor: Any) -> Rollout
     folder = Path(str(args.output_dir))
     sent: dict[str, Any] = {"adapters": folder / "rollout_adapters"}
     if not args.lora:
-        sent = {"full_weights": folder / "rollout_weights", "nccl": args.vllm_weight_transfer == "nccl"}
-    return ServerEngine(
+        sent = {"full_weights": folder / "rollout_weights"}
+    engine = ServerEngine(
         str(args.vllm_server_base_url), str(args.rollout_model), tokenizer, concurrency=args.rollout_concurrency,
         timeout=args.rollout_timeout, retries=args.rollout_retries, **sent, **id_rules(base_model(model), tokenizer),
     )  # fmt: skip
+    if not args.lora and args.vllm_weight_transfer == "nccl":
+        engine.send_by_nccl()
+    return engine
 
 
 def vllm_engine(args: ViGOSConfig, model: nn.Module, tokenizer: Any, **options: Any) -> VLLMEngine:
