@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from vigos.cli import main as vigos
+from vigos.train import trainer  # noqa: F401  imported once, and not in every child
 from vigos.train.checkpoint import checkpoints, run_id
 from vigos.world import load_base, write_world
 

@@ -7,6 +7,8 @@ rows over the ranks, steps in which a rank has no row, or none that is supervise
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from helpers.distributed_cases import CASES, RANKS, ZERO_CASES, run
 from helpers.processes import HELPERS, run_ranks
 from safetensors.torch import load_file
 
+ALL = CASES | ZERO_CASES
 CLOCKS = ("perf/", "epoch", "mismatch/", "palr/")  # PALR takes other answers and images from the rows of its rank
 
 
@@ -46,23 +49,39 @@ def largest_gap(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """Run a case on one process, once for all that differ only in how ranks share the model."""
+
+    def plain(case: str) -> dict[str, Any]:
+        options = {k: v for k, v in ALL[case].items() if not k.startswith(("fsdp", "deepspeed"))}
+        return options | {"poisoned": "poisoned" in case}
+
+    @cache
+    def first(case: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp("alone")
+        return run(case, folder, ranks=1), folder
+
+    return lambda case: first(next(other for other in ALL if plain(other) == plain(case)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one_process(case: str, ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(case: str, ranks: Path, alone: Any) -> None:
     """Losses, every other metric, and parameters after five steps, to 1e-5; the teacher's weights as well."""
-    check(case, CASES[case], ranks, tmp_path)
+    check(case, ranks, *alone(case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ZERO_CASES)
-def test_two_ranks_under_deepspeed_equal_one_process(case: str, zero_ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_under_deepspeed_equal_one_process(case: str, zero_ranks: Path, alone: Any) -> None:
     """The same with the configurations that we ship."""
-    check(case, ZERO_CASES[case], zero_ranks, tmp_path)
+    check(case, zero_ranks, *alone(case))
 
 
-def check(case: str, options: dict[str, Any], ranks: Path, tmp_path: Path) -> None:
+def check(case: str, ranks: Path, alone: dict[str, Any], folder: Path) -> None:
+    options = ALL[case]
     found = [torch.load(ranks / case / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
-    alone = run(case, tmp_path, ranks=1)
     assert len(alone["logs"]) == 5
     assert largest_gap(alone["start"], alone["parameters"]) > 1e-2, "nothing was trained"
     dropped = [log["steps/dropped"] for log in found[0]["logs"]]
@@ -82,6 +101,6 @@ def check(case: str, options: dict[str, Any], ranks: Path, tmp_path: Path) -> No
     if options.get("lora", True) is False and options.get("teacher", "frozen") == "frozen":
         assert largest_gap(alone["start"], found[0]["teacher"]) == 0, "the frozen teacher has moved"
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "model/model.safetensors"):
-        if (tmp_path / name).is_file():  # what rank 0 wrote at the end is whole
-            assert largest_gap(load_file(tmp_path / name), load_file(ranks / case / name)) < 1e-5
+        if (folder / name).is_file():  # what rank 0 wrote at the end is whole
+            assert largest_gap(load_file(folder / name), load_file(ranks / case / name)) < 1e-5
     assert (ranks / case / "adapter").is_dir() or (ranks / case / "model").is_dir()

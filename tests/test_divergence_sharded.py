@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers.divergence_cases import case, error, heads, split
+from helpers.processes import FORKSERVER
 
 import vigos
 
@@ -95,7 +96,7 @@ def ranks(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(port, str(folder)), nprocs=2, join=True)
+    mp.start_processes(rank_main, args=(port, str(folder)), nprocs=2, start_method=FORKSERVER)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -22,7 +22,7 @@ from helpers.divergence_cases import (
     run,
     split,
 )
-from helpers.engines import PROFILES, set_up
+from helpers.engines import EVERY, PROFILES, set_up
 
 import vigos
 from vigos import reference
@@ -33,7 +33,7 @@ INF = float("inf")
 F32, F64 = torch.float32, torch.float64
 
 
-@pytest.fixture(params=PROFILES)
+@pytest.fixture(params=EVERY)
 def engine(request, monkeypatch):
     set_up(request.param, monkeypatch, request)
     return request.param
@@ -457,6 +457,7 @@ def test_peaked_cases_are_peaked():
 # --- auto ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_takes_an_engine_after_it_agreed_with_float64(monkeypatch, request, recwarn):
     """A kernel that the machine at hand computes wrongly is left out, with one warning; its own name still runs it."""
     from vigos.divergence import engines

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.divergence_cases import KINDS, error, logits_no_worse, of_kind, peaked_logits, run_logits
-from helpers.engines import PROFILES, set_up
+from helpers.engines import EVERY, PROFILES, set_up
 
 import vigos
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 INF = float("inf")
 
 
-@pytest.fixture(params=PROFILES)
+@pytest.fixture(params=EVERY)
 def engine(request, monkeypatch):
     set_up(request.param, monkeypatch, request)
     return request.param

@@ -6,11 +6,11 @@ import random
 import subprocess
 import sys
 from itertools import combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.processes import output_of
 from PIL import Image
 
 from vigos.data.examples import load_rows
@@ -546,11 +546,8 @@ def test_killed_for_real_ten_times(base, tmp_path):
     evaluate(model, processor, load_rows(rows), records=tmp_path / "whole.jsonl", **options)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), str(rows), str(tmp_path / "killed.jsonl")],
-        check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert done.stdout.strip() == "10"
+    said = output_of(script, [str(rows), str(tmp_path / "killed.jsonl")], tmp_path / "log")
+    assert said.split()[-1] == "10"
     whole, killed = (EvaluationResult.load(tmp_path / name) for name in ("whole.jsonl", "killed.jsonl"))
     assert [r["key"] for r in killed.records] == [r["key"] for r in whole.records]
     assert killed == whole

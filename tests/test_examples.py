@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import output_of
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def run(name: str, folder: Path, *arguments: str, option: str = "--out") -> str:
+    return output_of(EXAMPLES / name, [*arguments, option, str(folder)], folder / "log", {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_trl_world(tmp_path: Path) -> None:
     pytest.importorskip("trl", minversion="1.16")
-    out = run("trl_world.py", "--steps", "2", "--rows", "40", "--evaluate", "0", "--out", str(tmp_path))
+    out = run("trl_world.py", tmp_path, "--steps", "2", "--rows", "40", "--evaluate", "0")
     assert "trl.trainer.distillation_trainer._chunked_divergence_loss" in out  # the fused loss is what trained
     loss = float(re.search(r"'train_loss': '?([\d.e-]+)", out).group(1))
     assert 0 < loss < 10
 
 
 def test_text_opsd(tmp_path: Path) -> None:
-    out = run("text_opsd.py", "--warm-up", "12", "--steps", "10", "--out", str(tmp_path))
+    out = run("text_opsd.py", tmp_path, "--warm-up", "12", "--steps", "10")
     assert re.search(r"before: \d+% of 100 answers right", out)
     assert re.search(r"after: \d+% of 100 answers right", out)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +84,7 @@ def test_own_data_answers_as_the_package_does(tmp_path: Path) -> None:
 
 
 def test_own_data(tmp_path: Path) -> None:
-    out = run("own_data.py", "--warm-up", "6", "--steps", "2", "--questions", "10", "--output-dir", str(tmp_path))
+    out = run("own_data.py", tmp_path, "--warm-up", "3", "--steps", "1", "--questions", "10", option="--output-dir")
     for method in ("vigos", "opsd", "sft"):
         assert re.search(rf"{method} +right [\d.]+ % .* against the warm-up", out), out[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]

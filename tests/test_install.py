@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import HELPERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +59,8 @@ def test_the_archive_holds_what_a_build_needs(archive: Path) -> None:
 def test_from_the_archive_over_a_wheel_into_an_empty_environment(archive: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip")
     build = ("--no-index", "--no-deps", "--no-build-isolation", "--quiet")
-    run(*pip, "wheel", *build, "--wheel-dir", str(tmp_path), str(archive), folder=tmp_path, VIGOS_BUILD="require")
+    compiling = {"VIGOS_BUILD": "require", "CMAKE_CXX_COMPILER_LAUNCHER": str(HELPERS / "unoptimized.sh")}
+    run(*pip, "wheel", *build, "--wheel-dir", str(tmp_path), str(archive), folder=tmp_path, **compiling)
     (wheel,) = tmp_path.glob("*.whl")
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"), folder=tmp_path)
     python = str(tmp_path / "env" / "bin" / "python")

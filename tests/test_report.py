@@ -366,6 +366,7 @@ def test_evaluations_under_the_run_are_found(run: Path, tmp_path: Path) -> None:
     assert load_run(folder).evaluations.after is None
 
 
+@pytest.mark.slow
 def test_the_page_is_bounded_whatever_rows_hold(run: Path, tmp_path: Path) -> None:
     """Many small pictures a row, long questions, long tokens, one line of many megabytes."""
     folder = shutil.copytree(run / "train", tmp_path / "run")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import output_of
 from helpers.training import config, tiny_student
 from safetensors.torch import load_file, save_file
 from transformers import IntervalStrategy
@@ -71,26 +70,28 @@ def test_half_a_surrogate_pair_in_an_id_ends_nothing(tmp_path: Path) -> None:
 
 def test_full_disk_loses_no_history(tmp_path: Path) -> None:
     """A process whose files may not grow past 1,000 bytes resumes: metrics.jsonl and config.yaml stay as they were."""
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 100)))
-    (tmp_path / "config.yaml").write_text("run: {id: abc}\n")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (run := tmp_path / "run").mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 100)))
+    (run / "config.yaml").write_text("run: {id: abc}\n")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
     program = f"""
 import resource, signal
 from vigos.train.config import ViGOSConfig
 from vigos.train.run_folder import RunFolder
-config = ViGOSConfig(output_dir={str(tmp_path)!r}, use_cpu=True, report_to=[])
+config = ViGOSConfig(output_dir={str(run)!r}, use_cpu=True, report_to=[])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-folder = RunFolder({str(tmp_path)!r})
+folder = RunFolder({str(run)!r})
 for act in (lambda: folder.cut_after(90), lambda: folder.write_config(config)):
     try:
         act()
     except OSError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.count("could not be written (File too large); it is as it was") == 2, done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (script := tmp_path / "full.py").write_text(program)
+    said = output_of(script, [], tmp_path / "log")
+    assert said.count("could not be written (File too large); it is as it was") == 2, said
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_a_new_run_sets_aside_what_an_earlier_one_left(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.processes import FORKSERVER
 from helpers.tiny_models import (
     FAMILIES,
     HIDDEN,
@@ -656,7 +657,7 @@ def different_numbers_of_forwards(rank):
 
 @pytest.mark.slow
 def test_ranks_with_different_numbers_of_forwards(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(two_ranks, args=(str(tmp_path),), nprocs=2, start_method=FORKSERVER)
 
 
 def test_images_helper_matches_its_placeholders():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.processes import start
 
 from vigos.train.checkpoint import last_checkpoint
 from vigos.world import write_world
@@ -26,16 +25,16 @@ def test_a_signal_ends_the_command_with_its_code(tmp_path: Path, number: signal.
         "use-cpu": "true", "max-prompt-length": 4096,
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "vigos", "train", *flags]
     log = tmp_path / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = start("vigos", ["train", *flags], log)
     metrics, limit = run / "metrics.jsonl", time.monotonic() + 150
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < limit:
-        assert process.poll() is None, log.read_text()[-2000:]
+        assert process.is_alive(), log.read_text()[-2000:]
         time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number, log.read_text()[-2000:]
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number, log.read_text()[-2000:]
     assert "go on with the same command and --resume auto" in log.read_text()
     last = json.loads(metrics.read_text().splitlines()[-1])
     found = last_checkpoint(run)

@@ -66,6 +66,9 @@ PROFILES = {
     ),
 }
 
+# A call takes Triton's interpreter a second or more: of its tests `make test-fast` has shapes, options and sizes.
+EVERY = [pytest.param(e, marks=pytest.mark.slow if e == "triton" and not GPU else ()) for e in PROFILES]
+
 
 def configure(monkeypatch: pytest.MonkeyPatch, name: str, config: Any) -> None:
     """Bind a configuration to an engine's functions."""
@@ -122,7 +125,7 @@ def set_up(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
 def engines_on_cpu(names: Any) -> Any:
     """Return a fixture: the name of each engine that takes tensors on the CPU here, with chunks at a test's sizes."""
 
-    @pytest.fixture(params=names)
+    @pytest.fixture(params=[each for each in EVERY if each.values[0] in names])
     def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
         if PROFILES[request.param].device != "cpu":
             pytest.skip("its tensors lie on the CPU; the files for a GPU test it there")

@@ -18,7 +18,7 @@ from vigos.errors import TrainingStopped, end_process
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 FAULTS = (*SIGNALS, "memory")
-TIMEOUT_S = 20  # also what two processes may start apart on a busy machine
+TIMEOUT_S = 12  # also what two ranks may be apart on a busy machine
 
 
 class GoesAway(TrainerCallback):

@@ -39,9 +39,9 @@ class Errors:
 
 
 def small_case(dtype: torch.dtype, device: torch.device | str, kinds: tuple[int, ...]) -> LinearProblem:
-    """Build 24 pairs of a shared head, V 1000, the teacher next to the student; `kinds` in turn."""
+    """Build 12 pairs of a shared head, V 1000, the teacher next to the student; `kinds` in turn."""
     generator = torch.Generator().manual_seed(0)
-    n, d, v = 24, 64, 1000
+    n, d, v = 12, 64, 1000
     weight = torch.randn(v, d, generator=generator) * 0.5
     student = torch.randn(n, d, generator=generator)
     teacher = student + 0.02 * torch.randn(n, d, generator=generator)
