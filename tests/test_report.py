@@ -277,6 +277,33 @@ def test_rollout_data_holds_what_was_logged(run: Path) -> None:
             assert len(top_p) == 6
 
 
+def test_own_teachers_and_what_they_saw(tmp_path: Path) -> None:
+    """Seven teachers have a colour, a curve and a line of the legend each; views are drawn with their owner's name."""
+    views = ["blank", "blur", "none", {"mask": "box"}, "shuffle", None, {"crop": "box"}]
+    teachers = [
+        {"name": f"own{i}", "reads": "student"} | ({"view": view} if view else {}) for i, view in enumerate(views)
+    ]
+    data = [row | {"box": [0, 0, 16, 16]} for row in rows(2)]
+    args = config(tmp_path / "train", teachers=teachers, clip_mode="none", completion_steps=1)
+    trainer(tiny_student(), args, data, texts=[VALID_A, VALID_B]).train()
+    loaded = load_run(tmp_path)
+    shown = rollout_data([loaded])
+    names = [teacher["name"] for teacher in teachers]
+    assert shown["teachers"][3:] == names
+    first = shown["rollouts"][0]
+    assert {t[1] for t in first["taught"]} == set(range(3, 10))
+    seen = dict(first["views"])
+    assert seen.keys() == {name for name, view in zip(names, views, strict=True) if view}
+    assert seen["own2"] == []
+    kept = {name: {shown["images"][i]["src"] for i in images} for name, images in seen.items()}
+    assert len(set().union(*kept.values())) == 5, "each another picture"
+    page = write_report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+    for name in names:
+        assert re.search(f'<span class="tok t[3-8]" [^>]*>{name}</span> of the run&#39;s own: reads student', page)
+        assert f'"kl/{name}"' in page or f">{name}<" in page
+    assert ">perception<" not in page
+
+
 def test_figures_follow_the_log(page: Path) -> None:
     text = page.read_text()
     for title in ("Loss by term", "PALR", "Clipped divergence", "Invalid rollouts, by reason", "Time of a step"):

@@ -34,9 +34,11 @@ from torch import Tensor
 import vigos
 from vigos.cli.options import UsageError
 from vigos.cli.recipes import FOLDER, names, path_of, summary
+from vigos.method.encode import ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
+from vigos.scoring.prefix_tree import PrefixTree
 from vigos.world import write_world
 
 TEXTS = [VALID_A, CUT_OFF, VALID_B]
@@ -356,6 +358,29 @@ def test_shuffled_patches_are_the_same_patches() -> None:
 def test_a_box_that_does_not_fit(box: Any, message: str) -> None:
     with pytest.raises(BadView, match=message):
         View.read({"crop": "box"})([picture(0)], {"box": box}, seed="")
+
+
+def test_equal_views_share_in_the_tree_and_unequal_ones_do_not() -> None:
+    """A second role with an equal view adds its text alone, one with another view all of its prompt."""
+
+    def sequence(view: Any, problem: str) -> ScoredSequence:
+        seen = View.read(view)([picture(0)], {}, seed="row-0") if view else [picture(0)]
+        prompt = encode_prompt(processor(), PROMPTS, "{problem}", problem, images=seen)
+        return ScoredSequence(prompt, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+    def tokens(*sequences: ScoredSequence) -> int:
+        return sum(pack.tokens for pack in PrefixTree(sequences).packs)
+
+    first, again, other, plain = (sequence(*x) for x in (("blur", "A"), ("blur", "B"), ("blank", "A"), (None, "A")))
+    same = int((first.prompt.ids != again.prompt.ids).nonzero()[0])
+    assert tokens(first, again) == len(first.prompt.ids) + len(again.prompt.ids) - same
+    assert same > len(first.prompt.ids) // 2, "the image is in front of the text"
+    assert tokens(first, other, plain) == sum(len(s.prompt.ids) for s in (first, other, plain))
+    run = tokens(first, again, other, plain)
+    total = sum(len(s.prompt.ids) for s in (first, again, other, plain))
+    said = PrefixTree([first, again, other, plain]).summary()
+    assert said.startswith(f"4 sequences of {total} tokens run as {run}, {1 - run / total:.0%} shared; 4 show images")
+    assert said.endswith("3 different ones")
 
 
 MISTAKES = {

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from vigos.method.spans import REASONS
-from vigos.report.figures import ACCENT, INK, OF_TERM, SERIES, Chart, Log, lines, stacked
+from vigos.report.figures import ACCENT, INK, OF_TERM, SERIES, Chart, Log, lines, own_terms, stacked
 
 _REASON_WORDS = {"image_token": "image placeholder", "tagless": "no tags at all"}
 
 
 def charts_of(logs: Sequence[Log]) -> list[tuple[str, str, list[Chart]]]:
     """Return (key, title, charts) of each section; charts without data and sections without charts are left out."""
-    found = {name.removeprefix("kl/") for log in logs for line in log for name in line if name.startswith("kl/")}
-    terms = (OF_TERM | dict(zip(sorted(found - OF_TERM.keys()), SERIES, strict=False))).items()
+    terms = (OF_TERM | dict(zip(own_terms(logs), cycle(SERIES), strict=False))).items()
     sections: list[tuple[str, str, list[Chart | None]]] = [
         (
             "training", "Training",

@@ -37,6 +37,12 @@ WIDTH, HEIGHT = 4.7, 2.75  # inches: about as many CSS pixels as a phone is wide
 Log = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that hold a step's metrics
 
 
+def own_terms(logs: Sequence[Log]) -> list[str]:
+    """Return the names of the teachers that are runs' own, sorted."""
+    names = {name.removeprefix("kl/") for log in logs for line in log for name in line if name.startswith("kl/")}
+    return sorted(names - OF_TERM.keys())
+
+
 @dataclass(frozen=True)
 class Chart:
     """A drawing, a sentence about it, its legend, and its values as a table.

@@ -27,7 +27,7 @@ from typing import Any
 from vigos.eval.results import Comparison, EvaluationResult, Metric, compare
 from vigos.method.supervise import TERMS
 from vigos.report.evaluations import Found, find_evaluations, flipped
-from vigos.report.figures import Chart
+from vigos.report.figures import Chart, own_terms
 from vigos.system.extras import install
 from vigos.system.files import parsed, read_json_lines, read_sections, replace_file
 
@@ -36,7 +36,8 @@ MAX_TOKENS = 120_000  # over the rollouts of a page; with the likeliest tokens o
 MAX_IMAGE_BYTES = 400_000
 MAX_DATA_BYTES = 24_000_000  # rollouts of a page with their images, as JSON; the rest of it is a few megabytes at most
 MAX_RECORD_BYTES = 4_000_000  # of a rollout's line
-MAX_IMAGES = 8  # a rollout
+MAX_IMAGES = 8  # a rollout, and each of its views
+MAX_VIEWS, MAX_NAME = 12, 60  # roles of a rollout with views of their own, and characters of their names
 MAX_CHARACTERS = 4000  # of a question, a reference, an answer
 _IMAGE_NAME = re.compile(r"images/[0-9a-f]{8,64}\.(png|webp)")
 _MEDIA = {"png": "image/png", "webp": "image/webp"}
@@ -248,13 +249,14 @@ def _same_examples(a: EvaluationResult, b: EvaluationResult) -> bool:
 def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the data that the page's script reads: texts are shared in a table, images are data: addresses.
 
-    `rollouts`: run, step, id, problem, answer, valid, reason, right, images, tokens (indices of `texts`), and `taught`:
-    for each supervised token [token, teacher, segment, KL, clipped, log p, log q, top of student, top of teacher]; a
+    `rollouts`: run, step, id, problem, answer, valid, reason, right, images, `views` ([role, images] of those that saw
+    others), tokens (indices of `texts`), and `taught`: for each supervised token [token, teacher, segment, KL, clipped,
+    log p, log q, top of student, top of teacher]; a
     top is a flat list of text, share in thousandths.
     """
     texts: dict[str, int] = {}
     images: dict[str, int] = {}
-    teachers = {term: i for i, term in enumerate(TERMS)}  # and after them a run's own
+    teachers = {term: i for i, term in enumerate((*TERMS, *own_terms([run.log for run in runs])))}
     pictures: list[dict[str, Any]] = []
     found = []
 
@@ -264,23 +266,29 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     def tops(values: Sequence[Sequence[Any]] | None) -> list[int] | None:
         return None if values is None else [x for piece, p in values for x in (text(piece), round(1000 * p))]
 
+    def placed_images(number: int, names: Any) -> list[int]:
+        """Return where the images of a run are in `pictures`, those that can be shown."""
+        shown = []
+        for name in names[:MAX_IMAGES] if isinstance(names, list) else ():
+            key = f"{number}/{name}"
+            if key not in images:
+                picture = _picture(runs[number].folder / "completions", name)
+                if picture is None:
+                    continue
+                images[key] = len(pictures)
+                pictures.append(picture)
+            shown.append(images[key])
+        return shown
+
     size, placed = 0, []
     places = list(zip_longest(*(run.rollouts for run in runs)))
     order = list(range(len(places)))
     random.Random(0).shuffle(order)  # a page that is full holds as many of each run, spread over its steps
     turns = [(i, n, record) for i in order for n, record in enumerate(places[i]) if record is not None]
     for place, number, record in turns:
-        run, known = runs[number], (len(texts), len(pictures))
-        shown = []
-        for name in record.get("images", [])[:MAX_IMAGES]:
-            key = f"{number}/{name}"
-            if key not in images:
-                picture = _picture(run.folder / "completions", name)
-                if picture is None:
-                    continue
-                images[key] = len(pictures)
-                pictures.append(picture)
-            shown.append(images[key])
+        known = (len(texts), len(pictures))
+        shown = placed_images(number, record.get("images", []))
+        seen: Any = record.get("views")
         taught = []
         for term, scores in record.get("teachers", {}).items():
             none = [None] * len(scores["tokens"])
@@ -309,6 +317,10 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
                 "reason": str(record["reason"]),
                 "right": record.get("correct"),
                 "images": shown,
+                "views": [
+                    [str(role)[:MAX_NAME], placed_images(number, names)]
+                    for role, names in islice(seen.items() if isinstance(seen, dict) else (), MAX_VIEWS)
+                ],
                 "said": said[:MAX_CHARACTERS] if isinstance(said := record.get("answer_text"), str) else None,
                 "tokens": [text(t) for t in record["tokens"]],
                 "taught": taught,
@@ -407,7 +419,7 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("report.html").render(
         runs=runs,
         letters="AB",
-        opsd=any(_section(run.config, "vigos").get("method") == "opsd" for run in runs),
+        teachers=_legend(runs, data["teachers"]),
         facts=_fact_examples(runs),
         headlines=[headline(run.evaluations.before, run.evaluations.after) for run in runs],
         versus=headline(*ends) if len(ends) == 2 and all(ends) else [],
@@ -420,6 +432,33 @@ def render(runs: Sequence[Run]) -> str:
         script_hash=digest,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+_MEANINGS = {
+    "perception": "sees the image alone", "reasoning": "image, question and answer",
+    "reference": "the same, over a rollout out of format",
+}  # fmt: skip
+
+
+def _legend(runs: Sequence[Run], teachers: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Return (colour, name, what it sees) of the built-in teachers, where a run has them, and of own ones."""
+    options = [_section(run.config, "vigos") for run in runs]
+    found = []
+    for i, name in enumerate(teachers):
+        given = [t for o in options for t in o.get("teachers") or () if isinstance(t, dict) and t.get("name") == name]
+        if given:
+            reads = str(given[0].get("reads", "reasoning")).split("\n")[0]
+            view = given[0].get("view")
+            words = f"of the run's own: reads {reads or 'nothing'}" + (f", sees {view}" if view else "")
+        elif i >= len(TERMS):
+            words = "of the run's own"
+        elif all(o.get("teachers") for o in options):
+            continue
+        else:
+            opsd = name == "reference" and any(o.get("method") == "opsd" for o in options)
+            words = _MEANINGS[name] + (", or over all of it (opsd)" if opsd else "")
+        found.append((i if i < 3 else 3 + (i - 3) % 6, name[:MAX_NAME], words[:MAX_CHARACTERS]))
+    return found
 
 
 def script_json(value: Any) -> str:

@@ -124,6 +124,15 @@ class PrefixTree:
         order, shared = self._sorted(image_token_id)
         self.packs = [self._pack(order[a:b], shared[a:b]) for a, b in self._cuts(order, shared, token_budget)]
 
+    def summary(self) -> str:
+        """Return in a line how much is shared: tokens with and without sharing, images shown and different ones."""
+        separate, packed = sum(map(len, self._ids)), sum(pack.tokens for pack in self.packs)
+        keys = [s.prompt.images.key for s in self.sequences if s.prompt.images is not None]
+        return (
+            f"{len(self.sequences)} sequences of {separate} tokens run as {packed}, "
+            f"{1 - packed / max(separate, 1):.0%} shared; {len(keys)} show images, {len(set(keys))} different ones"
+        )
+
     def _sorted(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
         """Order the scored sequences so that neighbours share most; count the tokens each shares with the one before.
 

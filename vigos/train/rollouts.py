@@ -15,22 +15,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from vigos.data.examples import BadExample, Example
 from vigos.data.images import BadImage
-from vigos.method.encode import EncodedPrompt, encode_prompt
+from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
 from vigos.method.prompts import Prompts, Role
 from vigos.method.spans import Spans, parse_rollout
 from vigos.method.supervise import CONTROL, Rollout, assign, teacher_prefill
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
-from vigos.models.parts import base_model, unwrap
+from vigos.models.parts import base_model, image_token_id_of, unwrap
 from vigos.models.sharding import gather_trained
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Completion, RolloutEngine, eos_ids, placeholder_ids, stream_seed
 from vigos.rollout.full_weights import StaleWeights, checkpoint_groups
 from vigos.rollout.prefetch import Request, RolloutsAhead, check_engine
+from vigos.scoring.prefix_tree import PrefixTree
 from vigos.train.ranks import count_over_ranks
 
 if TYPE_CHECKING:
@@ -330,6 +332,11 @@ class RolloutLoader:
                         shown |= {f"{name} teacher": each for name, each in read.items()}
             except BadExample:
                 continue
+            plan = PrefixTree(
+                [ScoredSequence(each, _NEXT, _NEXT) for each in shown.values()],
+                image_token_id=image_token_id_of(base_model(self.model)),
+            )
+            logger.info("the prompts of an example as a prefix tree: %s", plan.summary())
             for name, each in shown.items():
                 logger.info("the %s's prompt, example %s:\n%s", name, example["problem_id"], each.text)
             return
@@ -432,6 +439,9 @@ class RolloutLoader:
         self.examples_used = state.get("examples_used", 0)
         self.valid_rollouts = state.get("valid_rollouts", 0)
         self.skipped = Counter(state.get("skipped", {}))
+
+
+_NEXT = torch.zeros(1, dtype=torch.int64)  # one token after a prompt
 
 
 def _texts(example: Example, columns: Collection[str]) -> dict[str, str]:

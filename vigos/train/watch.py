@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-TEACHERS = {"perception": "description", "reasoning": "reasoning", "reference": "reference"}
+TEACHERS = {"perception": "description"}  # what a teacher is called in the line, where not by its name
 
 
 class Watch(TrainerCallback):
@@ -82,7 +82,8 @@ class Watch(TrainerCallback):
         for name, key in (("valid", "rollout/valid"), ("right", "rollout/accuracy")):
             if isinstance(logs.get(key), int | float):
                 parts.append(f"{name} {100 * logs[key]:.0f} %")
-        kl = [f"{word} {logs[f'kl/{term}']:.3f}" for term, word in TEACHERS.items() if logs.get(f"kl/{term}")]
+        terms = [name.removeprefix("kl/") for name in logs if name.startswith("kl/") and logs[name]]
+        kl = [f"{TEACHERS.get(term, term)} {logs[f'kl/{term}']:.3f}" for term in terms]
         parts += [f"KL {' '.join(kl)}"] if kl else []
         for words, share in (("clipped", clipped_share(logs)), ("teacher knows", logs.get("teacher/knows"))):
             if isinstance(share, int | float):

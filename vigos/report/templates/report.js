@@ -2,8 +2,9 @@
 // The rollouts of the page. Everything a run wrote is set as text or as a property, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const TEACHERS = data.teachers, COLOURS = ["perception", "reasoning", "reference", "series-1", "series-2", "series-3"];
-  const colourOf = (k) => `var(--${COLOURS[k % COLOURS.length]})`;
+  const TEACHERS = data.teachers, COLOURS = ["perception", "reasoning", "reference"];
+  const shadeOf = (k) => (k < 3 ? k : 3 + ((k - 3) % 6)); // own teachers, however many, take turns in six colours
+  const colourOf = (k) => `var(--${COLOURS[k] ?? `series-${shadeOf(k) - 2}`})`;
   const PAGE = 20, PAGE_TOKENS = 8000; // cards drawn at once, and the tokens after which it is fewer
   const $ = (id) => document.getElementById(id);
   const list = $("list"), tip = $("tip"), root = document.documentElement;
@@ -114,19 +115,26 @@
 
   function card(group) {
     const first = group.members[0];
-    const shots = el("div", { class: "shots" });
-    for (const i of first.images) {
+    const shot = (i, alt) => {
       const image = data.images[i];
-      const shot = el("img", { src: image.src, alt: `image of row ${first.id}`, loading: "lazy", width: image.width, height: image.height });
-      if (Math.max(image.width, image.height) < 120) shot.className = "small";
-      shots.append(shot);
+      const small = Math.max(image.width, image.height) < 120 ? "small" : "";
+      return el("img", { src: image.src, alt, class: small, loading: "lazy", width: image.width, height: image.height });
+    };
+    const shots = el("div", { class: "shots" }, ...first.images.map((i) => shot(i, `image of row ${first.id}`)));
+    const views = new Map();
+    for (const r of group.members)
+      for (const [role, images] of r.views)
+        views.set((data.runs.length > 1 ? "AB"[r.run] + ", " : "") + role, images);
+    for (const [role, images] of views) {
+      const pictures = images.length ? images.map((i) => shot(i, `what ${role} sees`)) : ["no image"];
+      shots.append(el("figure", { class: "view" }, ...pictures, el("figcaption", { class: "muted", text: `${role} sees` })));
     }
     const ask = el("p", { class: "ask" }, el("b", { text: first.problem }), el("br"), el("span", { class: "muted", text: "reference: " }), first.answer);
     const pair = el("div", { class: group.members.length > 1 ? "pair" : "" });
     for (const r of group.members) pair.append(rollout(r));
-    const aside = first.images.length ? el("div", { class: "aside" }, shots, ask) : el("div", { class: "aside" }, ask);
+    const aside = shots.children.length ? el("div", { class: "aside" }, shots, ask) : el("div", { class: "aside" }, ask);
     const meta = el("p", { class: "meta" }, el("span", { text: `step ${group.step}` }), el("span", { text: first.id }));
-    return el("li", { class: "card" }, meta, el("div", { class: first.images.length ? "body" : "body bare" }, aside, pair));
+    return el("li", { class: "card" }, meta, el("div", { class: shots.children.length ? "body" : "body bare" }, aside, pair));
   }
 
   function rollout(r) {
@@ -141,7 +149,7 @@
     const text = el("div", { class: "text", role: "group", "aria-label": "completion, one token at a time with the arrow keys" });
     r.tokens.forEach((id, i) => {
       const t = taught.get(i), piece = data.texts[id];
-      const span = el("span", { class: "tok " + (t ? `t${t[1]}${t[4] ? " clip" : ""}` : "off"), text: piece, tabindex: i ? "-1" : "0" });
+      const span = el("span", { class: "tok " + (t ? `t${shadeOf(t[1])}${t[4] ? " clip" : ""}` : "off"), text: piece, tabindex: i ? "-1" : "0" });
       if (piece.includes("\n")) span.classList.add("nl");
       if (t) span.style.setProperty("--k", `calc(4% + ${depth(t[3]).toFixed(3)} * var(--deep))`);
       text.append(span);
