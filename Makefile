@@ -33,17 +33,15 @@ test: lint
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-# Environments of their own; the index's newest versions, and those that pyproject.toml names as the oldest.
-test-newest:
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
-
-test-oldest:
-	$(PYTHON) -m venv .venv-oldest
-	$(PYTHON) scripts/oldest.py > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+# Environments of their own; the index's newest versions, and those that pyproject.toml names as the oldest. By uv:
+# pip tries versions one by one, and does not know the oldest.
+test-newest: RESOLUTION := highest
+test-oldest: RESOLUTION := lowest-direct
+test-newest test-oldest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install --quiet --upgrade --python .venv-$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 newcomer: $(STAMP)
 	tests/newcomer.sh $(ARGS)
