@@ -1,12 +1,24 @@
 // The Hopper primitives of the fused projections (PTX ISA 8.0, sm_90a): mbarrier, bulk tensor copy, wgmma, register
-// counts. The tests put a host emulation behind the same names.
+// counts. The tests put a host emulation behind the same names; the descriptor is this one there too.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
+#if defined(__CUDACC__)
+#include <cuda.h>
+#endif
 
 namespace vigos::hopper {
+
+// Operand in shared memory as the copy engine wrote it with 128-byte swizzle: rows of 64 16-bit entries along K (128
+// bytes), groups of 8 rows 1,024 bytes apart. The tile starts on 1,024 bytes; `address` may lie 32, 64 or 96 bytes into
+// its first row: the next 16 entries of K.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) | ((kStrideBytes >> 4) << 32) |
+         (kSwizzle128 << 62);
+}
+
+#if defined(__CUDACC__)
 
 using TensorMap = CUtensorMap;
 
@@ -68,15 +80,6 @@ __device__ __forceinline__ void copy_box(void* dest, const TensorMap* map, int c
 
 // --- wgmma -----------------------------------------------------------------------------------------------------------
 
-// Operand in shared memory as the copy engine wrote it with 128-byte swizzle: rows of 64 16-bit entries along K (128
-// bytes), groups of 8 rows 1,024 bytes apart. The tile starts on 1,024 bytes; `address` may lie 32, 64 or 96 bytes into
-// its first row: the next 16 entries of K.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) | ((kStrideBytes >> 4) << 32) |
-         (kSwizzle128 << 62);
-}
-
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
@@ -129,5 +132,7 @@ template <int COUNT>
 __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
+
+#endif  // __CUDACC__
 
 }  // namespace vigos::hopper

@@ -17,6 +17,8 @@
 #include <cuda_bf16.h>
 
 #include "device.cuh"
+#endif
+#if defined(__CUDACC__) || defined(VIGOS_EMULATED)
 #include "hopper.cuh"
 #endif
 
@@ -176,7 +178,7 @@ __device__ __forceinline__ void add_tile(RowStats (&rows)[2], const bool (&rever
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
       const float z_s = z.student[j / 2 * 4 + 2 * h + j % 2], z_t = z.teacher[j / 2 * 4 + 2 * h + j % 2];
-      add<true>(rows[h], {z_s, z_t, z_t - z_s}, reverse[h]);
+      add<true>(rows[h], {z_s, z_t, z_s - z_t}, reverse[h]);
     }
   }
 }
@@ -199,7 +201,7 @@ __device__ __forceinline__ void store_tile(const LinearHopperParams& p, const Ro
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float z_s = z.student[4 * j + 2 * h + c] * p.alpha, z_t = z.teacher[4 * j + 2 * h + c] * p.alpha;
-        const Entry e = entry_of<true>(rows[h], {z_s, z_t, z_t - z_s});
+        const Entry e = entry_of<true>(rows[h], {z_s, z_t, z_s - z_t});
         const bool counts = live[h] != 0.0f && column + c < p.logical_vocab;
         pair.value[c] = __nv_bfloat16(counts ? p.alpha * gradient_kl(rows[h], e) : 0.0f);
       }

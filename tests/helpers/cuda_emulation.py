@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
-def build(into: Path) -> ModuleType:
+def build(into: Path, csrc: Path = ROOT / "csrc", *options: str) -> ModuleType:
     """The emulator as a Python module; compiled once for each state of its sources."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation of the CUDA kernels needs g++")
     pybind11 = pytest.importorskip("pybind11")
-    csrc = ROOT / "csrc"
-    headers = [csrc / "numerics.h", *sorted((csrc / "cuda").glob("*.h")), *sorted((csrc / "cuda").glob("*.cuh"))]
     sources = [ROOT / "tests/helpers/cuda_emulator.cpp", csrc / "cuda/register.cpp"]
-    text = b"".join(path.read_bytes() for path in sources + headers) + sys.version.encode()
+    headers = [csrc / "numerics.h", *sorted((csrc / "cuda").glob("*.h")), *sorted((csrc / "cuda").glob("*.cuh"))]
+    headers += sorted((ROOT / "tests/helpers").glob("cuda_*.h"))
+    text = b"".join(path.read_bytes() for path in sources + headers) + " ".join((sys.version, *options)).encode()
     library = into / f"cuda_emulator-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}")
@@ -37,7 +37,7 @@ def build(into: Path) -> ModuleType:
             [
                 compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
                 '-DVIGOS_CUDA_ARCHITECTURES="emulated"', f"-I{pybind11.get_include()}",
-                f"-I{sysconfig.get_path('include')}", f"-I{csrc / 'cuda'}", *map(str, sources),
+                f"-I{sysconfig.get_path('include')}", f"-I{csrc / 'cuda'}", *options, *map(str, sources),
                 "-o", str(partial),
             ],
             check=True,

@@ -1,189 +1,12 @@
-// The CUDA row kernels on the CPU: the same kernel source, checks and bindings, with every thread of a cluster a
-// cooperative fiber and the primitives of csrc/cuda/device.cuh put behind it. It proves indices, tails, barriers,
-// merges and arithmetic; it says nothing about speed, memory ordering on the device, or ex2.approx (expf here). Limits:
-// `exp_of<FAST>` is expf; fp16 and bf16 are emulated types with the same rounding.
-#include <sys/mman.h>
-#include <ucontext.h>
-
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <vector>
-
-#define VIGOS_EMULATED
-#define __device__
-#define __forceinline__ inline
-
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-
-namespace emulator {
-
-constexpr size_t kStack = 64 * 1024;
-
-struct Barrier {
-  int expected = 0, arrived = 0;
-  unsigned generation = 0;
-};
-
-struct Warp {
-  float slots[32];
-  Barrier barrier;
-};
-
-struct Block {
-  std::vector<char> shared;
-  std::vector<Warp> warps;
-  Barrier barrier;
-  int64_t index = 0;
-  int rank = 0;
-};
-
-struct Cluster {
-  std::vector<Block> blocks;
-  Barrier barrier;
-};
-
-struct Fiber {
-  ucontext_t context;
-  Block* block;
-  int thread;
-  bool done;
-};
-
-inline ucontext_t scheduler;
-inline Fiber* current = nullptr;
-inline Cluster* cluster = nullptr;
-inline const std::function<void()>* body = nullptr;
-
-inline void yield() { swapcontext(&current->context, &scheduler); }
-
-inline void wait(Barrier& barrier) {
-  const unsigned generation = barrier.generation;
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  while (barrier.generation == generation) yield();
-}
-
-inline void entry() {
-  (*body)();
-  current->done = true;
-  yield();
-}
-
-// Runs `blocks` blocks of `threads` threads, `ranks` blocks a cluster, one cluster after the other.
-inline void launch(int64_t blocks, int ranks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  const size_t fibers = static_cast<size_t>(ranks) * threads;
-  void* const stacks = mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (stacks == MAP_FAILED) throw std::bad_alloc();
-  std::vector<Fiber> all(fibers);
-  body = &kernel;
-  for (int64_t first = 0; first < blocks; first += ranks) {
-    Cluster here;
-    here.blocks.resize(ranks);
-    here.barrier.expected = ranks * threads;
-    for (int rank = 0; rank < ranks; ++rank) {
-      Block& block = here.blocks[rank];
-      block.shared.assign(shared_bytes + 16, static_cast<char>(0xff));  // NaN: an unwritten float shows
-      block.warps.resize(threads / 32);
-      for (Warp& warp : block.warps) warp.barrier.expected = 32;
-      block.barrier.expected = threads;
-      block.index = first + rank;
-      block.rank = rank;
-    }
-    cluster = &here;
-    for (size_t i = 0; i < fibers; ++i) {
-      Fiber& fiber = all[i];
-      fiber.block = &here.blocks[i / threads];
-      fiber.thread = static_cast<int>(i % threads);
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = static_cast<char*>(stacks) + i * kStack;
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, entry, 0);
-    }
-    for (size_t left = fibers; left > 0;) {
-      for (Fiber& fiber : all) {
-        if (fiber.done) continue;
-        current = &fiber;
-        swapcontext(&scheduler, &fiber.context);
-        left -= fiber.done;
-      }
-    }
-  }
-  munmap(stacks, fibers * kStack);
-}
-
-struct bfloat16 {
-  uint16_t bits;
-  bfloat16() = default;
-  explicit bfloat16(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // to nearest, ties to even
-  }
-  explicit operator float() const {
-    const uint32_t u = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
-  }
-};
-
-using float16 = _Float16;
-
-}  // namespace emulator
-
-[[noreturn]] inline void fail(const char* what) {  // an exception would not cross a fiber
-  std::fprintf(stderr, "emulated kernel: %s\n", what);
-  std::abort();
-}
-
-namespace vigos::device {
-
-inline int thread_index() { return emulator::current->thread; }
-inline int64_t block_index() { return emulator::current->block->index; }
-inline void block_sync() { emulator::wait(emulator::current->block->barrier); }
-inline float shuffle_xor(float x, int mask) {
-  const int lane = thread_index() % 32;
-  emulator::Warp& warp = emulator::current->block->warps[thread_index() / 32];
-  warp.slots[lane] = x;
-  emulator::wait(warp.barrier);
-  const float y = warp.slots[lane ^ mask];
-  emulator::wait(warp.barrier);
-  return y;
-}
-inline char* shared_memory() {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(emulator::current->block->shared.data());
-  return reinterpret_cast<char*>((start + 15) / 16 * 16);
-}
-inline uint4 load(const uint4* address, bool) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) fail("a 16-byte load is not aligned");
-  return *address;
-}
-inline int cluster_rank() { return emulator::current->block->rank; }
-inline int cluster_size() { return static_cast<int>(emulator::cluster->blocks.size()); }
-inline void cluster_sync() { emulator::wait(emulator::cluster->barrier); }
-template <typename T>
-const T* cluster_map(T* shared, int rank) {
-  const ptrdiff_t offset = reinterpret_cast<char*>(shared) - shared_memory();
-  const uintptr_t start = reinterpret_cast<uintptr_t>(emulator::cluster->blocks[rank].shared.data());
-  return reinterpret_cast<const T*>((start + 15) / 16 * 16 + offset);
-}
-
-}  // namespace vigos::device
-
-using __nv_bfloat16 = emulator::bfloat16;
-
+// The CUDA kernels on the CPU: the same kernel source, checks and bindings, with every thread of a cluster a
+// cooperative fiber (cuda_fibers.h), the primitives of csrc/cuda/device.cuh and hopper.cuh put behind it
+// (cuda_device.h), and guard pages about the operands (cuda_operands.h). It proves indices, tails, barriers, phases,
+// merges and arithmetic, in any order of threads and at any legal moment of copies and products; it says nothing about
+// speed, bank conflicts, memory order between threads that do synchronise, or ex2.approx (expf here). fp16 and bf16 are
+// types with the same rounding. The launch of linear_hopper.cu and its tensor maps are not part of it.
+#include "cuda_device.h"
+#include "cuda_operands.h"
+#include "linear_hopper_host.h"
 #include "logits_rows_host.h"
 #include "register.h"
 
@@ -220,12 +43,38 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   LogitsRowsParams p = params;
   p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
-  using emulator::bfloat16, emulator::float16;
-  if (logits == Dtype::kBFloat16) return run_rows<bfloat16, bfloat16>(p, plan, aligned);
-  if (logits == Dtype::kFloat16) return run_rows<float16, float16>(p, plan, aligned);
-  if (gradient == Dtype::kBFloat16) return run_rows<float, bfloat16>(p, plan, aligned);
-  if (gradient == Dtype::kFloat16) return run_rows<float, float16>(p, plan, aligned);
+  const int64_t r = p.rows, v = p.vocab;
+  emulator::Operands operands;
+  operands.matrix(p.student, emulator::rows_named(p.student_row, r), v, p.stride_student, item_size(logits));
+  operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), v, p.stride_teacher, item_size(logits));
+  operands.matrix(p.dlogits, r, v, p.stride_dlogits, item_size(gradient));
+  for (const int64_t** of : {&p.student_row, &p.teacher_row, &p.labels}) operands.array(*of, r);
+  for (const float** of : {&p.weight, &p.clip}) operands.array(*of, r);
+  for (const float** of : {&p.student_bias, &p.teacher_bias}) operands.array(*of, v);
+  for (float** of : {&p.divergence, &p.student_entropy, &p.teacher_entropy, &p.student_lse, &p.teacher_lse,
+                     &p.student_logprob, &p.teacher_logprob}) {
+    operands.array(*of, r);
+  }
+  operands.array(p.kind, r);
+  operands.array(p.clipped, r);
+  operands.array(p.state, r * State::kColumns);
+#if defined(VIGOS_EMULATED_FEW)  // compiles faster
   run_rows<float, float>(p, plan, aligned);
+#else
+  using emulator::bfloat16, emulator::float16;
+  if (logits == Dtype::kBFloat16) {
+    run_rows<bfloat16, bfloat16>(p, plan, aligned);
+  } else if (logits == Dtype::kFloat16) {
+    run_rows<float16, float16>(p, plan, aligned);
+  } else if (gradient == Dtype::kBFloat16) {
+    run_rows<float, bfloat16>(p, plan, aligned);
+  } else if (gradient == Dtype::kFloat16) {
+    run_rows<float, float16>(p, plan, aligned);
+  } else {
+    run_rows<float, float>(p, plan, aligned);
+  }
+#endif
+  operands.give_back();
 }
 
 template <typename T>
@@ -248,9 +97,74 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
   LogitsGradientParams p = params;
   p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, logits);
-  if (logits == Dtype::kFloat32) return run_gradient<float>(p, aligned);
-  if (logits == Dtype::kBFloat16) return run_gradient<emulator::bfloat16>(p, aligned);
-  run_gradient<emulator::float16>(p, aligned);
+  const int64_t r = p.offsets[p.rows], v = p.vocab;
+  emulator::Operands operands;
+  operands.matrix(p.student, p.rows, v, p.stride_student, item_size(logits));
+  operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), v, p.stride_teacher, item_size(logits));
+  operands.matrix(p.dlogits, p.rows, v, p.stride_dlogits, item_size(logits));
+  for (const int64_t** of : {&p.order, &p.teacher_row}) operands.array(*of, r);
+  for (const float** of : {&p.student_bias, &p.teacher_bias}) operands.array(*of, v);
+  operands.array(p.offsets, p.rows + 1);
+  operands.array(p.kind, r);
+  operands.array(p.row_grad, r);
+  operands.array(p.state, r * State::kColumns);
+#if defined(VIGOS_EMULATED_FEW)
+  run_gradient<float>(p, aligned);
+#else
+  if (logits == Dtype::kFloat32) {
+    run_gradient<float>(p, aligned);
+  } else if (logits == Dtype::kBFloat16) {
+    run_gradient<emulator::bfloat16>(p, aligned);
+  } else {
+    run_gradient<emulator::float16>(p, aligned);
+  }
+#endif
+  operands.give_back();
+}
+
+template <bool SHARED_HEAD, HopperMode MODE>
+void run_linear(const LinearHopperParams& p) {
+  static_assert(kTileM == hopper::kBoxRows && kTileN == hopper::kBoxRows && 2 * kTileK == hopper::kBoxRowBytes);
+  const auto map = [](const void* data, int64_t rows, int64_t columns, int64_t stride) {
+    return hopper::TensorMap{static_cast<const emulator::bfloat16*>(data), rows, columns, stride};
+  };
+  const HopperMaps maps{map(p.student_hidden, p.rows, p.d, p.stride_student_hidden),
+                        map(p.teacher_hidden, p.rows, p.d_t, p.stride_teacher_hidden),
+                        map(p.student_weight, p.vocab, p.d, p.stride_student_weight),
+                        map(p.teacher_weight, p.vocab, p.d_t, p.stride_teacher_weight)};
+  const int64_t row_tiles = (p.rows + kTileM - 1) / kTileM;
+  emulator::launch(row_tiles * p.splits, 1, kHopperThreads, HopperShared<SHARED_HEAD>::kBytes,
+                   [&] { linear_hopper_body<SHARED_HEAD, MODE>(p, maps); });
+}
+
+// Statistics, their merge, and with dlogits the gradient.
+void linear_hopper(const LinearHopperParams& params) {
+  check_statistics(params);
+  if (params.dlogits) check_linear_gradient(params);
+  LinearHopperParams p = params;
+  const int64_t r = p.rows, v = p.vocab;
+  emulator::Operands operands;
+  operands.matrix(p.student_hidden, r, p.d, p.stride_student_hidden, 2);
+  operands.matrix(p.teacher_hidden, r, p.d_t, p.stride_teacher_hidden, 2);
+  operands.matrix(p.student_weight, v, p.d, p.stride_student_weight, 2);
+  operands.matrix(p.teacher_weight, v, p.d_t, p.stride_teacher_weight, 2);
+  operands.matrix(p.dlogits, r, v, p.stride_dlogits, 2);
+  for (float** of : {&p.divergence, &p.student_entropy, &p.teacher_entropy, &p.student_lse, &p.teacher_lse,
+                     &p.student_logprob, &p.teacher_logprob}) {
+    operands.array(*of, r);
+  }
+  for (const float** of : {&p.clip, &p.live}) operands.array(*of, r);
+  operands.array(p.kind, r);
+  operands.array(p.labels, r);
+  operands.array(p.clipped, r);
+  operands.array(p.label_logits, 2 * r);
+  operands.array(p.partial, kRunningFields * p.splits * r);
+  operands.array(p.state, r * State::kColumns);
+  constexpr auto kStatistics = HopperMode::kStatistics, kGradient = HopperMode::kGradient;
+  p.teacher_weight ? run_linear<false, kStatistics>(p) : run_linear<true, kStatistics>(p);
+  for (int64_t i = 0; i < r; ++i) linear_merge_body(p, i);
+  if (p.dlogits) p.teacher_weight ? run_linear<false, kGradient>(p) : run_linear<true, kGradient>(p);
+  operands.give_back();
 }
 
 }  // namespace vigos
@@ -276,8 +190,57 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
   }
 }
 
+namespace py = pybind11;
+
+// Addresses and sizes by the names of the struct's members.
+void linear_hopper(const py::dict& fields, float alpha) {
+  vigos::LinearHopperParams p;
+  const auto number = [&fields](const char* name) {
+    return fields.contains(name) ? fields[name].cast<int64_t>() : int64_t{0};
+  };
+#define VIGOS_POINTER(name) p.name = reinterpret_cast<decltype(p.name)>(number(#name))
+#define VIGOS_NUMBER(name) p.name = static_cast<decltype(p.name)>(number(#name))
+  VIGOS_POINTER(student_hidden);
+  VIGOS_POINTER(teacher_hidden);
+  VIGOS_POINTER(student_weight);
+  VIGOS_POINTER(teacher_weight);
+  VIGOS_POINTER(kind);
+  VIGOS_POINTER(partial);
+  VIGOS_POINTER(labels);
+  VIGOS_POINTER(label_logits);
+  VIGOS_POINTER(clip);
+  VIGOS_POINTER(divergence);
+  VIGOS_POINTER(clipped);
+  VIGOS_POINTER(student_entropy);
+  VIGOS_POINTER(teacher_entropy);
+  VIGOS_POINTER(student_lse);
+  VIGOS_POINTER(teacher_lse);
+  VIGOS_POINTER(student_logprob);
+  VIGOS_POINTER(teacher_logprob);
+  VIGOS_POINTER(state);
+  VIGOS_POINTER(live);
+  VIGOS_POINTER(dlogits);
+  VIGOS_NUMBER(stride_student_hidden);
+  VIGOS_NUMBER(stride_teacher_hidden);
+  VIGOS_NUMBER(stride_student_weight);
+  VIGOS_NUMBER(stride_teacher_weight);
+  VIGOS_NUMBER(d);
+  VIGOS_NUMBER(d_t);
+  VIGOS_NUMBER(rows);
+  VIGOS_NUMBER(vocab);
+  VIGOS_NUMBER(logical_vocab);
+  VIGOS_NUMBER(splits);
+  VIGOS_NUMBER(stride_dlogits);
+#undef VIGOS_POINTER
+#undef VIGOS_NUMBER
+  p.alpha = alpha;
+  vigos::linear_hopper(p);
+}
+
 PYBIND11_MODULE(cuda_emulator, m) {
   vigos::register_cuda(m);
+  m.def("linear_hopper", linear_hopper);
+  m.def("set_seed", [](uint64_t seed) { emulator::seed = seed; });
   m.def("entries_of_a_row",
         [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float share, float clip, uintptr_t out) {
           entries_of_a_row(reinterpret_cast<const float*>(z_s), reinterpret_cast<const float*>(z_t), n, kind, share,

@@ -89,11 +89,17 @@ def small_triton() -> triton.Config:
 def emulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """Put the emulation of the CUDA kernels under impl="cuda"; return its module."""
     emulator = build(request.config.cache.mkdir("cuda-emulator"))
+    put_under(monkeypatch, emulator)
+    return emulator
+
+
+def put_under(monkeypatch: pytest.MonkeyPatch, emulator: Any) -> None:
+    """Make an emulator what impl="cuda" runs on."""
     monkeypatch.setattr(cuda, "_module", lambda: emulator.cuda)
     monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "_mm", wide_mm)
     emulator.set_device(90, 232448)
-    return emulator
+    emulator.set_seed(0)
 
 
 def available(name: str) -> None:
