@@ -6,7 +6,7 @@ STAMP := $(VENV)/.vigos-ready
 # What a set-up depends on: change one and the next command installs again.
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-newest test-oldest newcomer wheel lint format docs bench gpu-check clean
+.PHONY: help setup demo test test-fast test-newest test-oldest newcomer wheel lint format docs bench gpu-check gpu-wheels clean
 help:
 	@echo "make demo       set up and run the built-in post-training job"
 	@echo "make test       set up, lint and run every test"
@@ -78,6 +78,11 @@ bench: $(STAMP)
 # On the GPU machine, with its own Python: no network, no installs.
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(ARGS)
+
+# The peers of the comparison, for a GPU machine with Python 3.12, beside what its own Python holds.
+gpu-wheels: $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest build/wheels \
+	  trl==1.16.0 liger-kernel==0.8.5 datasets dill multiprocess
 
 clean:
 	rm -rf build *.egg-info vigos/_C*.so .pytest_cache .ruff_cache .mypy_cache

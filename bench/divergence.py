@@ -54,19 +54,19 @@ def cases(device: str) -> dict[str, list[Case]]:
     """Groups by name, the most wanted first; `SMALL` only where it is asked for."""
     small = [Case(64, 128, 1000), Case(64, 128, 1000, live=0.5, trained_head=True)]
     if device == "cuda":
-        shapes = [(2048, 151_936), (3584, 152_064), (4096, 128_256)]
+        shapes = [(2048, 151_936), (3584, 152_064), (2560, 248_320), (4096, 128_256)]  # Qwen2.5, Qwen3.5-4B, Llama 3
         d, v = shapes[0]
         return {
             SMALL: small,
-            "target": [Case(8192, *shape) for shape in shapes[:2]],
+            "target": [Case(8192, *shape) for shape in shapes[:3]],
             "rows": [Case(8192, d, v, rows) for rows in ("near", "flat")],
             "live": [Case(8192, d, v, live=share) for share in (0.5, 0.1)],
             "head": [Case(8192, d, v, trained_head=True)],
             "kind": [Case(8192, d, v, kind=kind) for kind in ("reverse", "jsd")],
             "contrast": [Case(8192, d, v, contrast=1.0, plausibility=gamma) for gamma in (0.0, 0.1)],
             "n": [Case(n, d, v) for n in (1024, 2048, 4096, 16_384, 32_768)],
-            "shape": [Case(8192, *shapes[2])],
-            "vocabulary": [Case(8192, 2560, 248_320), Case(8192, 2560, 262_144)],  # Qwen3.5-4B, Gemma 3 4B
+            "shape": [Case(8192, *shapes[3])],
+            "vocabulary": [Case(8192, 2560, 262_144)],  # Gemma 3 4B
         }
     n, d, v = 512, 512, 32_000
     return {

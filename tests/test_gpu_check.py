@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,38 +33,59 @@ def gpu_check() -> ModuleType:
     return module
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def new_check(gpu_check: ModuleType, out: Path, machine: dict[str, str] | None = None) -> Any:
+    return gpu_check.Check(out, Path(tempfile.mkdtemp(dir=out.parent)), "cpu", time.monotonic() + 60, machine or {})
 
 
-@pytest.mark.slow
-def test_cpu_mode(tmp_path: Path) -> None:
-    """Every step that a CPU can take, benchmarks included."""
-    steps = ["--steps", "tests", "benchmarks", "sanitizer"]
+def rehearse(out: Path, *steps: str) -> dict[str, Any]:
+    """Run the script on a CPU; return check.json and, beside it, the rows of each CSV in the archive."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", *steps, "--out", str(tmp_path)],
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--first", "--steps", *steps, "--out", str(out)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "check.json").read_text())
-    found = {step["name"]: step["status"] for step in content["steps"]}
-    benches = ("logits_rows", "divergence", "prefix_tree_2m", "train_step_2m")
-    assert found == {"tests": "passed", "sanitizer": "skipped"} | {f"bench-{name}": "passed" for name in benches}
-    assert "skipped" in content["steps"][0]["detail"]
-    assert content["machine"]["packages"]["torch"]
-    assert done.stdout.rstrip().splitlines()[-1].strip().startswith("sanitizer"), "the table comes last"
+    assert {path.name for path in out.iterdir()} == {"check.json", "summary.txt", "check.tar.gz"}
+    content: dict[str, Any] = json.loads((out / "check.json").read_text())
+    assert [step["name"] for step in content["steps"]] == list(steps)
+    assert {step["status"] for step in content["steps"]} <= {"passed", "skipped"}
+    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(steps[-1]), "the table comes last"
+    with tarfile.open(out / "check.tar.gz") as archive:
+        for member in archive.getmembers():
+            if member.name.endswith(".csv"):
+                file = archive.extractfile(member)
+                assert file is not None
+                content[member.name] = list(csv.DictReader(io.TextIOWrapper(file)))
+    return content
 
-    rows = table(tmp_path / "logits_rows.csv")
+
+@pytest.mark.slow
+def test_first_run_on_a_cpu(tmp_path: Path) -> None:
+    """The first figures, the row kernels and the tests: what a GPU's first minutes would bring home, in small."""
+    content = rehearse(tmp_path, "first", "rows", "tests", "sweeps", "memcheck")
+    steps = {step["name"]: step for step in content["steps"]}
+    assert "skipped" in steps["tests"]["detail"]
+    assert content["machine"]["packages"]["torch"]
+    first = content["first"]
+    assert first["ceilings"]["copy"] > 0
+    assert max(first["precision"].values()) < 1e-4
+    target = [row for row in first["target"] if row["engine"] == "vigos cpu"]
+    assert [row["v"] for row in target] == [1000, 1001, 1600]
+    assert all(row["error"] < 1e-3 and row["of_floor"] > 0 for row in target)
+    assert first["profile"][0]["share"] > first["profile"][-1]["share"] > 0
+    assert first["chunks"].keys() == {"16", "32"}
+    assert "x floor" in (tmp_path / "summary.txt").read_text()
+    rows = content["rows.csv"]
     assert {"copy", "eager", "vigos reference"} <= {row["engine"] for row in rows}
     assert all(float(row["error"]) < 0.02 for row in rows if row["engine"] != "copy")
-    rows = table(tmp_path / "divergence.csv")
-    assert {"floor", "vigos cpu", "vigos reference", "PyTorch"} <= {row["engine"] for row in rows}
-    assert all(float(row["error"]) < 1e-3 and float(row["ms"]) > 0 for row in rows if row["engine"] != "floor")
-    scored = {row["scheme"]: row for row in table(tmp_path / "prefix_tree_2m.csv")}
+
+
+@pytest.mark.slow
+def test_models_of_a_check_on_a_cpu(tmp_path: Path) -> None:
+    content = rehearse(tmp_path, "tree", "training")
+    scored = {row["scheme"]: row for row in content["tree.csv"]}
     assert float(scored["tree"]["kl_deviation"]) < 1e-4
     assert float(scored["tree"]["flop_ratio"]) > 2
-    losses = [float(row["loss"]) for row in table(tmp_path / "train_step_2m.csv")]
+    losses = [float(row["loss"]) for row in content["training.csv"]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -68,18 +93,25 @@ def test_a_check_in_parts(gpu_check: ModuleType, tmp_path: Path) -> None:
     """What an earlier part has found stays, unless its step ran again or the tree is another one."""
 
     def part(commit: str, **results: str) -> dict[str, str]:
-        check = gpu_check.Check(tmp_path, "cpu", time.monotonic() + 60, {"device": "cpu", "commit": commit})
+        check = new_check(gpu_check, tmp_path, {"device": "cpu", "commit": commit})
         check.resume()
         for name, status in results.items():
+            (check.work / f"{name}.log").touch()
             check.record(gpu_check.Step(name, status))
         steps = json.loads((tmp_path / "check.json").read_text())["steps"]
         found = {step["name"]: step["status"] for step in steps}
         assert len(found) == len(steps), "a step stands there twice"
         return found
 
+    def kept() -> list[str]:
+        with tarfile.open(tmp_path / "check.tar.gz") as archive:
+            return sorted(archive.getnames())
+
     part("a", build="passed", tests="failed")
-    assert part("a", tests="passed", sanitizer="passed") == dict.fromkeys(("build", "tests", "sanitizer"), "passed")
+    assert part("a", tests="passed", memcheck="passed") == dict.fromkeys(("build", "tests", "memcheck"), "passed")
+    assert kept() == ["build.log", "memcheck.log", "tests.log"]
     assert part("b", tests="failed") == {"tests": "failed"}
+    assert kept() == ["tests.log"]
     (tmp_path / "check.json").write_text("{")
     assert part("b", build="passed") == {"build": "passed"}
 
@@ -110,7 +142,7 @@ def test_a_contender_that_fails_leaves_the_others_their_turn(
 
 def test_steps_are_recorded_as_they_end(gpu_check: ModuleType, tmp_path: Path) -> None:
     """A step that fails or hangs is data; one that no longer fits is not started; all are in check.json at once."""
-    check = gpu_check.Check(tmp_path, "cpu", time.monotonic() + 60)
+    check = new_check(gpu_check, tmp_path)
     assert check.run("good", [sys.executable, "-c", "print('fine')"], 30)
     assert not check.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
     assert not check.run("slow", [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 1.5)
