@@ -9,28 +9,44 @@ from torch import Tensor
 
 from vigos import reference
 
-from .divergence_cases import KINDS, error, logits_no_worse, of_kind, peaked_logits, run_logits
+from .divergence_cases import KINDS, error, of_kind, peaked_logits, run_logits
 
 # Blocks with enough shared memory for a row; a cluster of four; two passes, as below sm_90.
 LAYOUTS = {"one block": (90, 232448), "cluster": (90, 9000), "two passes": (80, 232448)}
 
 
-def rows_are_right(emulator: Any, layout: str = "cluster", *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Check every kind of row through impl="cuda", on 16-byte addresses and off them; return all that came out."""
+def rows_are_right(emulator: Any, layout: str = "cluster") -> Tensor:
+    """Check statistics and gradient of each kind of row, on 16-byte addresses and off them; return all that came out.
+
+    The rows have gaps behind them, and their number of entries is odd.
+    """
     emulator.set_device(*LAYOUTS[layout])
-    v, rows = 1003, of_kind(3, torch.tensor(KINDS, dtype=torch.int8))
-    student, teacher = peaked_logits(3, v, dtype, far=0.2)
+    v, stride, rows = 1003, 1008, of_kind(3, torch.tensor(KINDS, dtype=torch.int8))
+    student, teacher = peaked_logits(3, v, torch.float32, far=0.2)
+    exact = run_logits(student, teacher, rows, None, upstream=torch.ones(3))
+    labels = torch.tensor([0, v // 2, v - 1])
     found = []
     for shift in (0, 1):
-
-        def view(x: Tensor, shift: int = shift) -> Tensor:
-            """Rows of the logits with a gap after each, which starts at another address."""
-            wide = torch.nn.functional.pad(x, (shift, -(v + shift) % 8))
-            return wide[:, shift : shift + v]
-
-        got = run_logits(student, teacher, rows, "cuda", view=view, labels=torch.tensor([0, v // 2, v - 1]))
-        logits_no_worse(got, student, teacher, rows)
-        found += [got.divergence, got.dhidden.flatten(), got.out.student_logprob, got.out.teacher_logprob]
+        s, t, dlogits = (torch.full((3, stride), 7.0)[:, shift : shift + v] for _ in range(3))
+        s.copy_(student)
+        t.copy_(teacher)
+        names = ("divergence", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "student_logprob")
+        out = {name: torch.empty(3) for name in (*names, "teacher_logprob")}
+        clipped = torch.zeros(3, dtype=torch.bool)
+        pointers = {"student": s, "teacher": t, "dlogits": dlogits, "labels": labels, "clipped": clipped, **out}
+        pointers |= {name: getattr(rows, name) for name in ("kind", "weight", "clip")}
+        params = emulator.cuda.LogitsRowsParams(
+            **{name: x.data_ptr() for name, x in pointers.items()}, rows=3, vocab=v, logical_vocab=v,
+            stride_student=stride, stride_teacher=stride, stride_dlogits=stride,
+        )  # fmt: skip
+        emulator.cuda.logits_rows(params, dtype="float32", gradient_dtype="float32", path="auto")
+        torch.testing.assert_close(out["divergence"].double(), exact.divergence, rtol=2e-5, atol=1e-7)
+        assert error(dlogits.double(), exact.dhidden) < 2e-5, "dlogits"
+        for side, z in (("student", student.double()), ("teacher", teacher.double())):
+            picked = z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+            for name, truth in (("lse", z.logsumexp(-1)), ("entropy", reference.entropy(z)), ("logprob", picked)):
+                torch.testing.assert_close(out[f"{side}_{name}"].double(), truth, rtol=2e-6, atol=2e-6)
+        found += [*out.values(), dlogits.flatten()]
     return torch.cat(found)
 
 
@@ -75,8 +91,8 @@ def projections_are_right(
     divergence = reference.divergence(z_s, z_t, kind)
     (gradient,) = torch.autograd.grad((divergence * live).sum(), raw)
     torch.testing.assert_close(out["divergence"].double(), divergence.detach(), rtol=1e-4, atol=1e-6)
-    assert error(dlogits[:, :v].double(), gradient) < 5e-3
-    assert (dlogits[:, logical:] == 0).all()
+    assert error(dlogits[:, :v].double(), gradient) < 5e-3, "dlogits"
+    assert (dlogits[:, logical:] == 0).all(), "padding"
     for side, z in (("student", z_s.detach()), ("teacher", z_t)):
         picked = z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
         for name, exact in (("lse", z.logsumexp(-1)), ("entropy", reference.entropy(z)), ("logprob", picked)):
