@@ -23,6 +23,7 @@ from helpers.training import (
     config,
     full_log_probs,
     picture,
+    processor,
     rows,
     tiny_student,
     trainer,
@@ -114,6 +115,57 @@ def straight_line(made: ViGOSTrainer, data: list[dict[str, Any]], found: Sequenc
                 columns.append([float(v.detach() if isinstance(v, Tensor) else v) for v in values])
     table = torch.tensor(columns, dtype=torch.float64)
     return PALR(*table[:, :4].T, *table[:, 4:6].T.to(torch.int8), *table[:, 6:].T.long(), rollouts=len(found))
+
+
+def test_own_teachers_with_views_columns_and_another_model(tmp_path: Path) -> None:
+    """Every context by itself from full logits: a mask and a hint under another model, and a plain own teacher."""
+    large = tiny_student(seed=7, width=48)
+    large.save_pretrained(tmp_path / "large")
+    processor().save_pretrained(tmp_path / "large")
+    teachers = [
+        {"name": "hinted", "reads": "{problem} {hints} Key: {answer}.", "view": {"mask": "box"},
+         "model": str(tmp_path / "large")},
+        {"name": "seer", "reads": "{problem} {format}", "spans": "description"},
+    ]  # fmt: skip
+    data = [row | {"hints": f"hint {i}", "box": [0, 0, 16, 16 * (i + 1) // 2]} for i, row in enumerate(rows(2))]
+    data[1]["images"] = [picture(9)]
+    made = trained(tmp_path / "run", data, [VALID_A, VALID_B], teachers=teachers, clip_mode="none", palr_steps=1)
+    found = rollouts_of(made, data)
+    palr = measured(made, found, wrong=[["blue", "12"], ["a dark green"]], other_models=made.other_models)
+    assert palr.terms == ("hinted", "seer")
+
+    def masked(row: dict[str, Any]) -> Image.Image:
+        image = row["images"][0].copy()
+        image.paste((127, 127, 127), tuple(row["box"]))
+        return image
+
+    for i, (row, rollout) in enumerate(zip(data, found, strict=True)):
+        ids, donor = rollout.completion_ids, data[1 - i]
+        places = torch.arange(len(ids))
+
+        def hinted(key: str, image: Image.Image, row: dict[str, Any] = row, ids: Tensor = ids) -> Tensor:
+            text = chat(f"{row['problem']} {row['hints']} Key: {key}.", "<description>")
+            return full_log_probs(large, text, image, ids)[torch.arange(len(ids)), ids]
+
+        asked = chat(f"{row['problem']} Describe, think, answer.", "<description>")
+        with torch.no_grad():
+            student = full_log_probs(made.model, asked, row["images"][0], ids)[places, ids]
+            wrong = [hinted(key, masked(row)).exp() for key in (["blue", "12"], ["a dark green"])[i]]
+            wanted = [student, hinted(row["answer"], masked(row)), torch.stack(wrong).mean(0).log(),
+                      hinted(row["answer"], masked(donor))]  # fmt: skip
+            with made.model.disable_adapter():  # type: ignore[operator]
+                sees, elsewhere = (
+                    full_log_probs(made.model, asked, x["images"][0], ids)[places, ids] for x in (row, donor)
+                )
+        for term, exact in ((0, wanted), (1, [student, sees, sees, elsewhere])):
+            mine = (palr.owner == i) & (palr.term == term)
+            assert len(palr.token[mine]) == (len(ids) if term == 0 else rollout.spans.description[1])
+            for column, full in zip((palr.student, palr.teacher, palr.wrong, palr.other_image), exact, strict=True):
+                torch.testing.assert_close(column[mine], full[palr.token[mine]], rtol=1e-4, atol=1e-4)
+    made.train()
+    logged = next(log for log in made.state.log_history if "palr/all" in log)
+    assert {"palr/teacher/hinted", "palr/teacher/seer"} <= logged.keys()
+    assert logged["palr/teacher/seer"] == 0
 
 
 @pytest.mark.parametrize("method", ["vigos", "opsd"])

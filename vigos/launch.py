@@ -351,6 +351,7 @@ def palr_from_source(source: PalrSource, config: ViGOSConfig, *, group: int = 32
             measure_palr(
                 rollouts, config, student=trainer.model, scorer=scorer, teacher=teacher, prompts=trainer.prompts,
                 processor=trainer.processing_class, wrong_answers=config.palr_wrong_answers, seed=config.seed,
+                other_models=trainer.other_models,
             )
         )  # fmt: skip
     found = PALR.joined(parts).summary()

@@ -51,6 +51,7 @@ class Rollout:
         logprobs: (C,) float32, nats: of the tokens under the weights that sampled them, at temperature 1; NaN where not
             known, None if none is.
         version: optimizer steps behind those weights; None: not known.
+        texts: of the columns that teachers' templates name, by column.
     """
 
     problem_id: str
@@ -65,6 +66,7 @@ class Rollout:
     logprobs: Tensor | None = None
     version: int | None = None
     views: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -289,10 +289,6 @@ class ViGOSConfig(TrainingArguments):
             raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], got {self.vllm_gpu_memory_utilization}")
 
     def _check_combinations(self) -> None:
-        special = [t for t in self.objective.roster if t.view is not None or t.columns]
-        if self.palr_steps and (special or self.student_view):
-            name = special[0].name if special else "student"
-            raise ValueError(f"palr_steps must be 0 where {name} has a view or reads columns, got {self.palr_steps}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: examples are rendered into prompts by the trainer")
         if (engine := self.rollout_engine) != "transformers":

@@ -10,9 +10,9 @@ than the other is cut where the shorter one ends. Every rank holds a whole copy,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,30 +124,42 @@ class Part:
     batch: SupervisedBatch
 
 
+@dataclass(frozen=True)
 class OtherModels:
     """The models other than the student that teach in a run, each loaded once.
 
-    Args:
-        student: not wrapped. processor: the student's.
+    Attributes:
+        teachers: of the run, all of them.
+        models: by folder; a teacher whose model is not here has the student's own weights.
     """
 
-    def __init__(self, args: ViGOSConfig, *, student: nn.Module, processor: Any, device: torch.device) -> None:
-        self.teachers = args.objective.roster
-        self.models: dict[str, OtherModel] = {}
+    teachers: Sequence[Teacher]
+    models: dict[str, OtherModel] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, args: ViGOSConfig, *, student: nn.Module, processor: Any, device: torch.device) -> OtherModels:
+        """Load those that `args.teachers` name.
+
+        Args:
+            student: not wrapped. processor: the student's.
+        """
+        loaded = cls(args.objective.roster)
         tokenizer = getattr(processor, "tokenizer", processor)
         sees = hasattr(processor, "image_processor") and placeholder_ids(base_model(student).config) != ()
         users: dict[str, list[Teacher]] = {}
-        for teacher in self.teachers:
+        for teacher in loaded.teachers:
             if teacher.model is not None and teacher.weight > 0:
                 users.setdefault(teacher.model, []).append(teacher)
         for path, members in users.items():
-            found = self.models[path] = OtherModel(
+            found = loaded.models[path] = OtherModel(
                 path, [t.name for t in members], student=student, tokenizer=tokenizer, args=args, device=device,
                 offload=any(t.offload for t in members),
             )  # fmt: skip
             blind = next((t for t in members if t.view is None or t.view.kind != "none"), None)
             if sees and not found.has_vision and blind is not None:
                 raise ValueError(f"teacher {blind.name!r} must have view: none, since {path!r} sees no images")
+
+        return loaded
 
     def model_of(self, teacher: Teacher) -> OtherModel | None:
         """Return the model of a teacher; None for the student's own weights."""

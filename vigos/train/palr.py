@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -33,10 +33,20 @@ from vigos.divergence.api import linear_divergence
 from vigos.divergence.head import Head
 from vigos.divergence.supervision import Supervision
 from vigos.method.encode import EncodedPrompt, ScoredSequence, encode_prompt
-from vigos.method.supervise import SEGMENTS, TERMS, Rollout, SupervisedBatch, Term, supervise, teacher_prefill
+from vigos.method.supervise import (
+    SEGMENTS,
+    TERMS,
+    Rollout,
+    SupervisedBatch,
+    assign,
+    supervise,
+    teacher_prefill,
+)  # fmt: skip
+from vigos.method.teachers import Teacher
 from vigos.models.parts import lm_head
 from vigos.models.sharding import gathered_head, reshard
 from vigos.scoring.teacher import teacher_mode
+from vigos.train.other_models import OtherModels
 
 if TYPE_CHECKING:
     from vigos.method.objective import Objective
@@ -197,18 +207,34 @@ def _kind(answer: str) -> str:
     return "number"
 
 
-def draw_other_images(rollouts: Sequence[Rollout], *, seed: int = 0) -> list[int | None]:
-    """Choose for each rollout another one with as many images and other pixels; None where there is none."""
-    keys = [r.prompts["student"].images.key if r.prompts["student"].images else None for r in rollouts]
+def draw_other_images(
+    rollouts: Sequence[Rollout], *, seed: int = 0, views: Sequence[Collection[str]] | None = None
+) -> list[int | None]:
+    """Choose for each rollout another one with as many images and other pixels; None where there is none.
+
+    Args:
+        views: for each rollout the teachers whose views of the other one's images have to be known.
+    """
+    keys = [_pixels(r) for r in rollouts]
     found: list[int | None] = []
     for i, rollout in enumerate(rollouts):
         fits = [
             j
             for j, other in enumerate(rollouts)
-            if keys[j] not in (None, keys[i]) and len(other.images) == len(rollout.images)
+            if keys[j] not in (None, keys[i])
+            and len(other.images) == len(rollout.images)
+            and (views is None or set(views[i]) <= other.views.keys())
         ]
         found.append(random.Random(f"{seed}/{i}").choice(fits) if fits else None)
     return found
+
+
+def _pixels(rollout: Rollout) -> object:
+    """Return what is equal for equal images of the example; None without any."""
+    if "student" in rollout.views:  # its prompt shows others
+        return tuple((image.size, image.tobytes()) for image in rollout.images) or None
+    images = rollout.prompts["student"].images
+    return images.key if images else None
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -228,6 +254,7 @@ def measure_palr(
     wrong: Sequence[Sequence[str]] | None = None,
     dummy: ScoredSequence | None = None,
     seed: int = 0,
+    other_models: OtherModels | None = None,
 ) -> PALR:
     """Score rollouts with their teachers, with wrong answers in the privileged prompts, and with other images.
 
@@ -242,30 +269,36 @@ def measure_palr(
         wrong_answers: K, at most, for each rollout.
         wrong: the wrong answers of each rollout; None draws them from the other rollouts' answers.
         dummy: as in `hidden_states`, for ranks without a rollout that can be measured.
+        other_models: those that teach beside the scorer's.
+
+    A teacher with a view is shown that view of the other image, and its template keeps the example's own columns.
     """
     if wrong is not None and len(wrong) != len(rollouts):
         raise ValueError(f"wrong must hold the wrong answers of {len(rollouts)} rollouts, got {len(wrong)}")
     drawn = draw_wrong_answers([_reference(r) for r in rollouts], wrong_answers, seed=seed) if wrong is None else wrong
-    donors = draw_other_images(rollouts, seed=seed)
-    usable, left_out = _usable(rollouts, drawn, donors)
     objective = config.objective.without_controls()
+    seen = [
+        {a.term for a in assign(r.spans, objective, has_images=bool(r.images)) if objective.teacher(a.term).view}
+        for r in rollouts
+    ]
+    donors = draw_other_images(rollouts, seed=seed, views=seen)
+    usable, left_out = _usable(rollouts, drawn, donors)
     batch = supervise([rollouts[i] for i in usable], objective)
     left_out["unsupervised"] = len(usable) - len(set(batch.owner.tolist()))
-    swapped = _swapped(batch, [(drawn[i], donors[i]) for i in usable], rollouts, objective, processor, prompts)
-    student_rows, teacher_rows, swapped_rows = _logprobs(batch, swapped, student, scorer, teacher, config, dummy)
+    others = other_models or OtherModels(objective.roster)
+    swaps_of = [(drawn[i], donors[i]) for i in usable]
+    swapped = _swapped(batch, swaps_of, rollouts, objective, others, processor, prompts)
+    student_rows, teacher_rows, found = _logprobs(batch, swapped, student, scorer, teacher, config, dummy, others)
 
     R, K = batch.n_pairs, max((len(s.wrong) for s in swapped), default=0)
     other_image, wrong_rows = torch.zeros(R, dtype=torch.float64), torch.zeros(R, K, dtype=torch.float64)
     counts = torch.zeros(R, dtype=torch.float64)
-    first_row, row = 0, 0
-    for base, swaps in zip(batch.teacher_sequences, swapped, strict=True):
-        S = len(base.scored)
-        other_image[row : row + S] = swapped_rows[first_row : first_row + S]
-        first_row += S
-        for k in range(len(swaps.wrong)):
-            wrong_rows[row : row + S, k] = swapped_rows[first_row : first_row + S]
-            first_row += S
-        counts[row : row + S] = len(swaps.wrong)
+    row = 0
+    for columns in found:  # (1 + wrong, S) of each teacher sequence
+        K_own, S = columns.shape[0] - 1, columns.shape[1]
+        other_image[row : row + S] = columns[0]
+        wrong_rows[row : row + S, :K_own] = columns[1:].T
+        counts[row : row + S] = K_own
         row += S
     mixture = mixture_logprob(wrong_rows, counts) if K else teacher_rows
     return PALR(
@@ -314,7 +347,7 @@ def _usable(
 
 def _swapped(
     batch: SupervisedBatch, swaps: Sequence[tuple[Sequence[str], int | None]], rollouts: Sequence[Rollout],
-    objective: Objective, processor: Any, prompts: Prompts,
+    objective: Objective, others: OtherModels, processor: Any, prompts: Prompts,
 ) -> list[_Swapped]:  # fmt: skip
     """Return the other contexts of every teacher sequence of `batch`."""
     known: dict[tuple[Any, ...], EncodedPrompt] = {}  # the rollouts of an example share them
@@ -327,15 +360,17 @@ def _swapped(
         prefill = teacher_prefill(term, objective, prompts)
 
         def encode(
-            answer: str, source: Rollout, term: Term = term, rollout: Rollout = rollout, prefill: str | None = prefill,
-            reads: str = teacher.reads,
-        ) -> EncodedPrompt:  # fmt: skip
-            like = source.prompts["student"]
-            key = (term, rollout.problem, answer, like.images.key if like.images else None)
+            answer: str, source: Rollout, teacher: Teacher = teacher, rollout: Rollout = rollout, prefill: str = prefill
+        ) -> EncodedPrompt:
+            name, model = teacher.name, others.model_of(teacher)
+            shown = source.views[name] if teacher.view else source.images
+            plain = teacher.view is None and model is None and "student" not in source.views
+            key = (name, id(rollout.prompts), answer, id(source.prompts))
             if key not in known:
                 known[key] = encode_prompt(
-                    processor, prompts, reads, rollout.problem, answer, source.images, prefill, like
-                )
+                    model.processor if model else processor, prompts, teacher.reads, rollout.problem, answer, shown,
+                    prefill, source.prompts["student"] if plain else source.prompts.get(name), rollout.texts,
+                )  # fmt: skip
             return known[key]
 
         found.append(
@@ -349,39 +384,65 @@ def _swapped(
 
 def _logprobs(
     batch: SupervisedBatch, swapped: Sequence[_Swapped], student: nn.Module, scorer: TeacherScorer,
-    teacher: TeacherWeights | None, config: ViGOSConfig, dummy: ScoredSequence | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return log p (R,), log q (R,) and those of the swapped sequences, end to end; float64 on the CPU."""
-    extra = [sequence for swaps in swapped for sequence in (swaps.other_image, *swaps.wrong)]
-    step = replace(batch, teacher_sequences=[*batch.teacher_sequences, *extra])
-    with teacher.weights() if teacher else nullcontext():
-        hidden, _ = scorer.score(step, dummy=dummy)  # (R + swapped, D)
+    teacher: TeacherWeights | None, config: ViGOSConfig, dummy: ScoredSequence | None, others: OtherModels,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Return log p (R,), log q (R,), and for each teacher sequence those of its swapped contexts, (1 + wrong, S).
+
+    All are float64 on the CPU.
+    """
+    parts = others.parts(batch)
+    members = [
+        [i for i, s in enumerate(batch.teacher_sequences) if others.model_of(_teacher(s, config)) is part.model]
+        for part in parts
+    ]
+    hidden = []
+    for part, mine in zip(parts, members, strict=True):
+        extra = [sequence for i in mine for sequence in (swapped[i].other_image, *swapped[i].wrong)]
+        step = replace(part.batch, teacher_sequences=[*part.batch.teacher_sequences, *extra])
+        if part.model is not None:
+            hidden.append(part.model.score(step, scorer.token_budget))
+            continue
+        with teacher.weights() if teacher else nullcontext():
+            hidden.append(scorer.score(step, dummy=dummy)[0])  # (R + swapped, D)
     with teacher_mode(student, adapter="on"):
         student_hidden = scorer.score_student(
             student, batch.student_sequences, scoring=config.student_scoring, dummy=dummy
         )
     settings = {"temperature": config.divergence_temperature, "impl": config.impl}
     shared = lm_head(student) is lm_head(scorer.model)
+    columns = torch.zeros(2, batch.n_pairs, dtype=torch.float64)
+    found: dict[int, Tensor] = {}
     with gathered_head(student) as head, gathered_head(scorer.model) as teacher_head:
         if teacher and shared:  # a head that trains keeps a copy
             teacher_head = teacher.head(teacher_head)
-        student_hidden, hidden = (x.to(head.weight.dtype) for x in (student_hidden, hidden))
-        found = _of_labels(batch, swapped, student_hidden, hidden, (head, teacher_head), settings)
+        for part, mine, rows in zip(parts, members, hidden, strict=True):
+            with part.model.heads(head) if part.model else nullcontext((head, teacher_head)) as sides:
+                states = (student_hidden.to(sides[0].weight.dtype), rows.to(sides[1].weight.dtype))
+                *of_pairs, of_swaps = _of_labels(part.batch, [swapped[i] for i in mine], *states, sides, settings)
+            columns[:, part.places] = torch.stack(of_pairs)
+            sizes = [(1 + len(swapped[i].wrong), len(batch.teacher_sequences[i].scored)) for i in mine]
+            split = of_swaps.split([k * n for k, n in sizes])
+            found |= {i: x.view(size) for i, x, size in zip(mine, split, sizes, strict=True)}
     reshard(student)
-    return found
+    return columns[0], columns[1], [found[i] for i in range(len(swapped))]
+
+
+def _teacher(sequence: ScoredSequence, config: ViGOSConfig) -> Teacher:
+    return config.objective.teacher(sequence.owner[1])
 
 
 def _of_labels(
     batch: SupervisedBatch, swapped: Sequence[_Swapped], student_hidden: Tensor, hidden: Tensor,
     heads: tuple[Head, Head], settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the log-probabilities of `_logprobs`, from hidden states and the student's and the teacher's head."""
+    """Return log p (R,), log q (R,) and those of the swapped sequences, end to end, from hidden states and heads."""
     R = batch.n_pairs
     if R == 0:
         return (torch.zeros(0, dtype=torch.float64),) * 3
     head, teacher_head = heads
+    rules = Supervision(batch.supervision.student_row, batch.supervision.teacher_row)  # type: ignore[arg-type]
     out = linear_divergence(
-        student_hidden, head, hidden[:R], teacher_head, supervision=batch.supervision, labels=batch.labels, **settings
+        student_hidden, head, hidden[:R], teacher_head, supervision=rules, labels=batch.labels, **settings
     )
     lengths = [len(base.scored) for base in batch.teacher_sequences]
     first, second = _pairs(lengths, [1 + len(swaps.wrong) for swaps in swapped])

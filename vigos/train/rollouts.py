@@ -285,6 +285,7 @@ class RolloutLoader:
         views: dict[str, tuple[Any, ...]] = {}
         if self.student_view is not None:
             views["student"] = tuple(self._seen(self.student_view, example, others))
+        named = sorted(set().union(*(teacher.columns for teacher in objective.roster)))
         rollouts = []
         for completion in completions:
             spans = parse_rollout(
@@ -312,6 +313,7 @@ class RolloutLoader:
                     reference=self._reference(example),
                     correct=_is_correct(spans, example) if self.args.grade_rollouts else None,
                     views=views,
+                    texts={name: str(example["extra"][name]) for name in named if example["extra"].get(name)},
                 )
             )
         return rollouts

@@ -174,7 +174,9 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             token_budget=args.token_budget,
             adapter=self.teacher.adapter,
         )
-        self.other_models = OtherModels(args, student=base_model(model), processor=processing_class, device=args.device)
+        self.other_models = OtherModels.load(
+            args, student=base_model(model), processor=processing_class, device=args.device
+        )
         self.recorder.other_parameters = {
             t.name: other.parameters for t in self.objective.roster if (other := self.other_models.model_of(t))
         }
@@ -251,7 +253,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         return measure_palr(
             rollouts, self.args, student=self.model, scorer=self.scorer, teacher=self.teacher, prompts=self.prompts,
             processor=self.processing_class, wrong_answers=self.args.palr_wrong_answers, seed=self.state.global_step,
-            dummy=self._dummy_sequence(),
+            dummy=self._dummy_sequence(), other_models=self.other_models,
         )  # fmt: skip
 
     # --- One micro-batch: teachers, student, divergence -----------------------------------------------------------
