@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers.training import picture, rows
 from PIL import Image
 
 from vigos.cli import main
 from vigos.data.examples import BadExample, ExampleDataset, load_rows
 from vigos.eval.probes import PROBES, ProbedExamples, blurred, probe
+from vigos.launch import ProbeSource
 from vigos.world import load_base, world_prompts, write_world
 
 
@@ -50,6 +52,27 @@ def test_a_swap_needs_another_row_with_as_many_images() -> None:
     data = load_rows(same)
     assert isinstance(data, ExampleDataset)
     assert ProbedExamples(data, "swapped")[0]["images"][0].tobytes() == data[1]["images"][0].tobytes()
+
+
+def test_views_of_a_run(tmp_path: Path) -> None:
+    """Each role's view is a probe of its own; an example that does not allow it is refused like any."""
+    teachers = [{"name": "cropped", "view": {"crop": "box"}}, {"name": "lent", "view": "other"}, {"name": "plain"}]
+    vigos = {"teachers": teachers, "student_view": {"downscale": 4}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"vigos": vigos}))
+    views = ProbeSource(views_of=str(tmp_path)).views()
+    assert views.keys() == {"view-cropped", "view-lent", "view-student"}
+    data = load_rows([row | {"box": [0, 0, 16, 16]} for row in rows(3)] + rows(1, start=3))
+    assert isinstance(data, ExampleDataset)
+    shown = {name: ProbedExamples(data, None, view=view) for name, view in views.items()}
+    image = data[0]["images"][0]
+    assert shown["view-cropped"][0]["images"][0].tobytes() == image.crop((0, 0, 16, 16)).tobytes()
+    assert shown["view-student"][0]["images"][0].size == image.size
+    assert shown["view-lent"][0]["images"][0].tobytes() in {data[i]["images"][0].tobytes() for i in (1, 2, 3)}
+    with pytest.raises(BadExample, match="no field 'box' for the view crop"):
+        shown["view-cropped"][3]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"vigos": {"method": "opsd"}}))
+    with pytest.raises(ValueError, match="views_of must be a run whose roles have views, got"):
+        ProbeSource(views_of=str(tmp_path)).views()
 
 
 def test_wrong_names_and_streams_are_refused() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vigos.eval.config import EvalConfig
     from vigos.eval.judge import Judge
     from vigos.method.asking import Asking
+    from vigos.method.views import View
     from vigos.rollout.server import ServerEngine
     from vigos.train.config import ViGOSConfig
     from vigos.train.trainer import ViGOSTrainer
@@ -155,6 +156,35 @@ class EvalSource(_ModelAndData):
 
             model = load_adapter(model, self.adapter)
         return model, processor, None
+
+
+@dataclasses.dataclass
+class ProbeSource(EvalSource):
+    """Name what is probed on what."""
+
+    views_of: str | None = _option(
+        None, "Folder of a run: also ask with the images as its student and each of its teachers saw them."
+    )
+
+    def views(self) -> dict[str, View]:
+        """Return the views of the run's roles by name, those of roles that have one.
+
+        Raises:
+            ValueError: no run, or one whose roles all see the images as they are.
+        """
+        from vigos.method.views import View
+
+        if self.views_of is None:
+            return {}
+        options = read_sections(Path(self.views_of) / "config.yaml").get("vigos", {})
+        columns = options.get("images_columns") or {}
+        given: dict[str, Any] = {role: {"column": column} for role, column in columns.items()}
+        given |= {teacher["name"]: teacher.get("view") for teacher in options.get("teachers") or ()}
+        given |= {"student": options.get("student_view") or given.get("student")}
+        found = {f"view-{name}": View.read(view) for name, view in given.items() if view is not None}
+        if not found:
+            raise ValueError(f"views_of must be a run whose roles have views, got {self.views_of!r}")
+        return found  # type: ignore[return-value]
 
 
 def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, Any]:
@@ -432,20 +462,20 @@ def evaluate_from_source(
     return summary
 
 
-def probe_from_source(source: EvalSource, config: EvalConfig) -> dict[str, Any]:
+def probe_from_source(source: ProbeSource, config: EvalConfig) -> dict[str, Any]:
     """Evaluate with each probe, and write their records and `probes.json` to `source.output_dir`."""
     from vigos.eval.probes import probe, summarise
 
     if source.server_url is not None:
         raise ValueError(f"server_url must not be set for probes, which load the model, got {source.server_url!r}")
     examples: Any = source.examples()
-    asking = source.asking()
+    views, asking = source.views(), source.asking()
     config = dataclasses.replace(config, validity=config.validity or asking.validity)
     model, processor, _ = source.student()
     folder = Path(source.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(
-        *probe(model, processor, examples, config, folder=folder, prompts=asking.prompts, judge=source.judge())
-    )
+    judge = source.judge()
+    results = probe(model, processor, examples, config, views=views, folder=folder, prompts=asking.prompts, judge=judge)
+    summary = summarise(*results)
     replace_json(folder / "probes.json", summary)
     return summary

@@ -106,7 +106,9 @@ PROBE = dataclasses.replace(
     EVAL,
     name="probe",
     text="Measure whether a model looks: accuracy with the image removed, blurred, or swapped for another example's, "
-    "against the intact one. Takes the options of eval.",
+    "against the intact one. Takes the options of eval, and views_of.",
+    kinds=(("vigos.launch", "ProbeSource"), ("vigos.eval.config", "EvalConfig")),
+    shown=(*EVAL.shown, "views_of"),
     example="vigos probe --model runs/3b/merged --data data/test.jsonl --output-dir runs/3b/probes",
 )
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vigos.data.examples import BadExample, Example, ExampleDataset, ExampleStream
+from vigos.data.images import BadImage
 from vigos.eval.config import EvalConfig
 from vigos.eval.evaluate import evaluate
 from vigos.eval.results import Comparison, EvaluationResult, compare
+from vigos.method.views import BadView, View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,20 +46,25 @@ class ProbedExamples(ExampleDataset):
     Args:
         examples: read by number, since a swapped image comes from somewhere else in the file.
         probe: what happens to the images. "removed" leaves a prompt of text alone.
-        seed: of the swaps. An example gets the images of one with as many of them, and with another answer if one of
-            the first `TRIES` drawn has one. Without any such example it is a `BadExample`.
+        view: what happens to them in place of a probe, see `vigos.method.views`.
+        seed: of the swaps, and of views. An example gets the images of one with as many of them, and with another
+            answer if one of the first `TRIES` drawn has one. Without any such example it is a `BadExample`.
     """
 
-    def __init__(self, examples: ExampleDataset, probe: Probe, *, seed: int = 0) -> None:
-        if probe not in PROBES:
+    def __init__(
+        self, examples: ExampleDataset, probe: Probe | None, *, view: View | None = None, seed: int = 0
+    ) -> None:
+        if view is None and probe not in PROBES:
             raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
         super().__init__(examples.records, examples.reader, examples.bad_examples)
-        self.probe, self.seed = probe, seed
+        self.probe, self.view, self.seed = probe, view, seed
 
     def __getitem__(self, index: int) -> Example:
         example: Any = super().__getitem__(index)
         if isinstance(example, BadExample) or not example["images"]:
             return example
+        if self.view is not None:
+            return self._viewed(index % len(self), example, self.view)
         if self.probe == "removed":
             return example | {"images": []}
         if self.probe == "blurred":
@@ -66,7 +73,17 @@ class ProbedExamples(ExampleDataset):
         if images is not None:
             return example | {"images": images}
         detail = f"no other example has {len(example['images'])} image(s) to swap in"
-        bad = BadExample(example["problem_id"], "no_other_image", detail)
+        return self._bad(BadExample(example["problem_id"], "no_other_image", detail))
+
+    def _viewed(self, index: int, example: Example, view: View) -> Example:
+        seed, load = f"{self.seed}/{example['problem_id']}", self.reader.images.load
+        others = self._others(index, example) if view.kind == "other" else None
+        try:
+            return example | {"images": view(example["images"], example["extra"], seed=seed, others=others, load=load)}
+        except (BadView, BadImage) as error:
+            return self._bad(BadExample(example["problem_id"], error.reason, str(error)))
+
+    def _bad(self, bad: BadExample) -> Example:
         if self.bad_examples == "return":
             return bad  # type: ignore[return-value]
         raise bad
@@ -105,15 +122,17 @@ def probe(
     config: EvalConfig | None = None,
     *,
     probes: Sequence[Probe] = PROBES,
+    views: Mapping[str, View] | None = None,
     folder: str | Path | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
     **options: Any,
-) -> tuple[EvaluationResult, dict[Probe, Probed]]:
+) -> tuple[EvaluationResult, dict[str, Probed]]:
     """Evaluate a model on examples as they are, then under each probe; return the intact result and the probes'.
 
     Args:
         examples: from `load_rows`, not a stream.
         config: as in `evaluate`; its seed also draws the swaps.
+        views: further probes by their names, such as what the teachers of a run see.
         folder: gets `intact.jsonl` and `<probe>.jsonl`; a probe that was stopped goes on where it stopped.
         progress: called with (name, examples done, examples in all).
         options: further arguments of `evaluate`: prompts, engine, judge, or fields of `EvalConfig`.
@@ -133,14 +152,17 @@ def probe(
         return evaluate(model, processor, data, config, records=records, progress=tick, **options)
 
     intact = run("intact", examples)
-    found: dict[Probe, Probed] = {}
-    for name in probes:
-        result = run(name, ProbedExamples(examples, name, seed=seed))
-        found[name] = Probed(result, compare(intact, result))
+    found: dict[str, Probed] = {}
+    changed: dict[str, ProbedExamples] = {name: ProbedExamples(examples, name, seed=seed) for name in probes}
+    for role, view in (views or {}).items():
+        changed[role] = ProbedExamples(examples, None, view=view, seed=seed)
+    for title, probed in changed.items():
+        result = run(title, probed)
+        found[title] = Probed(result, compare(intact, result))
     return intact, found
 
 
-def summarise(intact: EvaluationResult, probes: Mapping[Probe, Probed]) -> dict[str, Any]:
+def summarise(intact: EvaluationResult, probes: Mapping[str, Probed]) -> dict[str, Any]:
     """Return accuracies with intervals and each probe's paired difference from the intact images, ready for JSON."""
     found: dict[str, Any] = {"intact": _short(intact)}
     for name, probed in probes.items():
