@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.training import CUT_OFF, VALID_A, completion_ids, config, processor
+from PIL import Image
 from rich.console import Console
 from scipy import stats
 
@@ -23,8 +24,9 @@ from vigos.cli import main
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import assign
-from vigos.study.cell import cell_config, change_references, measure, stated
-from vigos.study.plan import ARM, ARMS, CONTROL, FULL, QUICK, Axis, Cell, Plan, World, reduced
+from vigos.method.views import View
+from vigos.study.cell import add_boxes, cell_config, change_references, measure, stated
+from vigos.study.plan import ARM, ARMS, CONTROL, FULL, METHOD, METHODS, QUICK, Axis, Cell, Plan, World, reduced
 from vigos.study.results import (
     by_base,
     difference,
@@ -161,6 +163,28 @@ def test_controls_tell_the_teachers_something_else(tmp_path: Path, reference: st
         assert kept == 0
         assert {r["answer"] for r in after} == {"?"} or reference == "wrong"
     assert len(CONTROL.cells()) == 5 * (1 + 2 * 8)
+
+
+@pytest.mark.parametrize("arm", METHODS, ids=lambda arm: arm.name)
+def test_methods_of_others_are_arms(tmp_path: Path, arm: Any) -> None:
+    cells = METHOD.cells()
+    assert len(cells) == 5 + 5 * 2 * 2 * 6  # the untrained model once a base
+    cell = next(c for c in cells if c.arm == arm.name)
+    args = cell_config(cell, tmp_path)
+    assert [t.name for t in args.objective.roster] == [t["name"] for t in arm.options["teachers"]]
+    if not arm.boxes:
+        return
+    path = write_world(tmp_path, "train", n=60)
+    add_boxes(path)
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        with Image.open(tmp_path / row["images"][0]) as image:
+            seen = View.read(arm.options["teachers"][0]["view"])([image], row, seed="")[0]
+        assert seen.width == 28 * (1 if row["kind"] in ("ink", "which") else len(row["digits"]))
+        if row["kind"] == "ink":
+            assert row["inks"][row["box"][0] // 28] == row["answer"]
+        if row["kind"] == "which":
+            assert str(row["digits"][row["box"][0] // 28]) == row["answer"]
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

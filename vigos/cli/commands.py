@@ -50,6 +50,9 @@ def study(
     controls: Annotated[
         bool, typer.Option("--controls", help="Teachers that are told another's answer, a wrong one, or none.")
     ] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Recipes of others on the same worlds, side by side.")
+    ] = False,
     bases: Annotated[int | None, typer.Option(help="How many bases; default: the plan's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many training seeds of each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")] = None,
@@ -58,7 +61,7 @@ def study(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods on the built-in world. Their parts too; a stopped study goes on where it stopped."""
-    from vigos.study.plan import CONTROL, FULL, QUICK, reduced
+    from vigos.study.plan import CONTROL, FULL, METHOD, QUICK, reduced
     from vigos.study.results import draw, print_results
     from vigos.study.run import run_study
 
@@ -67,7 +70,7 @@ def study(
 
     results = output_dir / "results.csv"
     if not draw_only:
-        plan = QUICK if quick else CONTROL if controls else FULL
+        plan = QUICK if quick else CONTROL if controls else METHOD if methods else FULL
         plan = reduced(plan, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
         with output_folder(output_dir, "vigos study"):
             run_study(plan, output_dir, jobs=jobs, progress=tell)

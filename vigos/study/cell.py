@@ -43,6 +43,8 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
         )  # fmt: skip
         if arm.reference != "own":
             change_references(train, arm.reference, cell.seed)
+        if arm.boxes:
+            add_boxes(train)
         options = cell_config(cell, scratch / "run")
         if arm.kind == "sft":
             records = [json.loads(line) for line in train.read_text(encoding="utf-8").split("\n") if line]
@@ -109,6 +111,22 @@ def change_references(path: Path, reference: str, seed: int) -> None:
             wrong = sorted({answers[i] for i in places} - {answers[place]})
             told = {"other": answers[other], "wrong": str(rng.choice(wrong or ["?"])), "none": "?"}
             records[place]["answer"] = told[reference]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def add_boxes(path: Path) -> None:
+    """Add to every line of the world's JSONL the `box` of the digit that is asked about, of all where it is none."""
+    from vigos.world.digits import CELL
+
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for record in records:
+        asked, found = re.split(r"[.] ", record["problem"])[-1], None
+        if record["kind"] == "ink":
+            found = record["digits"].index(next(int(d) for d in re.findall(r"\b\d\b", asked)))
+        elif record["kind"] == "which":
+            found = next(i for i, ink in enumerate(record["inks"]) if ink in asked)
+        ends = (0, len(record["digits"])) if found is None else (found, found + 1)
+        record["box"] = [CELL * ends[0], 0, CELL * ends[1], CELL]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

@@ -73,6 +73,7 @@ class Arm:
             "trainer": `ViGOSTrainer` with `options`.
         reference: what the privileged teachers are told: the example's own answer, that of another example of the same
             kind, a wrong one of the same kind, or "?". Evaluation knows the true answers.
+        boxes: its examples name the part of the image that their question asks about, as `box`.
     """
 
     name: str
@@ -80,6 +81,17 @@ class Arm:
     kind: Literal["base", "sft", "trainer"] = "trainer"
     options: Mapping[str, Any] = field(default_factory=dict)
     reference: Reference = "own"
+    boxes: bool = False
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Return the options of a published method's configuration, `configs/recipes`."""
+    import yaml
+
+    import vigos.train
+
+    folder = Path(vigos.train.__path__[0]) / "recipes"
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 ARMS: tuple[Arm, ...] = (
@@ -102,7 +114,13 @@ CONTROLS: tuple[Arm, ...] = tuple(
     for method, title, options in (("opsd", "OPSD", {"method": "opsd"}), ("vigos", "ViGOS", {}))
     for reference, what in _TOLD.items()
 )
-ARM = {arm.name: arm for arm in (*ARMS, *CONTROLS)}
+METHODS: tuple[Arm, ...] = (
+    Arm("contrast_erased", "contrast with an erased image (2607.21556)", options=recipe("contrast-erased")),
+    Arm("visual_advantage", "OPSD, tokens weighed by the image (2605.21924)", options=recipe("visual-advantage")),
+    Arm("crop_teacher", "a teacher that sees a crop (2605.18740)", options=recipe("crop-teacher"), boxes=True),
+    Arm("degraded_student", "a student of degraded images (2608.14144)", options=recipe("degraded-student")),
+)
+ARM = {arm.name: arm for arm in (*ARMS, *CONTROLS, *METHODS)}
 
 
 @dataclass(frozen=True)
@@ -224,6 +242,9 @@ FULL = Plan(
 QUICK = replace(FULL, name="quick", axes=(Axis("label_bias", (1.0,)),), bases=(0,), seeds=(0,))
 # What is left of either method where its privilege is worth nothing.
 CONTROL = replace(FULL, name="controls", arms=("base", "opsd", "vigos", *(arm.name for arm in CONTROLS)), axes=())
+# Recipes of others on the same worlds: with true references, and with such as always state the habit.
+_COMPARED = ("base", "opsd", "vigos", *(arm.name for arm in METHODS))
+METHOD = replace(FULL, name="methods", arms=_COMPARED, axes=(Axis("label_bias", (1.0,), _COMPARED),))
 
 
 def reduced(
