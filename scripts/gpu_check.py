@@ -39,6 +39,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = ROOT / "vigos" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "pybind11")
 SAME = ("device", "gpu", "commit", "modified")  # of parts of one check
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
@@ -193,7 +194,7 @@ def identity(device: str) -> dict[str, object]:
 
 
 def start_build(check: Check) -> None:
-    """vigos._C for the GPU that is there, beside the package; with --device cpu, among the logs only."""
+    """vigos._C for the GPU that is there, beside the package; for a CPU, only where this Python has none there."""
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     pybind11 = _output(sys.executable, "-m", "pybind11", "--cmakedir")
     gpu = check.device == "cuda"
@@ -210,7 +211,7 @@ def start_build(check: Check) -> None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = str(check.machine["capability"])
     configure = [
         cmake, "-S", str(ROOT), "-B", str(into), "-DCMAKE_BUILD_TYPE=Release", f"-DVIGOS_CUDA={'ON' if gpu else 'OFF'}",
-        f"-DVIGOS_OUTPUT_DIR={ROOT / 'vigos' if gpu else into}",
+        f"-DVIGOS_OUTPUT_DIR={EXTENSION.parent if gpu or not EXTENSION.exists() else into}",
         f"-DVIGOS_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11}", *(["-G", "Ninja"] if shutil.which("ninja") else []),
     ]  # fmt: skip
@@ -352,7 +353,7 @@ def main() -> int:
             check.resume()
         check.write()
         steps = [name for name in STEPS if name in args.steps]
-        if args.first:
+        if args.first and (args.device == "cuda" or EXTENSION.exists()):  # a CPU's first figures need the extension
             steps.sort(key=lambda name: name != "first")
             if "build" in steps:
                 start_build(check)
