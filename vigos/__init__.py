@@ -11,7 +11,7 @@ from typing import Any
 _EXPORTS = {  # name -> module
     "linear_divergence": "vigos.divergence.api",
     "logits_divergence": "vigos.divergence.api",
-    "DivergenceOutput": "vigos.divergence.api",
+    "DivergenceOutput": "vigos.divergence.output",
     "Head": "vigos.divergence.head",
     "Supervision": "vigos.divergence.supervision",
     "FORWARD_KL": "vigos.divergence.supervision",

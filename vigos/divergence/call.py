@@ -17,10 +17,10 @@ from vigos.divergence.supervision import JSD, REVERSE_KL, SKEW_REVERSE
 
 def check_rows(
     student_row: Tensor, teacher_row: Tensor, kind: Tensor, clip: Tensor, labels: Tensor | None, n: int, m: int, v: int
-) -> None:
-    """Check that values are in range. On a GPU this is the call's one wait for the device."""
+) -> bool:
+    """Check that values are in range, on a GPU in the call's one wait for the device; return whether any is skewed."""
     if student_row.shape[0] == 0:
-        return
+        return False
     ranges = [
         ("supervision.student_row", student_row, 0, n - 1, f"rows of the student's {n}"),
         ("supervision.teacher_row", teacher_row, 0, m - 1, f"rows of the teacher's {m}"),
@@ -37,6 +37,7 @@ def check_rows(
             raise ValueError(f"{name} must hold {wanted}, got values from {values[2 * i]} to {values[2 * i + 1]}")
     if not values[-1]:
         raise ValueError("supervision.clip must be at least 0 nats (inf: no clip), got a negative or NaN value")
+    return values[5] > JSD
 
 
 def check_targets(kind: Tensor, target: Sequence[Tensor], m: int) -> None:
@@ -133,8 +134,10 @@ def rows_of(
     vocab_size = total if call.vocab_size < 0 else call.vocab_size
     names = ("student_row", "teacher_row", "kind", "weight", "clip", "control_row", "contrast", "plausibility")
     student_row, teacher_row, kind, _, clip, *target = supervision
-    if not checked:
-        check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
+    if checked:
+        skewed = bool((kind > JSD).any())
+    else:
+        skewed = check_rows(student_row, teacher_row, kind, clip, labels, n, m, vocab_size)
         if target:
             check_targets(kind, target, m)
     if target and not bool((target[1] != 0).any() | (target[2] != 0).any()):
@@ -143,5 +146,5 @@ def rows_of(
         **{name: x.to(device) for name, x in zip(names, supervision, strict=False)},
         "labels": None if labels is None else labels.to(device), "student_transform": call.student,
         "teacher_transform": call.teacher, "beta": call.beta, "entry_clip": call.entry_clip, "vocab_size": vocab_size,
-        "vocab_start": start, "group": group, "skewed": bool((kind > JSD).any()),
+        "vocab_start": start, "group": group, "skewed": skewed,
     }  # fmt: skip
