@@ -9,6 +9,9 @@
 //   JSD(beta)   sum beta p_t log(p_t/m) + (1 - beta) p_s log(p_s/m),  m = (1 - beta) p_s + beta p_t
 //                                                 d/dz_s = (1 - beta) p_s (log(p_s/m) - KL(p_s || m))
 //
+// Instructions decide what the row kernels cost, so z is never formed: entries stay as x, raw logits where both sides
+// have one scale, z = unit x, and exponents count octaves, log2 e z.
+//
 // Both KL need one visit: running maxima and sums (Milakov & Gimelshein 2018) and one weighted gap, whose weights are
 // the side the expectation is taken over. JSD and the clip of each entry's term need both L first. Errors: nothing of
 // size |L| is subtracted. gap comes from the raw logits, lse_gap from a sum of differences, and p_s - p_t is
@@ -35,13 +38,20 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// FAST: ex2.approx, relative error about 2^-22 + |x| 2^-24; enough wherever a 16-bit gradient is written.
-template <bool FAST>
-VIGOS_HD float exp_of(float x) {
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kFloor = -200.0f;  // octaves down, where 2^x is 0: 0 * -inf is NaN
+constexpr float kNear = 0.36f;     // octaves, a quarter of a nat: here 2^x - 1 is a polynomial
+constexpr float kFar = 28.0f;      // octaves between the sides' maxima
+
+// 2^x, relative error about 2^-22 + |x| 2^-24.
+VIGOS_HD float exp2_of(float x) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (FAST) return __expf(x);
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
 #endif
-  return expf(x);
 }
 
 // From a raw logit x to z: height * tanh(inner * (x + bias)) with a softcap, else alpha * (x + bias).
@@ -65,17 +75,15 @@ VIGOS_HD float transform_slope(float x, float bias, const Transform& t) {
   return t.alpha * (1.0f - y * y);
 }
 
-// An entry on both sides. gap = z_s - z_t, taken from the raw logits: it is exact to its own rounding where the models
+// An entry on both sides. gap = x_s - x_t, taken from the raw logits: it is exact to its own rounding where the models
 // agree, while each z carries a rounding of its own size. NaN where both are -inf.
 struct Logits {
-  float z_s, z_t, gap;
+  float x_s, x_t, gap;
 };
 
-VIGOS_HD Logits scaled_pair(float x_s, float x_t, float alpha) {
-  return {x_s * alpha, x_t * alpha, (x_s - x_t) * alpha};
-}
+VIGOS_HD Logits raw_pair(float x_s, float x_t) { return {x_s, x_t, x_s - x_t}; }
 
-// f_t: the teacher's transform; `alike`: it is the student's.
+// z of both sides, unit 1. f_t: the teacher's transform; `alike`: it is the student's.
 VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_t, const Transform& f,
                                  const Transform& f_t, bool alike) {
   const float z_s = transformed(x_s, bias_s, f), z_t = transformed(x_t, bias_t, f_t);
@@ -87,14 +95,14 @@ VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_
   return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_s - z_t};
 }
 
-// expm1 for |x| < 1/4: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
-VIGOS_HD float expm1_small(float x) {
-  float y = 1.0f / 720.0f;
-  y = fmaf(y, x, 1.0f / 120.0f);
-  y = fmaf(y, x, 1.0f / 24.0f);
-  y = fmaf(y, x, 1.0f / 6.0f);
-  y = fmaf(y, x, 0.5f);
-  y = fmaf(y, x, 1.0f);
+// 2^x - 1 for |x| < kNear: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
+VIGOS_HD float exp2m1_near(float x) {
+  float y = 1.540353039e-4f;  // ln(2)^6 / 6!
+  y = fmaf(y, x, 1.333355815e-3f);
+  y = fmaf(y, x, 9.618129108e-3f);
+  y = fmaf(y, x, 5.550410867e-2f);
+  y = fmaf(y, x, 2.402265070e-1f);
+  y = fmaf(y, x, kLn2);
   return y * x;
 }
 
@@ -121,41 +129,39 @@ VIGOS_HD float entropy_gap(float z, float log) {
   return fmaf(y, z, 0.5f) * z * z;
 }
 
-// Running sums over some entries of a row. Both sides are summed under one shift, m = max(max_s, max_t - offset), the
-// teacher's logits lowered by `offset`: e_s = exp(z_s - m), e_t = exp(z_t - offset - m). That makes sum_t - sum_s a sum
-// of small differences where the models agree, and L_t - L_s = offset + log(1 + (sum_t - sum_s) / sum_s) exact to the
-// size of the differences. `offset` is 0 unless the sides' maxima lie more than kFar apart, where one of them would
-// underflow.
+// Running sums over some entries of a row, in octaves. Both sides are summed under one shift, the teacher's logits
+// lowered by `offset`: e_s = 2^(z_s - shift), e_t = 2^(z_t - offset - shift). That makes sum_t - sum_s a sum of small
+// differences where the models agree, and L_t - L_s = offset + log(1 + (sum_t - sum_s) / sum_s) exact to the size of
+// the differences. `offset` is 0 unless the sides' maxima lie more than kFar apart, where one of them would underflow.
+// Shift and offset are whole: they add up, and factors between shifts are powers of two, without a rounding.
 struct RowStats {
   float max_s = -INFINITY, max_t = -INFINITY, offset = 0.0f;
   float sum_s = 0.0f, sum_t = 0.0f;        // sum e_s, sum e_t
   float excess = 0.0f;                     // sum (e_t - e_s), term by term
-  float moment_s = 0.0f, moment_t = 0.0f;  // sum e_s log e_s, sum e_t log e_t
-  float gap = 0.0f;                        // sum w (z_s - z_t); w = e_t, with `reverse` e_s
+  float moment_s = 0.0f, moment_t = 0.0f;  // sum e_s log2 e_s, sum e_t log2 e_t
+  float gap = 0.0f;                        // sum w (x_s - x_t); w = e_t, with `reverse` e_s
 
   VIGOS_HD float shift() const {
-    const float m = fmaxf(max_s, max_t - offset);
+    const float m = ceilf(fmaxf(max_s, max_t - offset));
     return m == -INFINITY ? 0.0f : m;  // -inf - -inf is NaN
   }
   VIGOS_HD float shift_t() const { return shift() + offset; }
 
   // Nats.
-  VIGOS_HD float lse_s() const { return shift() + logf(sum_s); }
-  VIGOS_HD float lse_t() const { return shift_t() + logf(sum_t); }
-  VIGOS_HD float entropy_s() const { return logf(sum_s) - moment_s / sum_s; }
-  VIGOS_HD float entropy_t() const { return logf(sum_t) - moment_t / sum_t; }
+  VIGOS_HD float lse_s() const { return (shift() + log2f(sum_s)) * kLn2; }
+  VIGOS_HD float lse_t() const { return (shift_t() + log2f(sum_t)) * kLn2; }
+  VIGOS_HD float entropy_s() const { return (log2f(sum_s) - moment_s / sum_s) * kLn2; }
+  VIGOS_HD float entropy_t() const { return (log2f(sum_t) - moment_t / sum_t) * kLn2; }
+  // L_s - L_t in octaves.
   VIGOS_HD float lse_gap() const {
     const float ratio = excess / sum_s;
-    return -(offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) : logf(sum_t / sum_s)));
+    return -(offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) * kLog2E : log2f(sum_t / sum_s)));
   }
 };
-
-constexpr float kFar = 20.0f;  // nats
 
 VIGOS_HD float scaled(float factor, float x) { return factor == 0.0f ? 0.0f : factor * x; }  // x may be infinite
 
 // Moves the sums to other maxima, at least as high, and another offset.
-template <bool FAST>
 VIGOS_HD void rescale(RowStats& x, float max_s, float max_t, float offset, bool reverse) {
   const float old_s = x.shift(), old_t = x.shift_t();
   const bool together = offset == x.offset, empty = x.sum_s == 0.0f && x.sum_t == 0.0f;
@@ -164,7 +170,7 @@ VIGOS_HD void rescale(RowStats& x, float max_s, float max_t, float offset, bool 
   x.offset = offset;
   if (empty) return;
   const float down_s = old_s - x.shift(), down_t = together ? down_s : old_t - x.shift_t();
-  const float factor_s = exp_of<FAST>(down_s), factor_t = together ? factor_s : exp_of<FAST>(down_t);
+  const float factor_s = exp2_of(down_s), factor_t = together ? factor_s : exp2_of(down_t);
   x.moment_s = scaled(factor_s, x.moment_s + x.sum_s * down_s);
   x.moment_t = scaled(factor_t, x.moment_t + x.sum_t * down_t);
   x.sum_s *= factor_s;
@@ -173,40 +179,38 @@ VIGOS_HD void rescale(RowStats& x, float max_s, float max_t, float offset, bool 
   x.gap = scaled(reverse ? factor_s : factor_t, x.gap);
 }
 
-// Makes room for entries of up to these maxima.
-template <bool FAST>
+VIGOS_HD bool covers(const RowStats& x, float max_s, float max_t) { return !(max_s > x.max_s) && !(max_t > x.max_t); }
+
+// Makes room for entries of up to these maxima, in octaves.
 VIGOS_HD void raise(RowStats& x, float max_s, float max_t, bool reverse) {
-  if (!(max_s > x.max_s) && !(max_t > x.max_t)) return;
+  if (covers(x, max_s, max_t)) return;
   max_s = fmaxf(max_s, x.max_s);
   max_t = fmaxf(max_t, x.max_t);
   const float between = max_t - max_s;
   const bool far = fabsf(between - x.offset) > kFar && fabsf(between) < INFINITY;
-  rescale<FAST>(x, max_s, max_t, far ? between : x.offset, reverse);
+  rescale(x, max_s, max_t, far ? rintf(between) : x.offset, reverse);
 }
 
-// Adds one entry; the maxima already cover it.
-template <bool FAST>
-VIGOS_HD void add(RowStats& row, const Logits& x, bool reverse) {
-  const float shift = row.shift();
-  const float above_s = x.z_s - shift, above_t = (x.z_t - row.offset) - shift, distance = -x.gap - row.offset;
-  const float e_s = exp_of<FAST>(above_s), e_t = exp_of<FAST>(above_t);
+// Adds one entry; the maxima already cover it. octaves: of a step of 1 in x; shift, shift_t: the row's.
+VIGOS_HD void add(RowStats& row, const Logits& x, float octaves, float shift, float shift_t, bool reverse) {
+  const float a_s = fmaf(x.x_s, octaves, -shift), a_t = fmaf(x.x_t, octaves, -shift_t);
+  const float e_s = exp2_of(a_s), e_t = exp2_of(a_t), above = fmaf(-x.gap, octaves, -row.offset);
   row.sum_s += e_s;
   row.sum_t += e_t;
-  row.excess += fabsf(distance) < 0.25f ? e_s * expm1_small(distance) : e_t - e_s;
-  row.moment_s += e_s == 0.0f ? 0.0f : e_s * above_s;
-  row.moment_t += e_t == 0.0f ? 0.0f : e_t * above_t;
+  row.excess += fabsf(above) < kNear ? e_s * exp2m1_near(above) : e_t - e_s;
+  row.moment_s = fmaf(e_s, fmaxf(a_s, kFloor), row.moment_s);
+  row.moment_t = fmaf(e_t, fmaxf(a_t, kFloor), row.moment_t);
   const float weight = reverse ? e_s : e_t;
-  row.gap += weight == 0.0f ? 0.0f : weight * x.gap;
+  if (weight != 0.0f) row.gap = fmaf(weight, x.gap, row.gap);
 }
 
-template <bool FAST>
 VIGOS_HD void merge(RowStats& into, RowStats from, bool reverse) {
-  raise<FAST>(into, from.max_s, from.max_t, reverse);
-  raise<FAST>(from, into.max_s, into.max_t, reverse);
+  raise(into, from.max_s, from.max_t, reverse);
+  raise(from, into.max_s, into.max_t, reverse);
   if (into.offset != from.offset) {  // one of them saw the sides far apart: both take the smaller offset's word
     const float offset = fabsf(into.offset) < fabsf(from.offset) ? into.offset : from.offset;
-    rescale<FAST>(into, into.max_s, into.max_t, offset, reverse);
-    rescale<FAST>(from, from.max_s, from.max_t, offset, reverse);
+    rescale(into, into.max_s, into.max_t, offset, reverse);
+    rescale(from, from.max_s, from.max_t, offset, reverse);
   }
   into.sum_s += from.sum_s;
   into.sum_t += from.sum_t;
@@ -228,25 +232,31 @@ struct Row {
   bool entries_clipped = false;  // entry_clip is finite
   float entry_clip = INFINITY;
   float share = 0.5f;  // of JSD: the smaller of beta and 1 - beta, negative where it is the student's
-  float origin_s = 0.0f, origin_t = 0.0f, inv_sum_s = 0.0f, inv_sum_t = 0.0f;
-  float lse_gap = 0.0f;   // L_s - L_t
-  float mean_gap = 0.0f;  // gap / sum
+  float unit = 1.0f;   // z / x
+  float origin_s = 0.0f, origin_t = 0.0f;  // octaves
+  float inv_sum_s = 0.0f, inv_sum_t = 0.0f;
+  float lse_gap = 0.0f;   // L_s - L_t, octaves
+  float mean_gap = 0.0f;  // of x
   SecondSums sums;
+
+  VIGOS_HD float octaves() const { return unit * kLog2E; }
 
   // Whether the row needs the second visit.
   VIGOS_HD bool second() const { return kind == kJSD || entries_clipped; }
 
   // Nats; of the first visit alone.
   VIGOS_HD float kl() const {
-    const float value = kind == kReverseKL ? mean_gap - lse_gap : lse_gap - mean_gap;
+    const float difference = fmaf(mean_gap, unit, -lse_gap * kLn2),
+                value = kind == kReverseKL ? difference : -difference;
     return value < 0.0f ? 0.0f : value;  // rounding; NaN stays
   }
   VIGOS_HD float divergence() const { return second() ? sums.divergence : kl(); }
 };
 
-VIGOS_HD Row finish(const RowStats& stats, Kind kind, float share, float entry_clip) {
+VIGOS_HD Row finish(const RowStats& stats, Kind kind, float share, float entry_clip, float unit) {
   Row row;
   row.kind = kind;
+  row.unit = unit;
   row.share = share;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
@@ -260,7 +270,7 @@ VIGOS_HD Row finish(const RowStats& stats, Kind kind, float share, float entry_c
 }
 
 // What a later gradient pass needs of a row: the normalisers, and the means that its gradient subtracts.
-// Columns as in kernels/numerics.py, whose mean gap is relative to a pivot; here it is 0.
+// Columns as in kernels/numerics.py, whose mean gap is relative to a pivot; here it is 0. Gaps in nats.
 struct State {
   enum : int { kOriginS, kOriginT, kInvSumS, kInvSumT, kLseGap, kPivot, kMeanGap, kMeanSlope, kColumns };
 };
@@ -270,15 +280,16 @@ VIGOS_HD void save(const Row& row, float* state) {
   state[State::kOriginT] = row.origin_t;
   state[State::kInvSumS] = row.inv_sum_s;
   state[State::kInvSumT] = row.inv_sum_t;
-  state[State::kLseGap] = row.lse_gap;
+  state[State::kLseGap] = row.lse_gap * kLn2;
   state[State::kPivot] = 0.0f;
-  state[State::kMeanGap] = row.mean_gap;
+  state[State::kMeanGap] = row.mean_gap * row.unit;
   state[State::kMeanSlope] = row.sums.mean_slope;
 }
 
-VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_clip) {
+VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_clip, float unit) {
   Row row;
   row.kind = kind;
+  row.unit = unit;
   row.share = share;
   row.entry_clip = entry_clip;
   row.entries_clipped = entry_clip < INFINITY;
@@ -286,8 +297,8 @@ VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_cli
   row.origin_t = state[State::kOriginT];
   row.inv_sum_s = state[State::kInvSumS];
   row.inv_sum_t = state[State::kInvSumT];
-  row.lse_gap = state[State::kLseGap];
-  row.mean_gap = state[State::kMeanGap];
+  row.lse_gap = state[State::kLseGap] * kLog2E;
+  row.mean_gap = state[State::kMeanGap] / unit;
   row.sums.mean_slope = state[State::kMeanSlope];
   return row;
 }
@@ -295,14 +306,14 @@ VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_cli
 // One entry under known normalisers.
 struct Entry {
   float p_s, p_t;
-  float delta;  // +-inf or NaN where a probability is 0
-  float gap;    // z_s - z_t
+  float delta;  // octaves; +-inf or NaN where a probability is 0
+  float gap;    // x_s - x_t
 };
 
-template <bool FAST>
 VIGOS_HD Entry entry_of(const Row& row, const Logits& x) {
-  return {exp_of<FAST>(x.z_s - row.origin_s) * row.inv_sum_s, exp_of<FAST>(x.z_t - row.origin_t) * row.inv_sum_t,
-          x.gap - row.lse_gap, x.gap};
+  const float octaves = row.octaves();
+  return {exp2_of(fmaf(x.x_s, octaves, -row.origin_s)) * row.inv_sum_s,
+          exp2_of(fmaf(x.x_t, octaves, -row.origin_t)) * row.inv_sum_t, fmaf(x.gap, octaves, -row.lse_gap), x.gap};
 }
 
 // An entry's term of a divergence before the entry clip, and p_s times its derivative to p_s; for reverse KL less p_s,
@@ -318,7 +329,7 @@ struct Term {
 // first part cancels, however small c and a are. Where z > 1, m / larger = c (1 - exp(-a)) + exp(-a) is used as it is.
 VIGOS_HD Term jsd_term(const Entry& e, float share) {
   if (e.p_s == 0.0f && e.p_t == 0.0f) return {0.0f, 0.0f};
-  const float c = fabsf(share), a = fabsf(e.delta), most = a > 1e3f ? 1e3f : a;
+  const float c = fabsf(share), a = fabsf(e.delta) * kLn2, most = a > 1e3f ? 1e3f : a;
   const float fallen = -expm1f(-a), kept = expf(-a);
   const bool up = e.delta > 0.0f;
   const float part = c * fallen, mixed = part + kept, second = second_order(most, fallen);
@@ -348,8 +359,9 @@ VIGOS_HD Term jsd_term(const Entry& e, float share) {
 
 VIGOS_HD Term term(const Row& row, const Entry& e) {
   if (row.kind == kJSD) return jsd_term(e, row.share);
-  if (row.kind == kForwardKL) return {e.p_t == 0.0f ? 0.0f : -e.p_t * e.delta, 0.0f};
-  const float value = e.p_s == 0.0f ? 0.0f : e.p_s * e.delta;
+  const float delta = e.delta * kLn2;
+  if (row.kind == kForwardKL) return {e.p_t == 0.0f ? 0.0f : -e.p_t * delta, 0.0f};
+  const float value = e.p_s == 0.0f ? 0.0f : e.p_s * delta;
   return {value, value};
 }
 
@@ -372,14 +384,15 @@ VIGOS_HD void add_second(SecondSums& sums, const Row& row, const Entry& e) {
 
 // p_s - p_t, without cancellation where the two are close.
 VIGOS_HD float difference(const Entry& e) {
-  return fabsf(e.delta) < 0.25f ? e.p_t * expm1_small(e.delta) : e.p_s - e.p_t;
+  return fabsf(e.delta) < kNear ? e.p_t * exp2m1_near(e.delta) : e.p_s - e.p_t;
 }
 
 // d divergence / d z_s of the entry, for rows of either KL without a second visit.
+template <bool REVERSE>
 VIGOS_HD float gradient_kl(const Row& row, const Entry& e) {
-  if (row.kind == kForwardKL) return difference(e);
+  if (!REVERSE) return difference(e);
   // The normalisers drop out: log p_s - log p_t - KL = gap - mean_gap.
-  return e.p_s == 0.0f ? 0.0f : e.p_s * (e.gap - row.mean_gap);
+  return e.p_s == 0.0f ? 0.0f : e.p_s * ((e.gap - row.mean_gap) * row.unit);
 }
 
 // The same after a second visit.
@@ -392,7 +405,8 @@ VIGOS_HD float gradient_second(const Row& row, const Entry& e) {
 }
 
 VIGOS_HD float gradient(const Row& row, const Entry& e) {
-  return row.second() ? gradient_second(row, e) : gradient_kl(row, e);
+  if (row.second()) return gradient_second(row, e);
+  return row.kind == kReverseKL ? gradient_kl<true>(row, e) : gradient_kl<false>(row, e);
 }
 
 }  // namespace vigos

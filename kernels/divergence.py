@@ -6,7 +6,7 @@
 
 Kernels, in the order a caller launches them (R rows, S slices of the vocabulary):
 
-    _stats_kernel          a row's slice -> 10 partial sums                       reads both logits
+    _stats_kernel          a row's slice -> 9 partial sums                        reads both logits
     _finish_kernel         slices merged -> statistics, state
     _second_stats_kernel   JSD, clipped entries, DIFFERENCE: two more sums       reads both logits, for those rows
     _second_finish_kernel  merged -> divergence, the last column of the state
@@ -30,11 +30,14 @@ from torch import Tensor
 
 from vigos.kernels.numerics import (
     GAP,
-    INV_SUM_S,
-    INV_SUM_T,
     JSD,
     LABEL_S,
     LABEL_T,
+    LN2,
+    LOG2E,
+    LOG_SUM_S,
+    LOG_SUM_T,
+    LOWEST,
     LSE_GAP,
     MAX_S,
     MAX_T,
@@ -46,14 +49,12 @@ from vigos.kernels.numerics import (
     ORIGIN_S,
     ORIGIN_T,
     PIVOT,
-    PIVOT_OF_ROW,
     REVERSE,
     SUM_S,
     SUM_T,
-    merge_gap,
-    merge_side,
+    merge_pair,
     observe_pair,
-    probabilities,
+    probability,
     second_terms,
     slope_of,
     transform_pair,
@@ -71,18 +72,16 @@ class Launch:
     timing did.
 
     Attributes:
-        stats_block: entries that a program of the first sweep takes at a time, for logits of 2 and of 4 bytes: 16-byte
-            loads at 8 warps; 7 sums a lane stay in registers.
-        second_block: of the second sweep, which has more arithmetic an entry and two sums only.
-        grad_block: of a program of the gradient, one 16-byte load a thread and side: few registers, five blocks a
-            multiprocessor.
+        stats_block: entries that a program of the first sweep takes at a time: 8 a thread, one maximum.
+        second_block: of the second sweep, and of the gradient of rows that need it: they have more arithmetic an entry.
+        grad_block: of a program of the gradient otherwise: 16 entries a thread share what is loaded for the row.
         span: entries that a program sweeps, a multiple of the blocks: 5 programs a row at 152k fill 132 SMs from 100
             rows on.
     """
 
-    stats_block: tuple[int, int] = (2048, 1024)
+    stats_block: int = 2048
     second_block: int = 1024
-    grad_block: int = 1024
+    grad_block: int = 4096
     span: int = 32768
     stats_warps: int = 8
     grad_warps: int = 8
@@ -106,6 +105,7 @@ class Options:
     share: float  # of JSD: the smaller of beta and 1 - beta, negative where it is the student's
     entry_clip: float | None
     difference: bool = False  # a student row's logits are given less its teacher row's
+    second: bool = True  # some rows may need the second sweep
     launch: Launch = LAUNCH
 
     @property
@@ -124,95 +124,155 @@ class Options:
         return (*self.student_transform, *self.teacher_transform)
 
     @property
-    def softcaps(self) -> dict[str, bool]:
-        """Return which sides have a softcap, as the kernels' constants."""
-        return {"SOFTCAP_S": self.student_transform[1] > 0, "SOFTCAP_T": self.teacher_transform[1] > 0}
+    def unit(self) -> float:
+        """Return z / x of the entries x that kernels add up: of both sides scaled alike they are raw logits."""
+        return self.student_transform[0] if self.constants["SCALED"] else 1.0
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        """Return what kernels are compiled for: which sides have a softcap; both scaled alike; a difference given."""
+        softcaps = {"SOFTCAP_S": self.student_transform[1] > 0, "SOFTCAP_T": self.teacher_transform[1] > 0}
+        scaled = self.student_transform == self.teacher_transform and not softcaps["SOFTCAP_S"]
+        return softcaps | {"SCALED": scaled, "DIFFERENCE": self.difference}
 
 
 @triton.jit
 def _load_pair(
     s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
     alpha_t, inner_t, height_t, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
+    SCALED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Load (z_s, z_t, z_s - z_t, dz_s/draw) of a block of columns."""
-    mask = offs < V
+    """Load (x_s, x_t, x_s - x_t, dz_s/draw) of a block of columns; WHOLE: all of them are real entries."""
+    mask = None if WHOLE else offs < V
+    other = None if WHOLE else 0.0
     wide = offs.to(tl.int64)
-    s = tl.load(s_row + wide * stride_sv, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(t_row + wide * stride_tv, mask=mask, other=0.0).to(tl.float32)
-    b_s = 0.0
-    b_t = 0.0
+    s = tl.load(s_row + wide * stride_sv, mask=mask, other=other).to(tl.float32)
+    t = tl.load(t_row + wide * stride_tv, mask=mask, other=other).to(tl.float32)
+    raw_gap = s if DIFFERENCE else s - t
+    if DIFFERENCE:
+        s = t + s
     if s_bias_ptr is not None:
-        b_s = tl.load(s_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        b_s = tl.load(s_bias_ptr + offs, mask=mask, other=other).to(tl.float32)
+        s += b_s
     if t_bias_ptr is not None:
-        b_t = tl.load(t_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    z_s, z_t, gap, slope = transform_pair(
-        s, t, b_s, b_t, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE
+        b_t = tl.load(t_bias_ptr + offs, mask=mask, other=other).to(tl.float32)
+        t += b_t
+    if s_bias_ptr is not None and t_bias_ptr is not None:
+        raw_gap += b_s - b_t
+    elif s_bias_ptr is not None:
+        raw_gap += b_s
+    elif t_bias_ptr is not None:
+        raw_gap -= b_t
+    x_s, x_t, gap, slope = transform_pair(
+        s, t, raw_gap, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED
     )
-    real = offs < vocab  # beside the mask: V is a multiple of 16 and keeps the loads wide, the logical size need not be
-    return tl.where(real, z_s, -float("inf")), tl.where(real, z_t, -float("inf")), tl.where(real, gap, 0.0), slope
+    if not WHOLE:
+        real = (
+            offs < vocab
+        )  # beside the mask: V is a multiple of 16 and keeps the loads wide, the real size need not be
+        x_s = tl.where(real, x_s, -float("inf"))
+        x_t = tl.where(real, x_t, -float("inf"))
+        gap = tl.where(real, gap, 0.0)
+    return x_s, x_t, gap, slope
+
+
+@triton.jit
+def _sweep(
+    s_row, t_row, s_bias_ptr, t_bias_ptr, first, last, V, vocab, stride_sv, stride_tv, octaves, alpha_s, inner_s,
+    height_s, alpha_t, inner_t, height_t, BLOCK_V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    REVERSE_ROW: tl.constexpr,
+):  # fmt: skip
+    """Add up the entries first..last of a row: 7 sums (LANES,)."""
+    top_s = tl.full((LANES,), LOWEST, tl.float32)
+    top_t = tl.full((LANES,), LOWEST, tl.float32)
+    total_s = tl.full((LANES,), 0.0, tl.float32)
+    total_t = tl.full((LANES,), 0.0, tl.float32)
+    moment_s = tl.full((LANES,), 0.0, tl.float32)
+    moment_t = tl.full((LANES,), 0.0, tl.float32)
+    gap = tl.full((LANES,), 0.0, tl.float32)
+    real = tl.maximum(tl.minimum(last, vocab) - first, 0)
+    whole = first + real // BLOCK_V * BLOCK_V
+    shape: tl.constexpr = (BLOCK_V // (LANES * VEC), LANES, VEC)
+    for start in range(first, whole, BLOCK_V):
+        x_s, x_t, x_gap, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, start + tl.arange(0, BLOCK_V), V, vocab, stride_sv, stride_tv,
+            alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, True,
+        )  # fmt: skip
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = observe_pair(
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, tl.reshape(x_s, shape), tl.reshape(x_t, shape),
+            tl.reshape(x_gap, shape), octaves, REVERSE_ROW,
+        )  # fmt: skip
+    if whole < first + real:
+        x_s, x_t, x_gap, _ = _load_pair(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, whole + tl.arange(0, BLOCK_V), V, tl.minimum(last, vocab), stride_sv,
+            stride_tv, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED,
+            False,
+        )  # fmt: skip
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = observe_pair(
+            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, tl.reshape(x_s, shape), tl.reshape(x_t, shape),
+            tl.reshape(x_gap, shape), octaves, REVERSE_ROW,
+        )  # fmt: skip
+    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap
 
 
 @triton.jit
 def _stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, label_ptr, partial_ptr,
-    V, vocab, vocab_start, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
+    V, vocab, vocab_start, span, unit, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc,
-    BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
+    """Add up a slice of a row. VEC: entries of a thread that lie side by side; LANES: running maxima, one a thread."""
     r, split = tl.program_id(0), tl.program_id(1)
     s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm  # row * stride passes 2**31 on long batches
     t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
-    reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
-    top_s = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    top_t = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    total_s = tl.full((BLOCK_V,), 0.0, tl.float32)
-    total_t = tl.full((BLOCK_V,), 0.0, tl.float32)
-    moment_s = tl.full((BLOCK_V,), 0.0, tl.float32)
-    moment_t = tl.full((BLOCK_V,), 0.0, tl.float32)
-    gap = tl.full((BLOCK_V,), 0.0, tl.float32)
-    pivot = tl.full((BLOCK_V,), 0.0, tl.float32)
     first = split * span
     last = tl.minimum(first + span, V)
-    for start in range(first, last, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
-        z_s, z_t, gap_of_entry, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
-            alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
+    octaves = unit * LOG2E
+    # A loop for either weighting: inside one of them nothing is chosen an entry.
+    reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
+    if reverse:
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = _sweep(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, first, last, V, vocab, stride_sv, stride_tv, octaves, alpha_s,
+            inner_s, height_s, alpha_t, inner_t, height_t, BLOCK_V, VEC, LANES, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
+            SCALED, True,
         )  # fmt: skip
-        top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot = observe_pair(
-            top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, gap_of_entry, reverse
-        )
-    row_gap, row_pivot = merge_gap(
-        gap, pivot, tl.where(reverse, top_s, top_t), tl.where(reverse, total_s, total_t), 0
-    )  # fmt: skip
-    row_top_s, row_total_s, row_moment_s = merge_side(top_s, total_s, moment_s, 0)
-    row_top_t, row_total_t, row_moment_t = merge_side(top_t, total_t, moment_t, 0)
+    else:
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap = _sweep(
+            s_row, t_row, s_bias_ptr, t_bias_ptr, first, last, V, vocab, stride_sv, stride_tv, octaves, alpha_s,
+            inner_s, height_s, alpha_t, inner_t, height_t, BLOCK_V, VEC, LANES, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
+            SCALED, False,
+        )  # fmt: skip
+    top_s, total_s, moment_s, top_t, total_t, moment_t, gap = merge_pair(
+        top_s, total_s, moment_s, top_t, total_t, moment_t, gap, octaves, reverse
+    )
     out = partial_ptr + r.to(tl.int64) * tl.num_programs(1) + split
-    tl.store(out + MAX_S * stride_pc, row_top_s)
-    tl.store(out + SUM_S * stride_pc, row_total_s)
-    tl.store(out + MOMENT_S * stride_pc, row_moment_s)
-    tl.store(out + MAX_T * stride_pc, row_top_t)
-    tl.store(out + SUM_T * stride_pc, row_total_t)
-    tl.store(out + MOMENT_T * stride_pc, row_moment_t)
-    tl.store(out + GAP * stride_pc, row_gap)
-    tl.store(out + PIVOT * stride_pc, row_pivot)
+    tl.store(out + MAX_S * stride_pc, top_s)
+    tl.store(out + SUM_S * stride_pc, total_s)
+    tl.store(out + MOMENT_S * stride_pc, moment_s)
+    tl.store(out + MAX_T * stride_pc, top_t)
+    tl.store(out + SUM_T * stride_pc, total_t)
+    tl.store(out + MOMENT_T * stride_pc, moment_t)
+    tl.store(out + GAP * stride_pc, gap)
     if label_ptr is not None:
         label_at = tl.load(label_ptr + r) - vocab_start
         mine = (label_at >= first) & (label_at < last) & (label_at < vocab)
         label_at = tl.where(mine, label_at, 0).to(tl.int32) + tl.arange(0, 1)
-        z_s, z_t, _, _ = _load_pair(
+        x_s, x_t, _, _ = _load_pair(
             s_row, t_row, s_bias_ptr, t_bias_ptr, label_at, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
-            alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
+            alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, False,
         )  # fmt: skip
         label_out = out + tl.arange(0, 1)
-        tl.store(label_out + LABEL_S * stride_pc, tl.where(mine, z_s, -float("inf")))
-        tl.store(label_out + LABEL_T * stride_pc, tl.where(mine, z_t, -float("inf")))
+        tl.store(label_out + LABEL_S * stride_pc, tl.where(mine, x_s, -float("inf")))
+        tl.store(label_out + LABEL_T * stride_pc, tl.where(mine, x_t, -float("inf")))
 
 
 @triton.jit
 def _finish_kernel(
     partial_ptr, kind_ptr, state_ptr, stats_ptr,
-    R, S, stride_pc, stride_state,
+    R, S, unit, stride_pc, stride_state,
     LABELS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merge a row's slices into its statistics, (7, R), and its state."""
@@ -221,42 +281,39 @@ def _finish_kernel(
     mask = offs < S
     parts = partial_ptr + r * S + offs
     reverse = tl.load(kind_ptr + r).to(tl.int32) == REVERSE
-    tops_s = tl.load(parts + MAX_S * stride_pc, mask=mask, other=-float("inf"))
-    tops_t = tl.load(parts + MAX_T * stride_pc, mask=mask, other=-float("inf"))
-    totals_s = tl.load(parts + SUM_S * stride_pc, mask=mask, other=0.0)
-    totals_t = tl.load(parts + SUM_T * stride_pc, mask=mask, other=0.0)
-    moments_s = tl.load(parts + MOMENT_S * stride_pc, mask=mask, other=0.0)
-    moments_t = tl.load(parts + MOMENT_T * stride_pc, mask=mask, other=0.0)
-    gaps = tl.load(parts + GAP * stride_pc, mask=mask, other=0.0)
-    pivots = tl.load(parts + PIVOT * stride_pc, mask=mask, other=0.0)
-    gap, pivot = merge_gap(gaps, pivots, tl.where(reverse, tops_s, tops_t), tl.where(reverse, totals_s, totals_t), 0)
-    top_s, total_s, moment_s = merge_side(tops_s, totals_s, moments_s, 0)
-    top_t, total_t, moment_t = merge_side(tops_t, totals_t, moments_t, 0)
-    lse_gap = (top_s - top_t) - tl.log(total_t / total_s)
-    mean_gap = gap / tl.where(reverse, total_s, total_t)
-    kl = (pivot - lse_gap) + mean_gap
+    top_s, total_s, moment_s, top_t, total_t, moment_t, gap = merge_pair(
+        tl.load(parts + MAX_S * stride_pc, mask=mask, other=LOWEST),
+        tl.load(parts + SUM_S * stride_pc, mask=mask, other=0.0),
+        tl.load(parts + MOMENT_S * stride_pc, mask=mask, other=0.0),
+        tl.load(parts + MAX_T * stride_pc, mask=mask, other=LOWEST),
+        tl.load(parts + SUM_T * stride_pc, mask=mask, other=0.0),
+        tl.load(parts + MOMENT_T * stride_pc, mask=mask, other=0.0),
+        tl.load(parts + GAP * stride_pc, mask=mask, other=0.0), unit * LOG2E, reverse,
+    )  # fmt: skip
+    pivot = (top_s - top_t) * unit
+    between = tl.log(total_t / total_s)  # L_t - L_s + pivot
+    mean_gap = gap / tl.where(reverse, total_s, total_t) * unit
+    kl = between + mean_gap
     kl = tl.where(reverse, kl, -kl)
     kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; NaN stays
-    lse_s = top_s + tl.log(total_s)
-    lse_t = top_t + tl.log(total_t)
     stats = stats_ptr + r
     tl.store(stats, kl)
-    tl.store(stats + R, tl.log(total_s) - moment_s / total_s)
-    tl.store(stats + 2 * R, tl.log(total_t) - moment_t / total_t)
-    tl.store(stats + 3 * R, lse_s)
-    tl.store(stats + 4 * R, lse_t)
+    tl.store(stats + R, tl.log(total_s) - moment_s / total_s * LN2)
+    tl.store(stats + 2 * R, tl.log(total_t) - moment_t / total_t * LN2)
+    tl.store(stats + 3 * R, top_s * unit + tl.log(total_s))
+    tl.store(stats + 4 * R, top_t * unit + tl.log(total_t))
     if LABELS:
         label_s = tl.max(tl.load(parts + LABEL_S * stride_pc, mask=mask, other=-float("inf")), 0)
         label_t = tl.max(tl.load(parts + LABEL_T * stride_pc, mask=mask, other=-float("inf")), 0)
-        tl.store(stats + 5 * R, label_s - lse_s)
-        tl.store(stats + 6 * R, label_t - lse_t)
+        tl.store(stats + 5 * R, (label_s - top_s) * unit - tl.log(total_s))
+        tl.store(stats + 6 * R, (label_t - top_t) * unit - tl.log(total_t))
     state = state_ptr + r * stride_state
-    tl.store(state + ORIGIN_S, tl.where(top_s == -float("inf"), 0.0, top_s))  # -inf - -inf is NaN
-    tl.store(state + ORIGIN_T, tl.where(top_t == -float("inf"), 0.0, top_t))
-    tl.store(state + INV_SUM_S, 1.0 / total_s)
-    tl.store(state + INV_SUM_T, 1.0 / total_t)
-    tl.store(state + LSE_GAP, lse_gap)
-    tl.store(state + PIVOT_OF_ROW, pivot)
+    tl.store(state + ORIGIN_S, top_s)
+    tl.store(state + ORIGIN_T, top_t)
+    tl.store(state + LOG_SUM_S, tl.log2(total_s))
+    tl.store(state + LOG_SUM_T, tl.log2(total_t))
+    tl.store(state + LSE_GAP, pivot - between)
+    tl.store(state + PIVOT, pivot)
     tl.store(state + MEAN_GAP, mean_gap)
     tl.store(state + MEAN_SLOPE, 0.0)
 
@@ -264,10 +321,10 @@ def _finish_kernel(
 @triton.jit
 def _second_stats_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, partial_ptr,
-    V, vocab, span, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
+    V, vocab, span, unit, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_pc, stride_state,
     BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
-    DIFFERENCE: tl.constexpr,
+    DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     r, split = tl.program_id(0), tl.program_id(1)
     kind = tl.load(kind_ptr + r).to(tl.int32)
@@ -277,19 +334,20 @@ def _second_stats_kernel(
         t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
         state = state_ptr + r.to(tl.int64) * stride_state
         origin_s, origin_t = tl.load(state + ORIGIN_S), tl.load(state + ORIGIN_T)
-        inv_sum_s, inv_sum_t = tl.load(state + INV_SUM_S), tl.load(state + INV_SUM_T)
+        log_sum_s, log_sum_t = tl.load(state + LOG_SUM_S), tl.load(state + LOG_SUM_T)
         lse_gap = tl.load(state + LSE_GAP)
         value = tl.full((BLOCK_V,), 0.0, tl.float32)
         mean = tl.full((BLOCK_V,), 0.0, tl.float32)
         first = split * span
         for start in range(first, tl.minimum(first + span, V), BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
-            z_s, z_t, gap, _ = _load_pair(
+            x_s, x_t, gap, _ = _load_pair(
                 s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
-                alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
+                alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, False,
             )  # fmt: skip
-            p_s, p_t, delta = probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap)
-            more, slope = second_terms(p_s, p_t, delta, kind, share, entry_clip, CLIP_ENTRIES)
+            p_s = probability(x_s, origin_s, log_sum_s, unit * LOG2E)
+            p_t = probability(x_t, origin_t, log_sum_t, unit * LOG2E)
+            more, slope = second_terms(p_s, p_t, gap * unit - lse_gap, kind, share, entry_clip, CLIP_ENTRIES)
             value += more
             mean += slope
         tl.store(out, tl.sum(value, 0))
@@ -316,13 +374,35 @@ def _second_finish_kernel(
 
 
 @triton.jit
+def _row_gradient(
+    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, unit, alpha_s, inner_s, height_s,
+    alpha_t, inner_t, height_t, state, row_grad, kind, share, entry_clip, SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
+    SECOND: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Return row_grad * d divergence / d raw student logits of a block; 0 past the logical vocabulary."""
+    x_s, x_t, gap, slope = _load_pair(
+        s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
+        alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, WHOLE,
+    )  # fmt: skip
+    p_s = probability(x_s, tl.load(state + ORIGIN_S), tl.load(state + LOG_SUM_S), unit * LOG2E)
+    p_t = probability(x_t, tl.load(state + ORIGIN_T), tl.load(state + LOG_SUM_T), unit * LOG2E)
+    g = slope_of(
+        gap * unit, p_s, p_t, tl.load(state + LSE_GAP), tl.load(state + PIVOT), tl.load(state + MEAN_GAP),
+        tl.load(state + MEAN_SLOPE), kind, share, entry_clip, CLIP_ENTRIES, DIFFERENCE, SECOND,
+    )  # fmt: skip
+    g *= slope * row_grad
+    return g if WHOLE else tl.where(offs < vocab, g, 0.0)
+
+
+@triton.jit
 def _grad_kernel(
     s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, student_row_ptr, teacher_row_ptr, kind_ptr, state_ptr, row_grad_ptr,
     order_ptr, offsets_ptr, out_ptr,
-    V, vocab, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
+    V, vocab, unit, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, share, entry_clip,
     stride_sm, stride_sv, stride_tm, stride_tv, stride_state, stride_om, stride_ov,
     BLOCK_V: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, CLIP_ENTRIES: tl.constexpr,
-    DIFFERENCE: tl.constexpr,
+    DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """Write output row i, the sum over r in order[offsets[i]:offsets[i+1]]; these share one student row.
 
@@ -338,20 +418,18 @@ def _grad_kernel(
             s_row = s_ptr + tl.load(student_row_ptr + r).to(tl.int64) * stride_sm
             t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
             kind = tl.load(kind_ptr + r).to(tl.int32)
-            state = state_ptr + r * stride_state
-            z_s, z_t, gap, slope = _load_pair(
-                s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
-                alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE,
-            )  # fmt: skip
-            p_s, p_t, delta = probabilities(
-                z_s, z_t, gap, tl.load(state + ORIGIN_S), tl.load(state + ORIGIN_T), tl.load(state + INV_SUM_S),
-                tl.load(state + INV_SUM_T), tl.load(state + LSE_GAP),
-            )  # fmt: skip
-            g = slope_of(
-                gap, p_s, p_t, delta, tl.load(state + PIVOT_OF_ROW), tl.load(state + MEAN_GAP),
-                tl.load(state + MEAN_SLOPE), kind, share, entry_clip, CLIP_ENTRIES,
-            )  # fmt: skip
-            acc += tl.where(offs < vocab, g * slope * row_grad, 0.0)
+            if tl.program_id(1) * BLOCK_V + BLOCK_V <= vocab:
+                acc += _row_gradient(
+                    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, unit, alpha_s, inner_s,
+                    height_s, alpha_t, inner_t, height_t, state_ptr + r * stride_state, row_grad, kind, share,
+                    entry_clip, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, CLIP_ENTRIES, SECOND, True,
+                )  # fmt: skip
+            else:
+                acc += _row_gradient(
+                    s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, unit, alpha_s, inner_s,
+                    height_s, alpha_t, inner_t, height_t, state_ptr + r * stride_state, row_grad, kind, share,
+                    entry_clip, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, CLIP_ENTRIES, SECOND, False,
+                )  # fmt: skip
     out = out_ptr + i.to(tl.int64) * stride_om + offs.to(tl.int64) * stride_ov
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=offs < V)
 
@@ -364,19 +442,19 @@ def slices(vocab: int, launch: Launch) -> int:
 def row_partials(
     student: Tensor, teacher: Tensor, options: Options, student_bias: Tensor | None, teacher_bias: Tensor | None
 ) -> Tensor:
-    """Compute (10, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
+    """Compute (9, R, S) partial statistics of each row's slices of the vocabulary (columns named in numerics.py)."""
     launch, n, v = options.launch, options.n_rows, student.shape[1]
     splits = slices(options.vocab, launch)
     partial = torch.empty(N_PARTIAL, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
-        wide = max(student.element_size(), teacher.element_size()) == 4
-        block = min(launch.stats_block[wide], triton.next_power_of_2(v))
+        block = min(launch.stats_block, triton.next_power_of_2(v))
+        vec = min(16 // max(student.element_size(), teacher.element_size()), block)
         _stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            options.labels, partial, v, options.vocab, options.vocab_start, launch.span, *options.transforms,
-            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            BLOCK_V=block, **options.softcaps, DIFFERENCE=options.difference,
-            num_warps=launch.stats_warps, **FUSION,
+            options.labels, partial, v, options.vocab, options.vocab_start, launch.span, options.unit,
+            *options.transforms, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
+            partial.stride(0), BLOCK_V=block, VEC=vec, LANES=min(32 * launch.stats_warps, block // vec),
+            **options.constants, num_warps=launch.stats_warps, **FUSION,
         )  # fmt: skip
     return partial
 
@@ -388,7 +466,7 @@ def finish(partial: Tensor, options: Options, state: Tensor) -> Tensor:
     stats = torch.empty(7 if labels else 5, n, dtype=torch.float32, device=partial.device)
     if n > 0:
         _finish_kernel[(n,)](
-            partial, options.kind, state, stats, n, splits, partial.stride(0), state.stride(0),
+            partial, options.kind, state, stats, n, splits, options.unit, partial.stride(0), state.stride(0),
             LABELS=labels, BLOCK_S=triton.next_power_of_2(splits), num_warps=1, **FUSION,
         )  # fmt: skip
     return stats
@@ -405,11 +483,10 @@ def second_partials(
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, partial, v, options.vocab, launch.span, *options.transforms, options.share, options.clip_of_entries,
-            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), partial.stride(0),
-            state.stride(0), BLOCK_V=min(launch.second_block, triton.next_power_of_2(v)), **options.softcaps,
-            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference, num_warps=launch.stats_warps,
-            **FUSION,
+            state, partial, v, options.vocab, launch.span, options.unit, *options.transforms, options.share,
+            options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
+            partial.stride(0), state.stride(0), BLOCK_V=min(launch.second_block, triton.next_power_of_2(v)),
+            **options.constants, CLIP_ENTRIES=options.entry_clip is not None, num_warps=launch.stats_warps, **FUSION,
         )  # fmt: skip
     return partial
 
@@ -437,12 +514,12 @@ def row_grad(
     """
     n, v = out.shape
     if n > 0:
-        block = min(options.launch.grad_block, triton.next_power_of_2(v))
+        launch = options.launch
+        block = min(launch.second_block if options.second else launch.grad_block, triton.next_power_of_2(v))
         _grad_kernel[(n, triton.cdiv(v, block))](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,
-            state, row_grad, order, offsets, out, v, options.vocab, *options.transforms, options.share,
+            state, row_grad, order, offsets, out, v, options.vocab, options.unit, *options.transforms, options.share,
             options.clip_of_entries, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
-            state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.softcaps,
-            CLIP_ENTRIES=options.entry_clip is not None, DIFFERENCE=options.difference,
-            num_warps=options.launch.grad_warps, **FUSION,
+            state.stride(0), out.stride(0), out.stride(1), BLOCK_V=block, **options.constants,
+            CLIP_ENTRIES=options.entry_clip is not None, SECOND=options.second, num_warps=launch.grad_warps, **FUSION,
         )  # fmt: skip

@@ -10,9 +10,11 @@
                                                                 d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
 
 Both KL need one sweep: per side a running maximum, sum of exp(z - max) and sum of exp(z - max) (z - max), which gives
-the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to the likeliest
-entry's so far, the pivot: a student whose logits lie far from the teacher's loses no digits of a small KL. Each lane
-keeps a running maximum of its own (Milakov & Gimelshein 2018): lanes meet once a row instead of once a block. JSD and
+the entropy, and one gap weighted by the side that the expectation is over. The gap is kept relative to the difference
+of both maxima so far, the pivot: a student whose logits lie far from the teacher's loses no digits of a small KL. Each
+thread keeps a running maximum of its own for all entries that it loads at a time (Milakov & Gimelshein 2018): threads
+meet once a row. Instructions decide: exponentials are exp2, entries x are logits as they lie in memory where a row has
+one scale, z = unit x, and a subtraction before the scale keeps the digits of the likely ones. JSD and
 the clip of each entry's term need both L first: a second sweep. So does DIFFERENCE, where the gap is known better than
 either: the rounding of L would show, so the divergence is summed in a form that has it in second order only, and
 the gradient's sum over the row, which is 0 but for that rounding, is taken off again. `p_s - p_t` is p_t expm1(delta)
@@ -27,13 +29,17 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 # Columns of a row's partial statistics, one set per slice of the vocabulary, and of its finished state.
-MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, PIVOT, LABEL_S, LABEL_T = map(tl.constexpr, range(10))
-N_PARTIAL = 10
-# A row's finished state: the maxima, 1 / sum exp(z - maximum), L_s - L_t, the pivot, the mean gap less the pivot, and
-# the mean slope of the second sweep. csrc/numerics.h has the same columns.
-ORIGIN_S, ORIGIN_T, INV_SUM_S, INV_SUM_T, LSE_GAP, PIVOT_OF_ROW, MEAN_GAP, MEAN_SLOPE = map(tl.constexpr, range(8))
+# Maxima, gap and labels are those of x; moments count octaves.
+MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, LABEL_S, LABEL_T = map(tl.constexpr, range(9))
+N_PARTIAL = 9
+# A row's finished state: the maxima of x, log2 of sum exp(z - maximum), and in nats L_s - L_t, the pivot, the mean gap
+# less the pivot, and the mean slope of the second sweep. csrc/numerics.h has the same columns.
+ORIGIN_S, ORIGIN_T, LOG_SUM_S, LOG_SUM_T, LSE_GAP, PIVOT, MEAN_GAP, MEAN_SLOPE = map(tl.constexpr, range(8))
 
 INF = tl.constexpr(float("inf"))
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)  # the maximum of entries that are all impossible
+FLOOR = tl.constexpr(-200.0)  # octaves down, where exp2 is 0: 0 * -inf is NaN
 REVERSE = tl.constexpr(1)  # as in vigos/divergence/supervision.py
 JSD = tl.constexpr(2)
 
@@ -58,6 +64,17 @@ def expm1(x):
 
 
 @triton.jit
+def expm1_near(x):
+    """Return exp(x) - 1 for |x| < 0.25, a Taylor polynomial whose remainder is under 2**-24 of it."""
+    y = x * (1.0 / 720.0) + (1.0 / 120.0)
+    y = y * x + (1.0 / 24.0)
+    y = y * x + (1.0 / 6.0)
+    y = y * x + 0.5
+    y = y * x + 1.0
+    return y * x
+
+
+@triton.jit
 def log1p(x):
     """Return log(1 + x), x > -1: the rounding of 1 + x is undone by the factor (Goldberg 1991, theorem 4)."""
     w = 1.0 + x
@@ -75,109 +92,104 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def transform(raw, bias, alpha, inner, height, SOFTCAP: tl.constexpr):
-    """Return (z, dz/draw): height * tanh(inner * (raw + bias)) with a softcap, else alpha * (raw + bias)."""
-    x = raw + bias
+def transform(raw, alpha, inner, height, SOFTCAP: tl.constexpr):
+    """Return (z, dz/draw): height * tanh(inner * raw) with a softcap, else alpha * raw."""
     if SOFTCAP:
-        y, slope = tanh_and_slope(x * inner)
+        y, slope = tanh_and_slope(raw * inner)
         return y * height, slope * alpha
     else:
-        return x * alpha, alpha
+        return raw * alpha, alpha
 
 
 @triton.jit
 def transform_pair(
-    raw_s, raw_t, bias_s, bias_t, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
-    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr,
+    raw_s, raw_t, raw_gap, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t,
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Return (z_s, z_t, z_s - z_t, dz_s/draw).
+    """Return (x_s, x_t, x_s - x_t, dz_s/draw): z itself, or where both sides are SCALED alike z / alpha_s.
 
-    DIFFERENCE: raw_s is given as raw_s - raw_t and both transforms are the same, and the gap keeps its digits.
+    Raw logits are given with their biases. DIFFERENCE: raw_gap is known better than either, and the gap keeps its
+    digits; both transforms are the same.
     """
-    if DIFFERENCE:
-        raw_gap = raw_s + (bias_s - bias_t)
-        raw_s = raw_t + raw_s
-    z_s, slope = transform(raw_s, bias_s, alpha_s, inner_s, height_s, SOFTCAP_S)
-    z_t, _ = transform(raw_t, bias_t, alpha_t, inner_t, height_t, SOFTCAP_T)
-    gap = z_s - z_t
-    if DIFFERENCE:
-        if SOFTCAP_S:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
+    if SCALED:
+        return raw_s, raw_t, raw_gap, alpha_s
+    else:
+        z_s, slope = transform(raw_s, alpha_s, inner_s, height_s, SOFTCAP_S)
+        z_t, _ = transform(raw_t, alpha_t, inner_t, height_t, SOFTCAP_T)
+        gap = z_s - z_t
+        if DIFFERENCE:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b); the cap makes infinite logits finite
             near, _ = tanh_and_slope(raw_gap * inner_s)
             gap = tl.where(tl.abs(raw_gap) < INF, near * (1.0 - (z_s / height_s) * (z_t / height_s)) * height_s, gap)
-        else:
-            gap = raw_gap * alpha_s
-    return z_s, z_t, gap, slope
+        return z_s, z_t, gap, slope
 
 
 @triton.jit
-def observe(top, total, moment, z):
-    """Add an entry to each lane of a side; return the side and the factors of the old sums and of the new entry."""
-    a = z - top
-    up = a > 0.0  # also the first entry above -inf, where the factor of the old sums is exp(-inf) = 0
-    t = tl.exp(-tl.abs(a))
-    keep = tl.where(up, t, 1.0)
-    new = tl.where(up, 1.0, tl.where(z == -INF, 0.0, t))
-    moved = tl.where(t == 0.0, 0.0, t * (moment - total * a))
-    moment = tl.where(up, moved, moment + tl.where(new == 0.0, 0.0, new * a))
-    return tl.where(up, z, top), total * keep + new, moment, keep, new
+def observe(top, total, moment, x, octaves):
+    """Add entries (G, LANES, VEC) to each lane of a side; return the side, what its old sums shrank by, and exp.
 
-
-@triton.jit
-def observe_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, pivot, z_s, z_t, z_gap, reverse):
-    """Add an entry to each lane of both sides, the gap and its pivot; `z_gap` is the entry's z_s - z_t.
-
-    `reverse`: the student weights the gap.
+    octaves: of a step of 1 in x.
     """
+    highest = tl.maximum(top, tl.max(tl.max(x, 2), 0))
+    down = (top - highest) * octaves
+    keep = tl.exp2(down)
+    a = (x - highest[None, :, None]) * octaves
+    e = tl.exp2(a)  # NaN stays
+    moment = keep * (moment + total * down) + tl.sum(tl.sum(e * tl.maximum(a, FLOOR), 2), 0)
+    return highest, total * keep + tl.sum(tl.sum(e, 2), 0), moment, keep, e
+
+
+@triton.jit
+def observe_pair(
+    top_s, total_s, moment_s, top_t, total_t, moment_t, gap, x_s, x_t, x_gap, octaves, REVERSE_ROW: tl.constexpr
+):  # fmt: skip
+    """Add entries (G, LANES, VEC) to each lane of both sides and the gap; `x_gap` is x_s - x_t.
+
+    REVERSE_ROW: the student weights the gap.
+    """
+    pivot = top_s - top_t
+    before = total_s if REVERSE_ROW else total_t
+    top_s, total_s, moment_s, keep_s, e_s = observe(top_s, total_s, moment_s, x_s, octaves)
+    top_t, total_t, moment_t, keep_t, e_t = observe(top_t, total_t, moment_t, x_t, octaves)
+    keep = keep_s if REVERSE_ROW else keep_t
+    e = e_s if REVERSE_ROW else e_t
+    moved = top_s - top_t
+    # 0 * inf: a gap that became infinite stays so unless its whole weight vanished.
+    gap = tl.where(keep == 0.0, 0.0, keep * (gap + before * (pivot - moved)))
+    gap += tl.sum(tl.sum(tl.where(e == 0.0, 0.0, e * (x_gap - moved[None, :, None])), 2), 0)
+    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap
+
+
+@triton.jit
+def merge_side(top, total, moment, octaves):
+    """Merge the lanes of one side into (top, total, moment, the factor of each lane's sums)."""
+    highest = tl.max(top, 0)
+    down = (top - highest) * octaves
+    f = tl.exp2(down)
+    return highest, tl.sum(total * f, 0), tl.sum(f * (moment + total * down), 0), f
+
+
+@triton.jit
+def merge_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, octaves, reverse):
+    """Merge all lanes of both sides; the result's pivot is the difference of its maxima, as each lane's is."""
+    pivot = top_s - top_t
     total = tl.where(reverse, total_s, total_t)
-    top = tl.where(reverse, top_s, top_t)
-    top_s, total_s, moment_s, keep_s, new_s = observe(top_s, total_s, moment_s, z_s)
-    top_t, total_t, moment_t, keep_t, new_t = observe(top_t, total_t, moment_t, z_t)
-    keep = tl.where(reverse, keep_s, keep_t)
-    new = tl.where(reverse, new_s, new_t)
-    moved = tl.where((tl.where(reverse, top_s, top_t) > top) & (tl.abs(z_gap) < INF), z_gap, pivot)
-    # 0 * inf: a gap that became +inf stays so unless its whole weight vanished.
-    gap = tl.where(keep == 0.0, 0.0, keep * (gap + total * (pivot - moved)))
-    gap += tl.where(new == 0.0, 0.0, new * (z_gap - moved))
-    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap, moved
+    top_s, total_s, moment_s, f_s = merge_side(top_s, total_s, moment_s, octaves)
+    top_t, total_t, moment_t, f_t = merge_side(top_t, total_t, moment_t, octaves)
+    f = tl.where(reverse, f_s, f_t)
+    gap = tl.sum(tl.where(f == 0.0, 0.0, f * (gap + total * (pivot - (top_s - top_t)))), 0)
+    return top_s, total_s, moment_s, top_t, total_t, moment_t, gap
 
 
 @triton.jit
-def lift(top, highest):
-    """Return the factor that rescales a lane's sums to the highest maximum; 0 for a lane that saw nothing."""
-    return tl.where(top == -INF, 0.0, tl.exp(top - highest))
-
-
-@triton.jit
-def merge_side(top, total, moment, axis: tl.constexpr):
-    """Merge the lanes of one side along `axis` into (top, total, moment)."""
-    highest = tl.max(top, axis, keep_dims=True)
-    f = lift(top, highest)
-    shift = tl.where(f == 0.0, 0.0, top - highest)
-    total_all = tl.sum(total * f, axis)  # not masked: the NaN of a lane that saw nothing else must show
-    moment_all = tl.sum(tl.where(f == 0.0, 0.0, f * (moment + total * shift)), axis)
-    return tl.max(top, axis), total_all, moment_all
-
-
-@triton.jit
-def merge_gap(gap, pivot, top, total, axis: tl.constexpr):
-    """Merge all lanes into (gap, pivot); `top` and `total` are those of the side that weights the gap."""
-    highest = tl.max(top, axis, keep_dims=True)
-    f = lift(top, highest)
-    common = tl.max(tl.where(top == highest, pivot, -INF), axis, keep_dims=True)
-    merged = tl.sum(tl.where(f == 0.0, 0.0, f * (gap + total * (pivot - common))), axis)
-    return merged, tl.max(common, axis)
-
-
-@triton.jit
-def probabilities(z_s, z_t, gap, origin_s, origin_t, inv_sum_s, inv_sum_t, lse_gap):
-    """Return (p_s, p_t, delta) from z and the gap; delta is infinite or NaN where a probability is 0."""
-    return tl.exp(z_s - origin_s) * inv_sum_s, tl.exp(z_t - origin_t) * inv_sum_t, gap - lse_gap
+def probability(x, origin, log_sum, octaves):
+    """Return exp(z - L) from x, its row's maximum, and log2 of the row's sum."""
+    return tl.exp2((x - origin) * octaves - log_sum)
 
 
 @triton.jit
 def difference(p_s, p_t, delta):
     """Return p_s - p_t without cancellation where the two are close."""
-    return tl.where(tl.abs(delta) < 0.7, p_t * expm1(delta), p_s - p_t)
+    return tl.where(tl.abs(delta) < 0.25, p_t * expm1_near(delta), p_s - p_t)
 
 
 @triton.jit
@@ -269,14 +281,16 @@ def second_terms(p_s, p_t, delta, kind, share, entry_clip, CLIP_ENTRIES: tl.cons
 
 @triton.jit
 def slope_of(
-    gap, p_s, p_t, delta, pivot, mean_gap, mean_slope, kind, share, entry_clip, CLIP_ENTRIES: tl.constexpr
+    gap, p_s, p_t, lse_gap, pivot, mean_gap, mean_slope, kind, share, entry_clip,
+    CLIP_ENTRIES: tl.constexpr, DIFFERENCE: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Return d divergence / d z_s."""
+    """Return d divergence / d z_s, of z_s - z_t in nats. SECOND: rows of JSD or with clipped entries may be there."""
+    delta = gap - lse_gap
     if CLIP_ENTRIES:
         value, slope = term(p_s, p_t, delta, kind, share)
         g = clipped_slope(slope, p_s, p_t, delta, value > entry_clip, kind) - p_s * mean_slope
     else:
-        if kind == JSD:
+        if (kind == JSD) & SECOND:
             value, slope = term(p_s, p_t, delta, kind, share)
             g = slope - p_s * mean_slope
         else:
@@ -284,7 +298,9 @@ def slope_of(
                 # The normalisers drop out of log p_s - log p_t - KL.
                 g = tl.where(p_s == 0.0, 0.0, p_s * ((gap - pivot) - mean_gap))
             else:
-                g = difference(p_s, p_t, delta) - p_s * mean_slope  # 0 without a second sweep
+                g = difference(p_s, p_t, delta)
+                if DIFFERENCE:
+                    g -= p_s * mean_slope
     return g
 
 

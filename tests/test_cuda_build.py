@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import machine_code
 
 ROOT = Path(__file__).resolve().parent.parent
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -146,6 +147,19 @@ def test_row_kernel_instructions(built: Callable[[str], Path]) -> None:
     assert "UCGABAR_ARV" in body, "a barrier over the cluster"
     assert re.search(r"\bLD\.E", body), "loads through addresses that may lie in another block of the cluster"
     assert not re.search(r"\b(ATOM|RED)", body), "atomics would end bitwise repeatability"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["logits_rows_f32_bf16", "logits_rows_f32_f32", "logits_rows_bf16_bf16"])
+def test_instructions_a_pair(built: Path, source: str) -> None:
+    """As test_triton_aot.py has it for Triton's kernels."""
+    (object_file,) = built.rglob(f"{source}.cu.o")
+    kernels = machine_code.of_cuda(machine_code.disassemble(object_file))
+    gradient = set() if source == "logits_rows_f32_bf16" else {"logits_gradient"}
+    assert set(kernels) == {"logits_rows resident", "logits_rows two_pass"} | gradient
+    for kernel, counts in kernels.items():
+        for name, count in counts.items():
+            assert 10 < count <= machine_code.BUDGET[name], f"{source}, {kernel}: {name} {count:.1f}"
 
 
 @pytest.mark.slow

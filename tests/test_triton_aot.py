@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("triton")
 
 from helpers import triton_aot
+from helpers.machine_code import BUDGET
 
 # Bytes of a thread's stack. Spilled accumulators cost hundreds; a few words of spilled addresses cost nothing.
 STACK_LIMIT = 32
@@ -67,8 +68,20 @@ def test_every_file_of_kernels_is_listed():
 def test_row_kernels_load_16_bytes_at_a_time(compiled):
     _, *variants = compiled(90, "divergence")
     rows = [x for x in variants if x["kernel"] in ("_stats_kernel", "_second_stats_kernel", "_grad_kernel")]
-    assert len(rows) == 9
+    assert len(rows) == 12
     assert all(line["wide_loads"] >= 2 for line in rows), rows
+
+
+def test_instructions_a_pair(compiled):
+    """The row kernels stay inside their budget: on a GPU they are bound by instructions, not by memory."""
+    _, *variants = compiled(90, "divergence")
+    lean = [x for x in variants if x["pair"]]
+    assert {(x["kernel"], x["logits"]) for x in lean} == {
+        (kernel, dtype) for kernel in ("_stats_kernel", "_grad_kernel") for dtype in ("fp32", "bf16")
+    }
+    for line in lean:
+        for name, count in line["pair"].items():
+            assert 10 < count <= BUDGET[name.split(",")[0]], f"{line['kernel']}, {line['logits']}: {name} {count:.1f}"
 
 
 @pytest.mark.slow

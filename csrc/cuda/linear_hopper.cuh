@@ -174,11 +174,12 @@ __device__ __forceinline__ void add_tile(RowStats (&rows)[2], const bool (&rever
       max_s = fmaxf(max_s, z.student[j / 2 * 4 + 2 * h + j % 2]);
       max_t = fmaxf(max_t, z.teacher[j / 2 * 4 + 2 * h + j % 2]);
     }
-    raise<true>(rows[h], max_s, max_t, reverse[h]);
+    raise(rows[h], max_s * kLog2E, max_t * kLog2E, reverse[h]);
+    const float shift = rows[h].shift(), shift_t = rows[h].shift_t();
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
       const float z_s = z.student[j / 2 * 4 + 2 * h + j % 2], z_t = z.teacher[j / 2 * 4 + 2 * h + j % 2];
-      add<true>(rows[h], {z_s, z_t, z_s - z_t}, reverse[h]);
+      add(rows[h], {z_s, z_t, z_s - z_t}, kLog2E, shift, shift_t, reverse[h]);
     }
   }
 }
@@ -201,9 +202,9 @@ __device__ __forceinline__ void store_tile(const LinearHopperParams& p, const Ro
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float z_s = z.student[4 * j + 2 * h + c] * p.alpha, z_t = z.teacher[4 * j + 2 * h + c] * p.alpha;
-        const Entry e = entry_of<true>(rows[h], {z_s, z_t, z_s - z_t});
+        const Entry e = entry_of(rows[h], {z_s, z_t, z_s - z_t});
         const bool counts = live[h] != 0.0f && column + c < p.logical_vocab;
-        pair.value[c] = __nv_bfloat16(counts ? p.alpha * gradient_kl(rows[h], e) : 0.0f);
+        pair.value[c] = __nv_bfloat16(counts ? p.alpha * gradient(rows[h], e) : 0.0f);
       }
       if (column + 1 < p.vocab) {
         *reinterpret_cast<Bf16Pair*>(out + column) = pair;
@@ -287,8 +288,8 @@ __device__ __forceinline__ void linear_hopper_body(const LinearHopperParams& p, 
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {  // four lanes share a row
-        merge<true>(rows[h], shuffled_running(rows[h], 1), reverse[h]);
-        merge<true>(rows[h], shuffled_running(rows[h], 2), reverse[h]);
+        merge(rows[h], shuffled_running(rows[h], 1), reverse[h]);
+        merge(rows[h], shuffled_running(rows[h], 2), reverse[h]);
         if (lane % 4 == 0 && index[h] < p.rows) {
           store_running(rows[h], p.partial + split * p.rows + index[h], p.splits * p.rows);
         }
@@ -299,7 +300,7 @@ __device__ __forceinline__ void linear_hopper_body(const LinearHopperParams& p, 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t r = index[h] < p.rows ? index[h] : 0;
-        rows[h] = restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), 0.5f, INFINITY);
+        rows[h] = restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), 0.5f, INFINITY, 1.0f);
         live[h] = p.live[r];
       }
       for (int64_t tile = first; tile < last; ++tile) {
@@ -315,9 +316,9 @@ __device__ __forceinline__ void linear_merge_body(const LinearHopperParams& p, i
   const Kind kind = static_cast<Kind>(p.kind[r]);
   RowStats stats = load_running(p.partial + r, p.splits * p.rows);
   for (int64_t split = 1; split < p.splits; ++split) {
-    merge<true>(stats, load_running(p.partial + split * p.rows + r, p.splits * p.rows), kind == kReverseKL);
+    merge(stats, load_running(p.partial + split * p.rows + r, p.splits * p.rows), kind == kReverseKL);
   }
-  const Row row = finish(stats, kind, 0.5f, INFINITY);
+  const Row row = finish(stats, kind, 0.5f, INFINITY, 1.0f);
   p.divergence[r] = row.divergence();
   p.clipped[r] = row.divergence() > p.clip[r];
   p.student_entropy[r] = stats.entropy_s();
@@ -325,8 +326,8 @@ __device__ __forceinline__ void linear_merge_body(const LinearHopperParams& p, i
   p.student_lse[r] = stats.lse_s();
   p.teacher_lse[r] = stats.lse_t();
   if (p.labels) {
-    p.student_logprob[r] = (p.label_logits[r] - stats.shift()) - logf(stats.sum_s);
-    p.teacher_logprob[r] = (p.label_logits[p.rows + r] - stats.shift_t()) - logf(stats.sum_t);
+    p.student_logprob[r] = p.label_logits[r] - stats.lse_s();
+    p.teacher_logprob[r] = p.label_logits[p.rows + r] - stats.lse_t();
   }
   save(row, p.state + r * State::kColumns);
 }

@@ -56,9 +56,8 @@ __device__ __forceinline__ RowStats shuffled(const RowStats& x, int mask) {
 }
 
 // Merges over `lanes` lanes, a power of two. Lane 0's result counts.
-template <bool FAST>
 __device__ __forceinline__ RowStats warp_merge(RowStats x, int lanes, bool reverse) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) merge<FAST>(x, shuffled(x, mask), reverse);
+  for (int mask = lanes / 2; mask > 0; mask /= 2) merge(x, shuffled(x, mask), reverse);
   return x;
 }
 
@@ -74,6 +73,7 @@ __device__ __forceinline__ SecondSums warp_sum(SecondSums x, int lanes) {
 template <typename P, typename T, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
 struct RowReader {
   static constexpr int kVec = ALIGNED ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
+  static constexpr bool kResident = RESIDENT;
   using Vector = Pack<T, kVec>;
 
   const P& p;
@@ -84,18 +84,20 @@ struct RowReader {
   int64_t first;  // the slice's first vector in the row
   int count;      // vectors in the slice
 
+  // Vectors whose entries are all real: nothing is asked about one of them, and loads need no branch between them.
+  __device__ __forceinline__ int whole() const {
+    const int64_t left = p.logical_vocab / kVec - first;
+    return static_cast<int>(left < count ? (left > 0 ? left : 0) : count);
+  }
   __device__ __forceinline__ Vector read(const T* row, int index) const {
     const int64_t column = (first + index) * kVec;
     Vector v;
     if constexpr (ALIGNED) {
-      if (column + kVec <= p.vocab) {
-        const uint4 raw = device::load(reinterpret_cast<const uint4*>(row + column), RESIDENT);
-        memcpy(&v, &raw, sizeof v);
-        return v;
-      }
+      const uint4 raw = device::load(reinterpret_cast<const uint4*>(row + column), RESIDENT);
+      memcpy(&v, &raw, sizeof v);
+    } else {
+      v.value[0] = row[column];
     }
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) v.value[j] = column + j < p.vocab ? row[column + j] : T(0.0f);
     return v;
   }
   __device__ __forceinline__ Vector again(const T* row, const Vector* kept, int index) const {
@@ -116,56 +118,127 @@ struct RowReader {
   }
   __device__ __forceinline__ T student_entry(int i) const { return entry(student, kept_student, i); }
   __device__ __forceinline__ T teacher_entry(int i) const { return entry(teacher, kept_teacher, i); }
-
-  // Entries of vector `index` inside the logical vocabulary.
-  __device__ __forceinline__ int live(int index) const {
-    const int64_t left = p.logical_vocab - (first + index) * kVec;
-    return left >= kVec ? kVec : (left > 0 ? static_cast<int>(left) : 0);
-  }
   __device__ __forceinline__ bool live_entry(int i) const { return first * kVec + i < p.logical_vocab; }
 
   // i: the entry's place in the slice.
   __device__ __forceinline__ float bias(const float* biases, int i) const {
     return biases ? biases[first * kVec + i] : 0.0f;
   }
-  __device__ __forceinline__ float z(T raw, const float* bias_of, const Transform& f, int i) const {
-    const float x = static_cast<float>(raw);
-    if constexpr (!TRANSFORMED) return x * f.alpha;
-    return transformed(x, bias(bias_of, i), f);
-  }
-  __device__ __forceinline__ float z_student(T raw, int i) const {
-    return z(raw, p.student_bias, p.student_transform, i);
-  }
-  __device__ __forceinline__ float z_teacher(T raw, int i) const {
-    return z(raw, p.teacher_bias, p.teacher_transform, i);
-  }
   __device__ __forceinline__ Logits pair(T raw_s, T raw_t, int i) const {
     const float x_s = static_cast<float>(raw_s), x_t = static_cast<float>(raw_t);
-    if constexpr (!TRANSFORMED) return scaled_pair(x_s, x_t, p.student_transform.alpha);
+    if constexpr (!TRANSFORMED) return raw_pair(x_s, x_t);
     return transformed_pair(x_s, bias(p.student_bias, i), x_t, bias(p.teacher_bias, i), p.student_transform,
                             p.teacher_transform, p.alike);
   }
+  __device__ __forceinline__ float unit() const { return TRANSFORMED ? 1.0f : p.student_transform.alpha; }
   __device__ __forceinline__ float slope(T raw, int i) const {
     if constexpr (!TRANSFORMED) return p.student_transform.alpha;
     return transform_slope(static_cast<float>(raw), bias(p.student_bias, i), p.student_transform);
   }
 };
 
-template <typename G, int N>
-__device__ __forceinline__ void write(G* row, const Pack<G, N>& g, int64_t column, int64_t vocab) {
-  if (column + N <= vocab) {
-    *reinterpret_cast<Pack<G, N>*>(row + column) = g;
-  } else {
+// Adds N vectors of both sides, loaded before the first of them is used: one look at the maxima for all of them.
+template <int N, typename Reader>
+__device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float& shift_t, const Reader& reader,
+                                            int index, bool reverse) {
+  typename Reader::Vector s[N], t[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (column + j < vocab) row[column + j] = g.value[j];
+  for (int u = 0; u < N; ++u) {
+    s[u] = reader.read(reader.student, index + u * kRowThreads);
+    t[u] = reader.read(reader.teacher, index + u * kRowThreads);
+  }
+  const float octaves = reader.unit() * kLog2E;
+  Logits x[N][Reader::kVec];
+  float max_s = -INFINITY, max_t = -INFINITY;
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if constexpr (Reader::kResident) {
+      reader.kept_student[index + u * kRowThreads] = s[u];
+      reader.kept_teacher[index + u * kRowThreads] = t[u];
+    }
+#pragma unroll
+    for (int j = 0; j < Reader::kVec; ++j) {
+      x[u][j] = reader.pair(s[u].value[j], t[u].value[j], (index + u * kRowThreads) * Reader::kVec + j);
+      max_s = fmaxf(max_s, x[u][j].x_s);
+      max_t = fmaxf(max_t, x[u][j].x_t);
     }
   }
+  if (!covers(stats, max_s * octaves, max_t * octaves)) {
+    raise(stats, max_s * octaves, max_t * octaves, reverse);
+    shift = stats.shift();
+    shift_t = stats.shift_t();
+  }
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+#pragma unroll
+    for (int j = 0; j < Reader::kVec; ++j) add(stats, x[u][j], octaves, shift, shift_t, reverse);
+  }
+}
+
+// The first visit of a thread to its part of the row: maxima, sums, moments, gap.
+template <typename Reader>
+__device__ __forceinline__ RowStats first_visit(const Reader& reader, int thread, bool reverse) {
+  RowStats stats;
+  float shift = 0.0f, shift_t = 0.0f;
+  const int whole = reader.whole();
+  int index = thread;
+#pragma unroll 1
+  for (; index + (kLoadsInFlight - 1) * kRowThreads < whole; index += kRowThreads * kLoadsInFlight) {
+    add_vectors<kLoadsInFlight>(stats, shift, shift_t, reader, index, reverse);
+  }
+#pragma unroll 1
+  for (; index < whole; index += kRowThreads) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);
+#pragma unroll 1
+  for (int i = whole * Reader::kVec + thread; i < reader.entries(); i += kRowThreads) {
+    if (!reader.live_entry(i)) break;
+    const auto s = reader.student[reader.first * Reader::kVec + i], t = reader.teacher[reader.first * Reader::kVec + i];
+    if constexpr (Reader::kResident) {
+      reader.kept_student[i / Reader::kVec].value[i % Reader::kVec] = s;
+      reader.kept_teacher[i / Reader::kVec].value[i % Reader::kVec] = t;
+    }
+    const Logits x = reader.pair(s, t, i);
+    const float octaves = reader.unit() * kLog2E;
+    raise(stats, x.x_s * octaves, x.x_t * octaves, reverse);
+    add(stats, x, octaves, stats.shift(), stats.shift_t(), reverse);
+  }
+  return stats;
+}
+
+// Writes the gradients of N vectors of a row of either KL. weight: of the row.
+template <int N, bool REVERSE, int STEP, typename G, typename Reader>
+__device__ __forceinline__ void write_vectors(G* out, const Reader& reader, const Row& row, int index, float weight) {
+  typename Reader::Vector s[N], t[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    s[u] = reader.student_again(index + u * STEP);
+    t[u] = reader.teacher_again(index + u * STEP);
+  }
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    Pack<G, Reader::kVec> g;
+#pragma unroll
+    for (int j = 0; j < Reader::kVec; ++j) {
+      const int i = (index + u * STEP) * Reader::kVec + j;
+      const Entry e = entry_of(row, reader.pair(s[u].value[j], t[u].value[j], i));
+      g.value[j] = G(weight * reader.slope(s[u].value[j], i) * gradient_kl<REVERSE>(row, e));
+    }
+    *reinterpret_cast<Pack<G, Reader::kVec>*>(out + (reader.first + index + u * STEP) * Reader::kVec) = g;
+  }
+}
+
+template <bool REVERSE, int THREADS, typename G, typename Reader>
+__device__ __forceinline__ void write_whole(G* out, const Reader& reader, const Row& row, int thread, float weight) {
+  const int whole = reader.whole();
+  int index = thread;
+#pragma unroll 1
+  for (; index + (kLoadsInFlight - 1) * THREADS < whole; index += THREADS * kLoadsInFlight) {
+    write_vectors<kLoadsInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
+  }
+  if (index < whole) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
 }
 
 template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
 __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
-  constexpr bool FAST = sizeof(G) == 2;
   using Reader = RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED, RESIDENT>;
   using Vector = typename Reader::Vector;
   constexpr int kVec = Reader::kVec;
@@ -204,68 +277,22 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
     label_t = transformed(static_cast<float>(reader.teacher[label]), bias_t, p.teacher_transform);
   }
 
-  // First visit: maxima, sums, moments, gap.
-  RowStats stats;
-  for (int start = thread; start < reader.count; start += kRowThreads * kLoadsInFlight) {
-    Vector s[kLoadsInFlight], t[kLoadsInFlight];
-#pragma unroll
-    for (int u = 0; u < kLoadsInFlight; ++u) {
-      const int index = start + u * kRowThreads;
-      if (index < reader.count) {
-        s[u] = reader.read(reader.student, index);
-        t[u] = reader.read(reader.teacher, index);
-      }
-    }
-    float max_s = -INFINITY, max_t = -INFINITY;
-#pragma unroll
-    for (int u = 0; u < kLoadsInFlight; ++u) {
-      const int index = start + u * kRowThreads;
-      if (index < reader.count) {
-        if constexpr (RESIDENT) {
-          reader.kept_student[index] = s[u];
-          reader.kept_teacher[index] = t[u];
-        }
-        const int live = reader.live(index);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          if (j < live) {
-            max_s = fmaxf(max_s, reader.z_student(s[u].value[j], index * kVec + j));
-            max_t = fmaxf(max_t, reader.z_teacher(t[u].value[j], index * kVec + j));
-          }
-        }
-      }
-    }
-    raise<FAST>(stats, max_s, max_t, reverse);
-#pragma unroll
-    for (int u = 0; u < kLoadsInFlight; ++u) {
-      const int index = start + u * kRowThreads;
-      if (index < reader.count) {
-        const int live = reader.live(index);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          if (j < live) {
-            add<FAST>(stats, reader.pair(s[u].value[j], t[u].value[j], index * kVec + j), reverse);
-          }
-        }
-      }
-    }
-  }
-
-  stats = warp_merge<FAST>(stats, 32, reverse);
+  RowStats stats = first_visit(reader, thread, reverse);
+  stats = warp_merge(stats, 32, reverse);
   if (lane == 0) shared.warp[warp] = stats;
   device::block_sync();
   if (warp == 0) {
-    stats = warp_merge<FAST>(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 32, reverse);
+    stats = warp_merge(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 32, reverse);
     if (lane == 0) shared.block = stats;
   }
   if constexpr (RESIDENT) {
     device::cluster_sync();
     if (warp == 0) {
       stats = lane < ranks ? *device::cluster_map(&shared.block, lane) : RowStats{};
-      stats = warp_merge<FAST>(stats, 32, reverse);
+      stats = warp_merge(stats, 32, reverse);
     }
   }
-  if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip);
+  if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, reader.unit());
   device::block_sync();
   Row row = shared.row;
 
@@ -275,7 +302,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
 #pragma unroll 1
     for (int i = thread; i < reader.entries(); i += kRowThreads) {
       if (!reader.live_entry(i)) continue;
-      add_second(sums, row, entry_of<FAST>(row, reader.pair(reader.student_entry(i), reader.teacher_entry(i), i)));
+      add_second(sums, row, entry_of(row, reader.pair(reader.student_entry(i), reader.teacher_entry(i), i)));
     }
     sums = warp_sum(sums, 32);
     if (lane == 0) shared.warp_second[warp] = sums;
@@ -307,8 +334,8 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
     p.teacher_lse[r] = stats.lse_t();
     if (p.state) save(row, p.state + r * State::kColumns);
     if (p.labels) {
-      p.student_logprob[r] = (label_s - stats.shift()) - logf(stats.sum_s);
-      p.teacher_logprob[r] = (label_t - stats.shift_t()) - logf(stats.sum_t);
+      p.student_logprob[r] = (fmaf(label_s, kLog2E, -stats.shift()) - log2f(stats.sum_s)) * kLn2;
+      p.teacher_logprob[r] = (fmaf(label_t, kLog2E, -stats.shift_t()) - log2f(stats.sum_t)) * kLn2;
     }
   }
 
@@ -316,34 +343,24 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
   if (p.dlogits) {
     const float weight = clipped ? 0.0f : p.weight[r];
     G* out = static_cast<G*>(p.dlogits) + r * p.stride_dlogits;
-    if (row.second() && weight != 0.0f) {
+    int begin = 0;  // of the entries that are left
+    if (!row.second() && weight != 0.0f) {
+      if (reverse) {
+        write_whole<true, kRowThreads>(out, reader, row, thread, weight);
+      } else {
+        write_whole<false, kRowThreads>(out, reader, row, thread, weight);
+      }
+      begin = reader.whole() * kVec;
+    }
 #pragma unroll 1
-      for (int i = thread; i < reader.entries(); i += kRowThreads) {
-        float value = 0.0f;
-        if (reader.live_entry(i)) {
-          const T s = reader.student_entry(i);
-          const Entry e = entry_of<FAST>(row, reader.pair(s, reader.teacher_entry(i), i));
-          value = weight * reader.slope(s, i) * gradient_second(row, e);
-        }
-        out[first * kVec + i] = G(value);
+    for (int i = begin + thread; i < reader.entries(); i += kRowThreads) {
+      float value = 0.0f;
+      if (weight != 0.0f && reader.live_entry(i)) {
+        const T s = reader.student_entry(i);
+        const Entry e = entry_of(row, reader.pair(s, reader.teacher_entry(i), i));
+        value = weight * reader.slope(s, i) * gradient(row, e);
       }
-    } else {
-      for (int index = thread; index < reader.count; index += kRowThreads) {
-        Pack<G, kVec> g;
-        const int live = weight == 0.0f ? 0 : reader.live(index);
-        const Vector s = reader.student_again(index), t = reader.teacher_again(index);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          const int i = index * kVec + j;
-          float value = 0.0f;
-          if (j < live) {
-            const Entry e = entry_of<FAST>(row, reader.pair(s.value[j], t.value[j], i));
-            value = weight * reader.slope(s.value[j], i) * gradient_kl(row, e);
-          }
-          g.value[j] = G(value);
-        }
-        write<G, kVec>(out, g, (first + index) * kVec, p.vocab);
-      }
+      out[first * kVec + i] = G(value);
     }
   }
   if constexpr (RESIDENT) device::cluster_sync();  // shared memory must outlive the other blocks' reads of it
@@ -353,74 +370,52 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
 // entry, or of a vector of entries, before it writes it, and shares nothing: `dlogits` may be the student's logits.
 template <typename T, bool ALIGNED, bool TRANSFORMED>
 __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams& p, int blocks_per_row) {
-  constexpr bool FAST = sizeof(T) == 2;
   using Reader = RowReader<LogitsGradientParams, T, ALIGNED, TRANSFORMED, false>;
-  using Vector = typename Reader::Vector;
   constexpr int kVec = Reader::kVec;
 
   const int64_t n = device::block_index() / blocks_per_row;
   const int64_t first = device::block_index() % blocks_per_row * kGradientVectors;
   const int64_t vectors = (p.vocab + kVec - 1) / kVec;
   const int count = static_cast<int>(vectors - first < kGradientVectors ? vectors - first : kGradientVectors);
-  const Reader reader{p,    static_cast<const T*>(p.student) + n * p.stride_student, nullptr, nullptr, nullptr, first,
-                      count};
+  const int thread = device::thread_index();
   T* out = static_cast<T*>(p.dlogits) + n * p.stride_dlogits;
   const int64_t begin = p.offsets[n], end = p.offsets[n + 1];
 
+  Reader reader{p, static_cast<const T*>(p.student) + n * p.stride_student, nullptr, nullptr, nullptr, first, count};
   const auto row_of = [&](int64_t r) {
-    return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.share, p.entry_clip);
+    reader.teacher = static_cast<const T*>(p.teacher) + p.teacher_row[r] * p.stride_teacher;
+    return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.share, p.entry_clip, reader.unit());
   };
-  const auto teacher_of = [&](int64_t r) {
-    return static_cast<const T*>(p.teacher) + p.teacher_row[r] * p.stride_teacher;
-  };
-  bool second = false;
-  for (int64_t i = begin; i < end; ++i) second |= row_of(p.order[i]).second();
-
-  // A row whose row_grad is 0 is left out: it may hold inf.
-  if (second) {
-#pragma unroll 1
-    for (int i = device::thread_index(); i < reader.entries(); i += kGradientThreads) {
-      float sum = 0.0f;
-      const T s = reader.student_entry(i);
-      if (reader.live_entry(i)) {
-#pragma unroll 1
-        for (int64_t k = begin; k < end; ++k) {
-          const int64_t r = p.order[k];
-          if (p.row_grad[r] == 0.0f) continue;
-          const Row row = row_of(r);
-          const Entry e = entry_of<FAST>(row, reader.pair(s, teacher_of(r)[first * kVec + i], i));
-          sum += p.row_grad[r] * gradient(row, e);
-        }
-        sum *= reader.slope(s, i);
+  int done = 0;
+  if (end - begin == 1) {
+    const int64_t r = p.order[begin];
+    const float row_grad = p.row_grad[r];
+    const Row row = row_of(r);
+    if (!row.second() && row_grad != 0.0f) {
+      if (row.kind == kReverseKL) {
+        write_whole<true, kGradientThreads>(out, reader, row, thread, row_grad);
+      } else {
+        write_whole<false, kGradientThreads>(out, reader, row, thread, row_grad);
       }
-      out[first * kVec + i] = T(sum);
+      done = reader.whole() * kVec;
     }
-    return;
   }
-  for (int index = device::thread_index(); index < count; index += kGradientThreads) {
-    const Vector s = reader.read(reader.student, index);
-    const int live = reader.live(index);
-    float sum[kVec] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t r = p.order[k];
-      const float row_grad = p.row_grad[r];
-      if (row_grad == 0.0f) continue;
-      const Row row = row_of(r);
-      const Vector t = reader.read(teacher_of(r), index);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const int i = index * kVec + j;
-        if (j < live) {
-          sum[j] += row_grad * gradient_kl(row, entry_of<FAST>(row, reader.pair(s.value[j], t.value[j], i)));
-        }
+  // What is left, entry by entry. A row whose row_grad is 0 is left out: it may hold inf.
+#pragma unroll 1
+  for (int i = done + thread; i < reader.entries(); i += kGradientThreads) {
+    float sum = 0.0f;
+    if (reader.live_entry(i)) {
+      const T s = reader.student_entry(i);
+#pragma unroll 1
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t r = p.order[k];
+        if (p.row_grad[r] == 0.0f) continue;
+        const Row row = row_of(r);
+        sum += p.row_grad[r] * gradient(row, entry_of(row, reader.pair(s, reader.teacher_entry(i), i)));
       }
+      sum *= reader.slope(s, i);
     }
-    Vector g;
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      g.value[j] = T(j < live ? sum[j] * reader.slope(s.value[j], index * kVec + j) : 0.0f);
-    }
-    write<T, kVec>(out, g, (first + index) * kVec, p.vocab);
+    out[first * kVec + i] = T(sum);
   }
 }
 

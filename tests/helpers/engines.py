@@ -83,7 +83,7 @@ def small_triton() -> triton.Config:
     """Slices of 256 entries, blocks of 128, chunks of 16 rows, slabs of 192 entries."""
     from vigos.kernels.divergence import Launch
 
-    return triton.Config(1, 4096, Launch(stats_block=(128, 128), second_block=128, grad_block=128, span=256))
+    return triton.Config(1, 4096, Launch(stats_block=128, second_block=128, grad_block=128, span=256))
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:

@@ -20,6 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import machine_code
+
 # Bytes of shared memory a block may use (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -29,37 +33,39 @@ COUNT = "i32"  # a size that need not be a multiple of anything
 
 
 def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
-    """Row kernels: fp32 chunks of logits, bf16 logits, and everything that a call can switch on."""
+    """Row kernels: fp32 chunks of logits as `auto` has them in bf16, bf16 logits, fp32 operands, every option."""
     from vigos.kernels.divergence import LAUNCH
 
     z = {f"{name}_{side}": F32 for side in "st" for name in ("alpha", "inner", "height")}
     strides = {"stride_sm": I32, "stride_sv": 1, "stride_tm": I32, "stride_tv": 1}
     stats, second, grad = [], [], []
-    for dtype, everything in (("fp32", False), ("bf16", False), ("fp32", True)):
+    for dtype, everything, difference in (
+        ("fp32", False, False), ("bf16", False, False), ("fp32", False, True), ("fp32", True, True),
+    ):  # fmt: skip
         common: dict[str, Any] = {"s_ptr": f"*{dtype}:16", "t_ptr": f"*{dtype}:16"}
         bias = "*bf16:16" if everything else None
         common |= {"s_bias_ptr": bias, "t_bias_ptr": bias, "student_row_ptr": "*i64:16", "teacher_row_ptr": "*i64:16"}
-        common |= {"kind_ptr": "*i8:16"}
+        common |= {"kind_ptr": "*i8:16", "unit": F32}
+        constants = {"SOFTCAP_S": everything, "SOFTCAP_T": everything, "DIFFERENCE": difference}
+        constants |= {"SCALED": not everything}
         stats.append(
             common | {"label_ptr": "*i64:16" if everything else None, "partial_ptr": "*fp32:16", "V": I32}
             | {"vocab": COUNT, "vocab_start": COUNT, "span": I32} | z | strides | {"stride_pc": COUNT}
-            | {"BLOCK_V": LAUNCH.stats_block[dtype == "fp32"], "SOFTCAP_S": everything, "SOFTCAP_T": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.stats_warps}
+            | {"BLOCK_V": LAUNCH.stats_block, "VEC": 4 if dtype == "fp32" else 8, "LANES": 32 * LAUNCH.stats_warps}
+            | constants | {"num_warps": LAUNCH.stats_warps}
         )  # fmt: skip
         second.append(
             common | {"state_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "V": I32, "vocab": COUNT, "span": I32} | z
             | {"share": F32, "entry_clip": F32} | strides | {"stride_pc": COUNT, "stride_state": COUNT}
-            | {"BLOCK_V": LAUNCH.second_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
-            | {"CLIP_ENTRIES": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.stats_warps}
+            | {"BLOCK_V": LAUNCH.second_block, "CLIP_ENTRIES": everything}
+            | constants | {"num_warps": LAUNCH.stats_warps}
         )  # fmt: skip
         grad.append(
             common | {"state_ptr": "*fp32:16", "row_grad_ptr": "*fp32:16", "order_ptr": "*i64:16"}
             | {"offsets_ptr": "*i64:16", "out_ptr": "*bf16:16", "V": I32, "vocab": COUNT} | z
             | {"share": F32, "entry_clip": F32} | strides | {"stride_state": COUNT, "stride_om": I32, "stride_ov": 1}
-            | {"BLOCK_V": LAUNCH.grad_block, "SOFTCAP_S": everything, "SOFTCAP_T": everything}
-            | {"CLIP_ENTRIES": everything}
-            | {"DIFFERENCE": dtype == "fp32", "num_warps": LAUNCH.grad_warps}
+            | {"BLOCK_V": LAUNCH.second_block if difference else LAUNCH.grad_block, "SECOND": difference}
+            | {"CLIP_ENTRIES": everything} | constants | {"num_warps": LAUNCH.grad_warps}
         )  # fmt: skip
     merged = {"partial_ptr": "*fp32:16", "kind_ptr": "*i8:16", "state_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
     tail = {"S": COUNT, "stride_pc": COUNT, "stride_state": COUNT, "BLOCK_S": 8, "num_warps": 1}
@@ -67,7 +73,7 @@ def divergence_variants(arch: int) -> dict[str, list[dict[str, Any]]]:
         "_stats_kernel": stats,
         "_second_stats_kernel": second,
         "_grad_kernel": grad,
-        "_finish_kernel": [merged | {"R": COUNT, "LABELS": True} | tail],
+        "_finish_kernel": [merged | {"R": COUNT, "LABELS": True, "unit": F32} | tail],
         "_second_finish_kernel": [merged | {"CLIP_ENTRIES": False, "DIFFERENCE": False} | tail],
     }
 
@@ -117,7 +123,9 @@ def kernels() -> dict[str, tuple[str, Any]]:
 
 
 def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str, Any]:
-    """What `kernel` needs on sm_<arch>: registers a thread, stack and local bytes (spills), shared bytes."""
+    """What `kernel` needs on sm_<arch>: registers a thread, stack and local bytes (spills), shared bytes; of the row
+    kernels as `auto` runs them, instructions a pair.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,16 +150,22 @@ def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str
         options=options,
     )
     seconds = time.monotonic() - started
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    pair: dict[str, float] = {}
+    dtype = re.sub(r"[*:]|16$", "", str(variant.get("s_ptr")))
+    lean = kernel.__name__ == "_stats_kernel" or (kernel.__name__ == "_grad_kernel" and not variant["SECOND"])
+    if arch == 90 and lean and variant["SCALED"] and not variant["DIFFERENCE"]:
+        pair = machine_code.of_triton(kernel.__name__, compiled.asm["cubin"], 4 if dtype == "fp32" else 2)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [machine_code.cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"]),
         "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"], "seconds": round(seconds, 2),
-        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v[248]", compiled.asm["ptx"])),
+        "logits": dtype, "pair": pair, "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v[248]", compiled.asm["ptx"])),
     }  # fmt: skip
 
 

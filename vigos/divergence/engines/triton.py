@@ -39,7 +39,7 @@ from vigos.divergence.engines.problem import (
     chunk_width,
     chunks,
 )
-from vigos.divergence.supervision import REVERSE_KL
+from vigos.divergence.supervision import JSD, REVERSE_KL
 
 if TYPE_CHECKING:
     from vigos.kernels.divergence import Launch, Options
@@ -104,8 +104,8 @@ def _fp32(problem: LinearProblem) -> bool:
     return problem.student_hidden.dtype == problem.teacher_hidden.dtype == torch.float32
 
 
-def options_of(rows: Rows, v: int, config: Config, *, difference: bool = False) -> Options:
-    """Return the row kernels' view of `rows`, of which this rank has `v` columns."""
+def options_of(rows: Rows, v: int, config: Config, *, second: bool, difference: bool = False) -> Options:
+    """Return the row kernels' view of `rows`, of which this rank has `v` columns; `second`: `second_sweep`'s answer."""
     from vigos.kernels.divergence import LAUNCH, Options
 
     return Options(
@@ -113,7 +113,7 @@ def options_of(rows: Rows, v: int, config: Config, *, difference: bool = False) 
         kind=rows.kind.contiguous(), labels=None if rows.labels is None else rows.labels.contiguous(),
         vocab=rows.local_vocab(v), vocab_start=rows.vocab_start, student_transform=rows.student_transform.constants,
         teacher_transform=rows.teacher_transform.constants, share=rows.share, entry_clip=rows.entry_clip,
-        difference=difference, launch=config.launch or LAUNCH,
+        difference=difference, second=second or difference, launch=config.launch or LAUNCH,
     )  # fmt: skip
 
 
@@ -130,11 +130,12 @@ def of_all_ranks(partial: Tensor, rows: Rows, slices: int) -> Tensor:
     """
     if rows.group is None:
         return partial
-    from vigos.kernels.numerics import LABEL_S, LABEL_T, MAX_S, MAX_T
+    from vigos.kernels.numerics import LABEL_S, LABEL_T, LOWEST, MAX_S, MAX_T
 
     # Ranks may hold shards of different sizes; a slice without entries is a sum over nothing.
     full = partial.new_zeros(*partial.shape[:2], slices)
-    full[[column.value for column in (MAX_S, MAX_T, LABEL_S, LABEL_T)]] = -math.inf
+    full[[MAX_S.value, MAX_T.value]] = LOWEST.value
+    full[[LABEL_S.value, LABEL_T.value]] = -math.inf
     full[:, :, : partial.shape[2]] = partial
     parts = [torch.empty_like(full) for _ in range(rows.group.size())]
     dist.all_gather(parts, full, group=rows.group)
@@ -151,6 +152,8 @@ def measure(
     state = torch.zeros(options.n_rows, STATE, dtype=torch.float32, device=student.device)
     partial = kernels.row_partials(student, teacher, options, student_bias, teacher_bias)
     stats = kernels.finish(of_all_ranks(partial, rows, kernels.slices(rows.vocab_size, options.launch)), options, state)
+    if not options.second:
+        return stats, state
     second = kernels.second_partials(student, teacher, options, state, student_bias, teacher_bias)
     if rows.group is not None:
         second = all_reduce(second.sum(2, keepdim=True), rows.group)
@@ -192,11 +195,16 @@ def backproject(dlogits: Tensor, weight: Tensor, real: int, out: Tensor, config:
     out += last
 
 
-def all_take_part(rows: Rows) -> bool:
-    """Return whether every row's gradient is computed, without asking which rows are live."""
+def told(rows: Rows) -> tuple[bool, bool]:
+    """Return whether every row's gradient is computed, and whether any needs a second sweep: one wait for the device.
+
+    In a CUDA graph nothing can be asked, and all of it is done.
+    """
     if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # type: ignore[attr-defined]
-        return True
-    return not bool(((rows.clip < math.inf) | (rows.weight == 0)).any())
+        return True, True
+    silent = ((rows.clip < math.inf) | (rows.weight == 0)).any()
+    silent, jsd = torch.stack([silent, (rows.kind == JSD).any()]).tolist()
+    return not silent, jsd or rows.entry_clip is not None
 
 
 def half_scale(options: Options, state: Tensor) -> Tensor:
@@ -205,9 +213,9 @@ def half_scale(options: Options, state: Tensor) -> Tensor:
     |d KL(student || teacher) / dz| = p |log p/q - KL| <= 2 KL + 2/e, because sum p |log p/q| <= KL + 2/e; the other
     divergences have gradients below 2. Clipped entries move a sum by at most 1; fp16 ends at 65504.
     """
-    from vigos.kernels.numerics import LSE_GAP, MEAN_GAP, PIVOT_OF_ROW
+    from vigos.kernels.numerics import LSE_GAP, MEAN_GAP, PIVOT
 
-    pivot, lse_gap, mean_gap = (state[:, column.value] for column in (PIVOT_OF_ROW, LSE_GAP, MEAN_GAP))
+    pivot, lse_gap, mean_gap = (state[:, column.value] for column in (PIVOT, LSE_GAP, MEAN_GAP))
     kl = torch.where(options.kind == REVERSE_KL, (pivot - lse_gap + mean_gap).clamp(min=0.0), 0.5)
     scale = torch.exp2(torch.floor(torch.log2(10000.0 / (options.student_transform[0] * (2.0 * kl + 1.0)))))
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
@@ -221,7 +229,7 @@ class Gradients:
         dlogits: (capacity, V), gradients of live rows that wait for their product.
     """
 
-    def __init__(self, problem: LinearProblem, width: int, config: Config) -> None:
+    def __init__(self, problem: LinearProblem, width: int, config: Config, everyone: bool) -> None:
         v, d = problem.student_weight.shape
         r, device = problem.n_rows, problem.device
         self.problem, self.config = problem, config
@@ -236,7 +244,7 @@ class Gradients:
         # The interpreter truncates where a GPU rounds to nearest, so on the CPU torch does the rounding.
         stored = self.dtype if device.type == "cuda" else torch.float32
         self.dlogits = torch.empty(self.capacity, v, dtype=stored, device=device)
-        self.everyone = all_take_part(problem)
+        self.everyone = everyone
         self.offsets = torch.arange(width + 1, device=device)
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
         self.filled = 0
@@ -418,9 +426,10 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     theirs, bias = adjusted_transform(problem)
     seen = replace(problem, teacher_transform=theirs, teacher_bias=bias)  # as the row kernels see it
     difference = takes_difference(seen)
-    gradients = Gradients(seen, width, config) if need else None
+    everyone, second = told(problem)
+    gradients = Gradients(seen, width, config, everyone) if need else None
     if r > 0:
-        all_rows = options_of(seen, v, config, difference=difference)
+        all_rows = options_of(seen, v, config, second=second, difference=difference)
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
         index = torch.arange(2 * width, device=device)
         for block in chunks(r, width):
@@ -445,7 +454,7 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
 
 def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsResult:
     """Compute the statistics of every row from logits, in place."""
-    options = options_of(problem, problem.student_logits.shape[1], config)
+    options = options_of(problem, problem.student_logits.shape[1], config, second=told(problem)[1])
     stats, state = measure(problem, options, problem.student_logits, problem.teacher_logits, None, None)
     return LogitsResult(statistics_of(stats, problem.labels is not None), state)
 
@@ -465,7 +474,7 @@ def logits_backward(
     order = problem.student_row.argsort(stable=True)
     ends = torch.searchsorted(problem.student_row[order], torch.arange(student.shape[0] + 1, device=student.device))
     kernels.row_grad(
-        student, problem.teacher_logits, options_of(problem, student.shape[1], config), state,
-        row_grad.float().contiguous(), order, ends, out, None, None,
+        student, problem.teacher_logits, options_of(problem, student.shape[1], config, second=told(problem)[1]),
+        state, row_grad.float().contiguous(), order, ends, out, None, None,
     )  # fmt: skip
     return out
