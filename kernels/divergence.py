@@ -8,7 +8,7 @@ Kernels, in the order a caller launches them (R rows, S slices of the vocabulary
 
     _stats_kernel          a row's slice -> 9 partial sums                        reads both logits
     _finish_kernel         slices merged -> statistics, state
-    _second_stats_kernel   JSD, clipped entries, DIFFERENCE: two more sums       reads both logits, for those rows
+    _second_stats_kernel   JSD, clipped entries, DIFFERENCE: three more sums     reads both logits, for those rows
     _second_finish_kernel  merged -> divergence, the last column of the state
     _grad_kernel           state -> gradient, in place if asked                  reads both logits, writes one
 
@@ -30,13 +30,13 @@ from torch import Tensor
 
 from vigos.kernels.numerics import (
     GAP,
+    INV_SUM_S,
+    INV_SUM_T,
     JSD,
     LABEL_S,
     LABEL_T,
     LN2,
     LOG2E,
-    LOG_SUM_S,
-    LOG_SUM_T,
     LOWEST,
     LSE_GAP,
     MAX_S,
@@ -310,8 +310,8 @@ def _finish_kernel(
     state = state_ptr + r * stride_state
     tl.store(state + ORIGIN_S, top_s)
     tl.store(state + ORIGIN_T, top_t)
-    tl.store(state + LOG_SUM_S, tl.log2(total_s))
-    tl.store(state + LOG_SUM_T, tl.log2(total_t))
+    tl.store(state + INV_SUM_S, 1.0 / total_s)
+    tl.store(state + INV_SUM_T, 1.0 / total_t)
     tl.store(state + LSE_GAP, pivot - between)
     tl.store(state + PIVOT, pivot)
     tl.store(state + MEAN_GAP, mean_gap)
@@ -334,10 +334,11 @@ def _second_stats_kernel(
         t_row = t_ptr + tl.load(teacher_row_ptr + r).to(tl.int64) * stride_tm
         state = state_ptr + r.to(tl.int64) * stride_state
         origin_s, origin_t = tl.load(state + ORIGIN_S), tl.load(state + ORIGIN_T)
-        log_sum_s, log_sum_t = tl.load(state + LOG_SUM_S), tl.load(state + LOG_SUM_T)
+        inv_sum_s, inv_sum_t = tl.load(state + INV_SUM_S), tl.load(state + INV_SUM_T)
         lse_gap = tl.load(state + LSE_GAP)
         value = tl.full((BLOCK_V,), 0.0, tl.float32)
         mean = tl.full((BLOCK_V,), 0.0, tl.float32)
+        mass = tl.full((BLOCK_V,), 0.0, tl.float32)
         first = split * span
         for start in range(first, tl.minimum(first + span, V), BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
@@ -345,13 +346,15 @@ def _second_stats_kernel(
                 s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
                 alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, False,
             )  # fmt: skip
-            p_s = probability(x_s, origin_s, log_sum_s, unit * LOG2E)
-            p_t = probability(x_t, origin_t, log_sum_t, unit * LOG2E)
+            p_s = probability(x_s, origin_s, inv_sum_s, unit * LOG2E)
+            p_t = probability(x_t, origin_t, inv_sum_t, unit * LOG2E)
             more, slope = second_terms(p_s, p_t, gap * unit - lse_gap, kind, share, entry_clip, CLIP_ENTRIES)
             value += more
             mean += slope
+            mass += p_s
         tl.store(out, tl.sum(value, 0))
         tl.store(out + stride_pc, tl.sum(mean, 0))
+        tl.store(out + 2 * stride_pc, tl.sum(mass, 0))
 
 
 @triton.jit
@@ -368,9 +371,10 @@ def _second_finish_kernel(
         if not CLIP_ENTRIES:
             value = tl.where(value < 0.0, 0.0, value)  # rounding; clipped sums may be negative in earnest
         tl.store(stats_ptr + r, value)
-        tl.store(
-            state_ptr + r * stride_state + MEAN_SLOPE, tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0)
-        )
+        mean = tl.sum(tl.load(parts + stride_pc, mask=offs < S, other=0.0), 0)
+        # Where nearly all of the mean cancels, the rounding of the student's normaliser would show.
+        mass = tl.sum(tl.load(parts + 2 * stride_pc, mask=offs < S, other=0.0), 0)
+        tl.store(state_ptr + r * stride_state + MEAN_SLOPE, tl.where(mass > 0.0, mean / mass, mean))
 
 
 @triton.jit
@@ -385,8 +389,8 @@ def _row_gradient(
         s_row, t_row, s_bias_ptr, t_bias_ptr, offs, V, vocab, stride_sv, stride_tv, alpha_s, inner_s, height_s,
         alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, WHOLE,
     )  # fmt: skip
-    p_s = probability(x_s, tl.load(state + ORIGIN_S), tl.load(state + LOG_SUM_S), unit * LOG2E)
-    p_t = probability(x_t, tl.load(state + ORIGIN_T), tl.load(state + LOG_SUM_T), unit * LOG2E)
+    p_s = probability(x_s, tl.load(state + ORIGIN_S), tl.load(state + INV_SUM_S), unit * LOG2E)
+    p_t = probability(x_t, tl.load(state + ORIGIN_T), tl.load(state + INV_SUM_T), unit * LOG2E)
     g = slope_of(
         gap * unit, p_s, p_t, tl.load(state + LSE_GAP), tl.load(state + PIVOT), tl.load(state + MEAN_GAP),
         tl.load(state + MEAN_SLOPE), kind, share, entry_clip, CLIP_ENTRIES, DIFFERENCE, SECOND,
@@ -476,10 +480,10 @@ def second_partials(
     student: Tensor, teacher: Tensor, options: Options, state: Tensor, student_bias: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Compute (2, R, S) sums of the second sweep, divergence and mean slope; rows that need none are not written."""
+    """Compute (3, R, S) sums of the second sweep: divergence, slopes, student; rows that need none are not written."""
     launch, n, v = options.launch, options.n_rows, student.shape[1]
     splits = slices(options.vocab, launch)
-    partial = torch.empty(2, n, splits, dtype=torch.float32, device=student.device)
+    partial = torch.empty(3, n, splits, dtype=torch.float32, device=student.device)
     if n > 0:
         _second_stats_kernel[(n, splits)](
             student, teacher, student_bias, teacher_bias, options.student_row, options.teacher_row, options.kind,

@@ -32,9 +32,9 @@ from triton.runtime.jit import JITFunction
 # Maxima, gap and labels are those of x; moments count octaves.
 MAX_S, SUM_S, MOMENT_S, MAX_T, SUM_T, MOMENT_T, GAP, LABEL_S, LABEL_T = map(tl.constexpr, range(9))
 N_PARTIAL = 9
-# A row's finished state: the maxima of x, log2 of sum exp(z - maximum), and in nats L_s - L_t, the pivot, the mean gap
+# A row's finished state: the maxima of x, 1 / sum exp(z - maximum), and in nats L_s - L_t, the pivot, the mean gap
 # less the pivot, and the mean slope of the second sweep. csrc/numerics.h has the same columns.
-ORIGIN_S, ORIGIN_T, LOG_SUM_S, LOG_SUM_T, LSE_GAP, PIVOT, MEAN_GAP, MEAN_SLOPE = map(tl.constexpr, range(8))
+ORIGIN_S, ORIGIN_T, INV_SUM_S, INV_SUM_T, LSE_GAP, PIVOT, MEAN_GAP, MEAN_SLOPE = map(tl.constexpr, range(8))
 
 INF = tl.constexpr(float("inf"))
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -181,9 +181,9 @@ def merge_pair(top_s, total_s, moment_s, top_t, total_t, moment_t, gap, octaves,
 
 
 @triton.jit
-def probability(x, origin, log_sum, octaves):
-    """Return exp(z - L) from x, its row's maximum, and log2 of the row's sum."""
-    return tl.exp2((x - origin) * octaves - log_sum)
+def probability(x, origin, inv_sum, octaves):
+    """Return exp(z - L) from x, its row's maximum, and 1 / sum exp(z - maximum)."""
+    return tl.exp2((x - origin) * octaves) * inv_sum
 
 
 @triton.jit

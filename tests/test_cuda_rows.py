@@ -38,7 +38,9 @@ def test_statistics_of_blocks_and_clusters(emulator: ModuleType, v: int, limit: 
             torch.testing.assert_close(ours, exact, rtol=2e-6, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize(("capability", "limit", "clusters"), [(80, 166912, 1), (90, 232448, 1), (90, 21000, 8)])
+@pytest.mark.parametrize(
+    ("capability", "limit", "clusters"), [(80, 166912, 1), (90, 232448, 1), (90, 21000, 8), (90, 10000, 16)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_paths_agree_with_float64(
     emulator: ModuleType, dtype: torch.dtype, capability: int, limit: int, clusters: int
@@ -54,17 +56,18 @@ def test_paths_agree_with_float64(
 
 
 def test_plan(emulator: ModuleType) -> None:
-    """Qwen2.5-VL's rows on an H100: two blocks a multiprocessor where they fit; past eight blocks, two passes."""
+    """Qwen2.5-VL's rows on an H100: two blocks a multiprocessor where they fit; past sixteen blocks, two passes."""
     plan = emulator.cuda.logits_rows_plan
     limit = 232448  # bytes a block may have on sm_90
     resident, cluster, shared = plan(151_936, "bfloat16", 90, limit)
     assert (resident, cluster) == (True, 8)
     assert shared <= limit / 2
-    resident, cluster, shared = plan(151_936, "float32", 90, limit)
-    assert (resident, cluster) == (True, 8)
-    assert limit / 2 < shared <= limit
+    for vocab in (151_936, 152_064, 248_320):
+        resident, cluster, shared = plan(vocab, "float32", 90, limit)
+        assert (resident, cluster) == (True, 16)
+        assert shared <= limit / 2 or vocab == 248_320
     assert plan(10_000, "bfloat16", 90, limit)[:2] == (True, 1)
-    assert plan(262_144, "float32", 90, limit)[:2] == (False, 1)
+    assert plan(480_000, "float32", 90, limit)[:2] == (False, 1)
     assert plan(32_000, "bfloat16", 80, 166_912)[:2] == (False, 1)
     with pytest.raises(ValueError, match="vocab must be > 0, got 0"):
         plan(0, "float32", 90, limit)

@@ -71,8 +71,8 @@ def _entries(s_ptr, t_ptr, state_ptr, out_ptr, kind, beta, clip, V: tl.constexpr
     x_s, x_t = tl.load(s_ptr + offs), tl.load(t_ptr + offs)
     gap = x_s - x_t
     origin_s, origin_t = tl.load(state_ptr + numerics.ORIGIN_S), tl.load(state_ptr + numerics.ORIGIN_T)
-    p_s = numerics.probability(x_s, origin_s, tl.load(state_ptr + numerics.LOG_SUM_S), numerics.LOG2E)
-    p_t = numerics.probability(x_t, origin_t, tl.load(state_ptr + numerics.LOG_SUM_T), numerics.LOG2E)
+    p_s = numerics.probability(x_s, origin_s, tl.load(state_ptr + numerics.INV_SUM_S), numerics.LOG2E)
+    p_t = numerics.probability(x_t, origin_t, tl.load(state_ptr + numerics.INV_SUM_T), numerics.LOG2E)
     lse_gap = tl.load(state_ptr + numerics.LSE_GAP)
     delta = gap - lse_gap
     term, _ = numerics.term(p_s, p_t, delta, kind, beta)

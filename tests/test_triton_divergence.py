@@ -58,7 +58,7 @@ def test_never_holds_every_logit(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_live_rows_of_many_chunks_meet_in_one_product(monkeypatch):
     """Chunks of 16 with 5, 0, 16 and 13 live rows take two products of 32, and each row is what it was."""
-    configure(monkeypatch, "triton", replace(small_triton(), waiting_chunks=2))
+    configure(monkeypatch, "triton", replace(small_triton(), waiting_with_head=2))
     products, multiply = [], triton_engine.backproject
     monkeypatch.setattr(triton_engine, "backproject", lambda *a: (products.append(a[0].shape[0]), multiply(*a)))
     hidden, head, noise = (torch.randn(n, 24, device=DEVICE) for n in (64, 65, 64))

@@ -16,24 +16,20 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
   check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  const LogitsRowsPlan plan = chosen_plan(params, logits, path, 10 * major + minor, limit);
-
   LogitsRowsParams p = params;
   p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaErrorInvalidValue;
-  if (logits == Dtype::kBFloat16) {
-    error = dispatch_rows<__nv_bfloat16, __nv_bfloat16>(p, plan, aligned, cuda_stream);
-  } else if (logits == Dtype::kFloat16) {
-    error = dispatch_rows<__half, __half>(p, plan, aligned, cuda_stream);
-  } else if (gradient == Dtype::kBFloat16) {
-    error = dispatch_rows<float, __nv_bfloat16>(p, plan, aligned, cuda_stream);
-  } else if (gradient == Dtype::kFloat16) {
-    error = dispatch_rows<float, __half>(p, plan, aligned, cuda_stream);
-  } else {
-    error = dispatch_rows<float, float>(p, plan, aligned, cuda_stream);
-  }
+  const auto launch = [&](int most) {
+    const LogitsRowsPlan plan = chosen_plan(params, logits, path, 10 * major + minor, limit, most);
+    if (logits == Dtype::kBFloat16) return dispatch_rows<__nv_bfloat16, __nv_bfloat16>(p, plan, aligned, cuda_stream);
+    if (logits == Dtype::kFloat16) return dispatch_rows<__half, __half>(p, plan, aligned, cuda_stream);
+    if (gradient == Dtype::kBFloat16) return dispatch_rows<float, __nv_bfloat16>(p, plan, aligned, cuda_stream);
+    if (gradient == Dtype::kFloat16) return dispatch_rows<float, __half>(p, plan, aligned, cuda_stream);
+    return dispatch_rows<float, float>(p, plan, aligned, cuda_stream);
+  };
+  cudaError_t error = launch(kMaxCluster);
+  if (error == cudaErrorInvalidClusterSize) error = launch(kPortableCluster);
   check_cuda(error, "launch of logits_rows");
 }
 

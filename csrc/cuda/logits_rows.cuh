@@ -19,8 +19,8 @@ namespace vigos {
 
 constexpr int kRowThreads = 384;  // two blocks a multiprocessor leave 80 registers: no spills
 constexpr int kRowWarps = kRowThreads / 32;
-constexpr int kMaxCluster = 8;     // the largest portable size
-constexpr int kLoadsInFlight = 2;  // 16-byte loads a thread and side, before the first use
+constexpr int kPortableCluster = 8, kMaxCluster = 16;  // every GPU with clusters takes the first
+constexpr int kLoadsInFlight = 2;                      // 16-byte loads a thread and side, before the first use
 constexpr int kVectorBytes = 16;
 constexpr int kGradientThreads = 256;
 constexpr int kGradientVectors = 4 * kGradientThreads;  // of a row, a block
@@ -55,7 +55,8 @@ __device__ __forceinline__ RowStats shuffled(const RowStats& x, int mask) {
   return y;
 }
 
-// Merges over `lanes` lanes, a power of two. Lane 0's result counts.
+// Merges over `lanes` lanes, a power of two: warps and ranks are at most 16, which takes four rounds. Lane 0's result
+// counts.
 __device__ __forceinline__ RowStats warp_merge(RowStats x, int lanes, bool reverse) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) merge(x, shuffled(x, mask), reverse);
   return x;
@@ -282,14 +283,14 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
   if (lane == 0) shared.warp[warp] = stats;
   device::block_sync();
   if (warp == 0) {
-    stats = warp_merge(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 32, reverse);
+    stats = warp_merge(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 16, reverse);
     if (lane == 0) shared.block = stats;
   }
   if constexpr (RESIDENT) {
     device::cluster_sync();
     if (warp == 0) {
       stats = lane < ranks ? *device::cluster_map(&shared.block, lane) : RowStats{};
-      stats = warp_merge(stats, 32, reverse);
+      stats = warp_merge(stats, kMaxCluster, reverse);
     }
   }
   if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, reader.unit());

@@ -23,7 +23,7 @@ inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, 
   check_transform(p.teacher_transform, "teacher_transform");
   require(p.logical_vocab > 0 && p.logical_vocab <= p.vocab, "logical_vocab", "in [1, " + std::to_string(p.vocab) + "]",
           p.logical_vocab);
-  require(p.rows <= INT32_MAX / kMaxCluster, "rows", "at most 2**31 / 8 a launch", p.rows);
+  require(p.rows <= INT32_MAX / kMaxCluster, "rows", "at most 2**31 / 16 a launch", p.rows);
   require(p.vocab <= INT32_MAX, "vocab", "below 2**31", p.vocab);
   require(p.stride_student >= p.vocab, "stride_student", "at least vocab", p.stride_student);
   require(p.stride_teacher >= p.vocab, "stride_teacher", "at least vocab", p.stride_teacher);
@@ -99,13 +99,15 @@ bool vectors_fit(const P& p, Dtype logits, Dtype gradient) {
          p.stride_teacher % count == 0 && (!p.dlogits || p.stride_dlogits % count == 0);
 }
 
-inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit) {
+inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit,
+                                int most = kMaxCluster) {
   require(vocab > 0, "vocab", "> 0", vocab);
   const LogitsRowsPlan two_pass{false, 1, sizeof(RowShared)};
   if (compute_capability < 90) return two_pass;
-  // The smallest cluster that leaves room for two blocks a multiprocessor; else the largest, if a row fits at all.
+  // The smallest cluster that leaves room for two blocks a multiprocessor, so that one loads while the other merges or
+  // writes; else the smallest that holds a row, if one does.
   for (const int64_t budget : {shared_limit / 2 - 1024, shared_limit}) {
-    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t per_vector = kVectorBytes / item_size(dtype);
       const int64_t vectors = (vocab + per_vector - 1) / per_vector;
       const int64_t bytes = sizeof(RowShared) + 2 * kVectorBytes * ((vectors + cluster - 1) / cluster);
@@ -128,8 +130,8 @@ inline GradientGrid gradient_grid(const LogitsGradientParams& p, int64_t entries
 
 // The plan after `path`: "auto", "resident" or "two_pass".
 inline LogitsRowsPlan chosen_plan(const LogitsRowsParams& p, Dtype dtype, const std::string& path,
-                                  int compute_capability, int64_t shared_limit) {
-  const LogitsRowsPlan plan = plan_rows(p.vocab, dtype, compute_capability, shared_limit);
+                                  int compute_capability, int64_t shared_limit, int most = kMaxCluster) {
+  const LogitsRowsPlan plan = plan_rows(p.vocab, dtype, compute_capability, shared_limit, most);
   if (path == "resident") require(plan.resident, "path", "two_pass: a row does not fit in shared memory here", path);
   return path == "two_pass" ? LogitsRowsPlan{false, 1, sizeof(RowShared)} : plan;
 }

@@ -41,6 +41,15 @@ cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& pl
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = RESIDENT ? 1 : 0;
+  if (plan.cluster > kPortableCluster) {  // not every part of a GPU has so many multiprocessors side by side
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    int clusters = 0;
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error != cudaSuccess || clusters == 0) {
+      cudaGetLastError();
+      return cudaErrorInvalidClusterSize;
+    }
+  }
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,8 +48,3 @@ def build(into: Path, csrc: Path = ROOT / "csrc", *options: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch.mm(a, b, out_dtype=float32), which the CPU does not have."""
-    return a.float() @ b.float()

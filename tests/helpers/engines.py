@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from vigos.divergence.engines import chunked, cpu, cuda, engine, triton
+from vigos.divergence.engines.products import Chunks
 
-from .cuda_emulation import build, wide_mm
+from .cuda_emulation import build
 
 GPU = torch.cuda.is_available()
 
@@ -83,7 +84,9 @@ def small_triton() -> triton.Config:
     """Slices of 256 entries, blocks of 128, chunks of 16 rows, slabs of 192 entries."""
     from vigos.kernels.divergence import Launch
 
-    return triton.Config(1, 4096, Launch(stats_block=128, second_block=128, grad_block=128, span=256))
+    return triton.Config(
+        chunk_bytes=1, slab_elements=4096, launch=Launch(stats_block=128, second_block=128, grad_block=128, span=256)
+    )
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
@@ -97,7 +100,6 @@ def put_under(monkeypatch: pytest.MonkeyPatch, emulator: Any) -> None:
     """Make an emulator what impl="cuda" runs on."""
     monkeypatch.setattr(cuda, "_module", lambda: emulator.cuda)
     monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "_mm", wide_mm)
     emulator.set_device(90, 232448)
     emulator.set_seed(0)
 
@@ -120,7 +122,7 @@ def set_up(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
             available(name)
         else:
             emulate(monkeypatch, request)
-        configure(monkeypatch, name, cuda.Config(chunk_bytes=1))
+        configure(monkeypatch, name, Chunks(chunk_bytes=1))
     elif name == "cpu":
         pytest.importorskip("vigos._C")
         configure(monkeypatch, name, cpu.Config(most_columns=16))

@@ -3,17 +3,18 @@
 The row kernel (`csrc/cuda/logits_rows.cuh`) reads each row of logits once: on sm_90 a cluster of thread blocks keeps it
 in distributed shared memory, takes the statistics, and writes the gradient from there; elsewhere it reads it twice.
 
-    linear   logits (C, V) fp32 of both sides -> statistics, dlogits (C, V) in the operands' dtype -> drow = dlogits @ W
+    linear   logits (2 C, V) fp32 of both sides -> statistics, dlogits in the operands' dtype, of two chunks
+             (2 C, V) -> drow = dlogits @ W
     logits   statistics and the state of each row; backward writes dlogits (N, V), in place of the logits if asked
 
-Memory of the linear path: (8 + itemsize) * C * V bytes beside the results. Nothing here has been run on a GPU yet: the
-engine is reached by `impl="cuda"` alone, never by "auto".
+Memory of the linear path: (8 + 2 itemsize) * C * V bytes beside the results, C = 256 at V = 151,936. Nothing here has
+been run on a GPU yet: the engine is reached by `impl="cuda"` alone, never by "auto".
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -28,21 +29,12 @@ from vigos.divergence.engines.problem import (
     LogitsResult,
     Rows,
     Statistics,
-    chunk_width,
     chunks,
     live_rows,
 )
+from vigos.divergence.engines.products import Chunks, add_head_gradient, backproject, padded, project
 
-
-@dataclass(frozen=True)
-class Config:
-    """chunk_bytes: of a chunk's logits and dlogits; 352 rows of 151,936. Rows fill the GEMM's tiles from 256 on."""
-
-    chunk_bytes: int = 512 * 2**20
-
-
-CONFIG = Config()
-DEPTH = 64  # a product's depth is a multiple of it where padding is left out
+CONFIG = Chunks()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -176,39 +168,12 @@ def _run_rows(
 # --- from hidden states ----------------------------------------------------------------------------------------------
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply with fp32 accumulation into an fp32 result."""
-    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _backproject(dlogits: Tensor, weight: Tensor, real: int) -> Tensor:
-    """Return dlogits @ weight over the first `real` entries, as `triton.backproject` computes it."""
-    if real == weight.shape[0]:
-        return _mm(dlogits, weight)
-    main = real - real % DEPTH
-    rest = DEPTH - (real - main)
-    tail = torch.nn.functional.pad(weight[main:real], (0, 0, 0, rest))
-    last = _mm(torch.nn.functional.pad(dlogits[:, main:real], (0, rest)), tail)
-    return last + _mm(dlogits[:, :main], weight[:main])
-
-
 def _slice(statistics: Statistics, rows: slice) -> Statistics:
     """Return views of some rows: what is written to them is written to `statistics`."""
     return Statistics(*(None if x is None else x[rows] for x in vars(statistics).values()))  # type: ignore[arg-type]
 
 
-def add_dweight(dweight: Tensor, dlogits: Tensor, hidden: Tensor, live: Tensor, weight: Tensor, config: Config) -> None:
-    """Add to dweight (V, D) fp32: dlogits (C, V)^T @ (weight * hidden) (C, D), over live rows.
-
-    The weights go to the narrow operand. Block by block of the vocabulary: no second (V, D) tensor exists.
-    """
-    v, d = dweight.shape
-    weighted = torch.where(live[:, None], hidden.float() * weight[:, None], 0.0).to(hidden.dtype)
-    for block in chunks(v, max(1, config.chunk_bytes // (4 * d))):
-        dweight[block] += _mm(dlogits[:, block].T, weighted)
-
-
-def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
+def forward(problem: LinearProblem, config: Chunks = CONFIG) -> LinearResult:
     """Compute the statistics of every row, and the gradients of the rows through which the loss has one."""
     device, r = problem.device, problem.n_rows
     v, d = problem.student_weight.shape
@@ -224,46 +189,54 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     if r == 0:
         return result
     need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
-    head_s = problem.student_weight
-    head_t = head_s if problem.teacher_weight is None else problem.teacher_weight
-    bias_s, bias_t = (
-        None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)
-    )
-    width = chunk_width(r, config.chunk_bytes // ((8 + head_s.element_size()) * v))
-    dlogits = torch.empty(width, v, dtype=head_s.dtype, device=device) if need else None
+    bias = [None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)]
+    width = config.width(problem)
+    z = torch.empty(2 * width, v, device=device)
+    capacity = config.capacity(problem, width)
+    dlogits = torch.zeros(capacity, v, dtype=problem.student_weight.dtype, device=device) if need else None
+    first = 0  # row of the supervision whose gradient lies at the start of dlogits
     for chunk in chunks(r, width):
-        n = chunk.stop - chunk.start
-        # Every chunk is as wide as the first, its last rows repeated: the GEMM's shape decides how it rounds.
-        hidden_s, hidden_t = (
-            x[torch.nn.functional.pad(index[chunk], (0, width - n), value=0)]
-            for x, index in (
+        # Every chunk is as wide as the first, its last row repeated: the GEMM's shape decides how it rounds.
+        student, teacher = (
+            hidden[padded(index[chunk], width)]
+            for hidden, index in (
                 (problem.student_hidden, problem.student_row), (problem.teacher_hidden, problem.teacher_row),
             )
         )  # fmt: skip
+        project(problem, student, teacher, z, config)
         labels = None if problem.labels is None else problem.labels[chunk]
         part = replace(
             problem, student_row=problem.student_row[chunk], teacher_row=problem.teacher_row[chunk],
             kind=problem.kind[chunk], weight=problem.weight[chunk], clip=problem.clip[chunk], labels=labels,
         )  # fmt: skip
-        into = _slice(statistics, chunk)
+        places = slice(chunk.start - first, chunk.stop - first)
         _run_rows(
-            part, _mm(hidden_s, head_s.T), _mm(hidden_t, head_t.T), into, bias=(bias_s, bias_t),
-            dlogits=None if dlogits is None else dlogits[:n],
+            part, z[:width], z[width:], _slice(statistics, chunk), bias=(bias[0], bias[1]),
+            dlogits=None if dlogits is None else dlogits[places],
         )  # fmt: skip
-        if dlogits is None:
-            continue
-        if n < width:
-            dlogits[n:].zero_()
-        live = live_rows(part, into.divergence)
-        if result.drow is not None and result.computed is not None:
-            drow = _backproject(dlogits, head_s, problem.local_vocab(v))
-            result.drow[chunk], result.computed[chunk] = drow[:n], live
-        weight = torch.where(live, part.weight, 0.0)
-        if result.dbias is not None:
-            result.dbias += torch.mv(dlogits[:n].float().T, weight)
-        if result.dweight is not None:
-            add_dweight(result.dweight, dlogits[:n], hidden_s[:n], live, part.weight, config)
+        if dlogits is not None and (places.stop == capacity or chunk.stop == r):
+            _multiply(problem, result, dlogits, slice(first, chunk.stop), config)
+            first = chunk.stop
     return result
+
+
+def _multiply(problem: LinearProblem, result: LinearResult, dlogits: Tensor, rows: slice, config: Chunks) -> None:
+    """Add to `result` what follows from dlogits[:n], gradients of `rows`; later places hold something old."""
+    n = rows.stop - rows.start
+    live = live_rows(problem, result.statistics.divergence)[rows]
+    weight = torch.where(live, problem.weight[rows], 0.0)
+    if result.drow is not None and result.computed is not None:
+        drow = torch.empty(dlogits.shape[0], result.drow.shape[1], device=dlogits.device)
+        head = problem.student_weight
+        backproject(dlogits, head, problem.local_vocab(head.shape[0]), drow, config)
+        result.drow[rows], result.computed[rows] = drow[:n], live
+    if result.dbias is not None:
+        result.dbias += torch.mv(dlogits[:n].float().T, weight)
+    if result.dweight is not None:
+        # The weights go to the narrow operand.
+        hidden = problem.student_hidden[problem.student_row[rows]]
+        weighted = torch.where(live[:, None], hidden.float() * weight[:, None], 0.0).to(hidden.dtype)
+        add_head_gradient(result.dweight, dlogits[:n], weighted, config)
 
 
 # --- from logits -----------------------------------------------------------------------------------------------------

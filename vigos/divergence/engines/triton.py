@@ -3,8 +3,8 @@
     z = [student rows; teacher rows] @ head.T     (2 C, V) fp32; one product for both when they share the head;
                                                    of fp32 operands, student - teacher in the student's place
     statistics                                     kernels/divergence.py
-    dlogits                                        (3 C, V) in the operands' dtype: the gradient is rounded once
-    drow = dlogits @ head                          (3 C, D) fp32
+    dlogits                                        (2 C, V) in the operands' dtype: the gradient is rounded once
+    drow = dlogits @ head                          (2 C, D) fp32
 
 Rows through which the loss has no gradient (clipped, weight 0) are left out of the last product: gradients of live
 rows gather in the dlogits buffer across chunks and are multiplied when it is full, so that this product always has one
@@ -36,9 +36,9 @@ from vigos.divergence.engines.problem import (
     Rows,
     Statistics,
     all_reduce,
-    chunk_width,
     chunks,
 )
+from vigos.divergence.engines.products import Chunks, add_head_gradient, backproject, padded, product, project
 from vigos.divergence.supervision import JSD, REVERSE_KL
 
 if TYPE_CHECKING:
@@ -46,26 +46,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Sizes that decide speed and memory.
+class Config(Chunks):
+    """Chunks, and the launch of the row kernels; None: theirs."""
 
-    Attributes:
-        chunk_bytes: what the logits of a chunk and the gradients of `waiting_chunks` may take. At V = 151,936 in bf16
-            it is 256 rows, 512 in the first product and 768 in the last: whole tiles of 128.
-        slab_elements: elements of a product that are converted or accumulated at a time where no kernel takes the
-            operands as they are.
-        launch: of the row kernels; None: theirs.
-        waiting_chunks: how many chunks' rows are multiplied with the head at a time.
-    """
-
-    chunk_bytes: int = 520 << 20
-    slab_elements: int = 16 << 20
     launch: Launch | None = None
-    waiting_chunks: int = 3
 
 
 CONFIG = Config()
-DEPTH = 64  # a product's depth is a multiple of it where padding is left out
 
 
 def device_why_not(rows: LinearProblem | LogitsProblem) -> str | None:
@@ -167,41 +154,13 @@ def statistics_of(stats: Tensor, labels: bool) -> Statistics:
     return Statistics(*fields[:5], *(fields[5:7] if labels else (None, None)))
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, config: Config) -> None:
-    """Write out = a @ b in fp32, whatever the operands are: 16-bit ones of one dtype are not converted on a GPU."""
-    if a.dtype == b.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.dtype == b.dtype and a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        a = a.float()
-        for block in chunks(b.shape[1], max(1, config.slab_elements // max(1, b.shape[0]))):
-            out[:, block] = a @ b[:, block].float()
+def told(rows: Rows) -> tuple[bool | None, bool]:
+    """Return whether every row has a gradient, and whether any needs a second sweep: one wait for the device.
 
-
-def backproject(dlogits: Tensor, weight: Tensor, real: int, out: Tensor, config: Config) -> None:
-    """Compute out = dlogits @ weight over the first `real` entries; weight rows past them are in no product.
-
-    The last few entries are multiplied apart, so that the large product's depth stays a multiple of the tensor cores'.
-    """
-    if real == weight.shape[0]:
-        product(dlogits, weight, out, config)
-        return
-    main = real - real % DEPTH
-    tail = torch.nn.functional.pad(weight[main:real], (0, 0, 0, DEPTH - (real - main)))
-    last = torch.empty_like(out)
-    product(torch.nn.functional.pad(dlogits[:, main:real], (0, DEPTH - (real - main))), tail, last, config)
-    product(dlogits[:, :main], weight[:main], out, config)
-    out += last
-
-
-def told(rows: Rows) -> tuple[bool, bool]:
-    """Return whether every row's gradient is computed, and whether any needs a second sweep: one wait for the device.
-
-    In a CUDA graph nothing can be asked, and all of it is done.
+    In a CUDA graph nothing can be asked: None, and the second sweep is made.
     """
     if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # type: ignore[attr-defined]
-        return True, True
+        return None, True
     silent = ((rows.clip < math.inf) | (rows.weight == 0)).any()
     silent, jsd = torch.stack([silent, (rows.kind == JSD).any()]).tolist()
     return not silent, jsd or rows.entry_clip is not None
@@ -229,22 +188,26 @@ class Gradients:
         dlogits: (capacity, V), gradients of live rows that wait for their product.
     """
 
-    def __init__(self, problem: LinearProblem, width: int, config: Config, everyone: bool) -> None:
+    def __init__(self, problem: LinearProblem, width: int, config: Config, all_live: bool | None) -> None:
         v, d = problem.student_weight.shape
         r, device = problem.n_rows, problem.device
         self.problem, self.config = problem, config
-        self.capacity = min(config.waiting_chunks, math.ceil(r / width)) * width
+        self.capacity = config.capacity(problem, width)
         self.real = problem.local_vocab(v)
         self.head = problem.need_dweight or problem.need_dbias
         self.drow = torch.zeros(r, d, dtype=torch.float32, device=device) if problem.need_dhidden else None
-        self.computed = torch.zeros(r, dtype=torch.bool, device=device)
+        self.computed = torch.full((r,), bool(all_live), device=device)
+        # What `live` would answer for each chunk, where that is known.
+        known = all_live and not self.head and gradient_dtype(problem) != torch.float16
+        ones = torch.ones(width, device=device)
+        self.known = (ones.bool(), ones) if known else None
         self.dweight = torch.zeros(v, d, dtype=torch.float32, device=device) if problem.need_dweight else None
         self.dbias = torch.zeros(v, dtype=torch.float32, device=device) if problem.need_dbias else None
         self.dtype = gradient_dtype(problem)
         # The interpreter truncates where a GPU rounds to nearest, so on the CPU torch does the rounding.
         stored = self.dtype if device.type == "cuda" else torch.float32
         self.dlogits = torch.empty(self.capacity, v, dtype=stored, device=device)
-        self.everyone = everyone
+        self.everyone = all_live is not False  # what cannot be told takes part
         self.offsets = torch.arange(width + 1, device=device)
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (row of the supervision, what its dlogits was multiplied by)
         self.filled = 0
@@ -293,6 +256,8 @@ class Gradients:
     def live(self, options: Options, state: Tensor, divergence: Tensor, block: slice) -> tuple[Tensor, Tensor]:
         """Return (which rows of the chunk have a gradient, the factor of their dlogits; 0 for the others)."""
         weight, clip = self.problem.weight[block], self.problem.clip[block]
+        if self.known is not None:
+            return self.known[0][: weight.shape[0]], self.known[1][: weight.shape[0]]
         live = (weight != 0) & ~(divergence > clip)  # a NaN divergence counts, so that it is seen
         self.computed[block] = live
         if self.head:
@@ -344,31 +309,6 @@ def gradient_dtype(problem: LinearProblem) -> torch.dtype:
     return torch.float32 if head and dtype == torch.float16 else dtype
 
 
-def add_head_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, config: Config) -> None:
-    """Add dlogits.T @ hidden to dweight (V, D) fp32; the sum stays fp32."""
-    if dlogits.dtype == hidden.dtype == torch.float32:
-        dweight.addmm_(dlogits.T, hidden)
-    elif dlogits.dtype == hidden.dtype and dweight.is_cuda:
-        torch.addmm(dweight, dlogits.T, hidden, out_dtype=torch.float32, out=dweight)  # type: ignore[call-overload]
-    else:
-        for block in chunks(dweight.shape[0], max(1, config.slab_elements // hidden.shape[1])):
-            dweight[block] += dlogits[:, block].T.float() @ hidden.float()
-
-
-def _width(problem: LinearProblem, config: Config) -> int:
-    """Return the rows of a chunk; the same on every rank that holds a shard."""
-    products = 2 if problem.control_row is None else 3
-    entry = products * 4 + config.waiting_chunks * gradient_dtype(problem).itemsize
-    most = config.chunk_bytes // (problem.entries_a_rank(problem.student_weight.shape[0]) * entry)
-    tile = 128 if most >= 128 and problem.n_rows >= 8 * 128 else 16  # of few rows, padding to whole tiles costs more
-    return chunk_width(problem.n_rows, most // tile * tile, tile)
-
-
-def padded(index: Tensor, width: int) -> Tensor:
-    """Return `index` with its last entry repeated up to `width`: every product has the same shape."""
-    return torch.cat([index, index[-1:].expand(width - index.shape[0])])
-
-
 def _project(
     problem: LinearProblem, block: slice, width: int, z: Tensor, config: Config, step: Tensor | None = None
 ) -> None:
@@ -382,13 +322,7 @@ def _project(
     if step is not None:
         step = torch.nn.functional.pad(step, (0, 0, 0, width - step.shape[0]))
         teacher, separation = teacher + step, None if separation is None else separation - step
-    if separation is not None:
-        product(torch.cat([separation, teacher]), problem.student_weight.T, z, config)
-    elif problem.teacher_weight is None:
-        product(torch.cat([student, teacher]), problem.student_weight.T, z, config)
-    else:
-        product(student, problem.student_weight.T, z[:width], config)
-        product(teacher, problem.teacher_weight.T, z[width:], config)
+    project(problem, student if separation is None else separation, teacher, z, config)
 
 
 def _adjust(
@@ -422,12 +356,12 @@ def forward(problem: LinearProblem, config: Config = CONFIG) -> LinearResult:
     labels = problem.labels is not None
     stats = torch.empty(7 if labels else 5, r, dtype=torch.float32, device=device)
     need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
-    width = _width(problem, config)
+    width = config.width(problem)
     theirs, bias = adjusted_transform(problem)
     seen = replace(problem, teacher_transform=theirs, teacher_bias=bias)  # as the row kernels see it
     difference = takes_difference(seen)
-    everyone, second = told(problem)
-    gradients = Gradients(seen, width, config, everyone) if need else None
+    all_live, second = told(problem)
+    gradients = Gradients(seen, width, config, all_live) if need else None
     if r > 0:
         all_rows = options_of(seen, v, config, second=second, difference=difference)
         z = torch.empty(2 * width, v, dtype=torch.float32, device=device)
