@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from helpers.divergence_cases import of_kind
+
+from vigos.divergence.engines.problem import LinearProblem, LogitTransform
+from vigos.divergence.engines.products import Chunks
 
 # Peaks at N and 2 N rows: what grows with N x V shows in the difference, 37.7 MB in float32, whatever a chunk takes.
 N, V, D = 768, 12_288, 8
@@ -83,3 +88,25 @@ def test_no_engine_holds_every_logit():
     assert growth.pop("naive") > 2 * every_logit, "the measurement does not see what it should"
     for name, more in growth.items():
         assert more < 0.25 * every_logit, f"{name}: {more / 2**20:.0f} MiB more, N x V is {every_logit / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(("d", "v"), [(2048, 151_936), (3584, 152_064), (2560, 248_320)])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_chunks_on_a_gpu_fit_tiles_and_memory(d, v, train_head):
+    """8,192 rows in bf16: whole tiles of 128, and with a frozen head at most 700 MB."""
+    n = 8192
+    hidden, head = (torch.empty(rows, d, dtype=torch.bfloat16, device="meta") for rows in (n, v))
+    rows = of_kind(n, 0)
+    problem = LinearProblem(
+        student_row=rows.student_row, teacher_row=rows.teacher_row, kind=rows.kind, weight=rows.weight, clip=rows.clip,
+        labels=None, student_transform=LogitTransform(), teacher_transform=LogitTransform(),
+        beta=0.5, entry_clip=None, vocab_size=v, vocab_start=0, group=None, student_hidden=hidden, student_weight=head,
+        teacher_hidden=hidden, teacher_weight=None, student_bias=None, teacher_bias=None, need_dhidden=True,
+        need_dweight=train_head, need_dbias=False,
+    )  # fmt: skip
+    width = Chunks().width(problem)
+    waiting = Chunks().capacity(problem, width)
+    assert width % 128 == waiting % width == 0
+    assert n % waiting == 0
+    # A head's own gradient takes more than all of these.
+    assert train_head or 2 * 4 * width * v + 2 * waiting * v + 4 * n * d <= 700e6
