@@ -75,6 +75,7 @@ template <typename P, typename T, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
 struct RowReader {
   static constexpr int kVec = ALIGNED ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
   static constexpr bool kResident = RESIDENT;
+  static constexpr int kInFlight = TRANSFORMED ? 1 : kLoadsInFlight;  // the general transform needs the registers
   using Vector = Pack<T, kVec>;
 
   const P& p;
@@ -184,11 +185,10 @@ __device__ __forceinline__ RowStats first_visit(const Reader& reader, int thread
   const int whole = reader.whole();
   int index = thread;
 #pragma unroll 1
-  for (; index + (kLoadsInFlight - 1) * kRowThreads < whole; index += kRowThreads * kLoadsInFlight) {
-    add_vectors<kLoadsInFlight>(stats, shift, shift_t, reader, index, reverse);
+  for (; index + (Reader::kInFlight - 1) * kRowThreads < whole; index += kRowThreads * Reader::kInFlight) {
+    add_vectors<Reader::kInFlight>(stats, shift, shift_t, reader, index, reverse);
   }
-#pragma unroll 1
-  for (; index < whole; index += kRowThreads) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);
+  if (index < whole) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);  // of at most two in flight
 #pragma unroll 1
   for (int i = whole * Reader::kVec + thread; i < reader.entries(); i += kRowThreads) {
     if (!reader.live_entry(i)) break;
@@ -232,8 +232,8 @@ __device__ __forceinline__ void write_whole(G* out, const Reader& reader, const 
   const int whole = reader.whole();
   int index = thread;
 #pragma unroll 1
-  for (; index + (kLoadsInFlight - 1) * THREADS < whole; index += THREADS * kLoadsInFlight) {
-    write_vectors<kLoadsInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
+  for (; index + (Reader::kInFlight - 1) * THREADS < whole; index += THREADS * Reader::kInFlight) {
+    write_vectors<Reader::kInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
   }
   if (index < whole) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
 }
