@@ -177,9 +177,8 @@ class First:
         module, v = engine(self.fastest), self.shapes[0][2]
         run, forward, out = self.call(), module.forward, dict[str, float]()
         for rows in (128, 256, 384, 512) if self.gpu else (16, 32):
-            # Logits of both sides in fp32, and the 16-bit gradients that wait for their product.
-            waiting = 2 * triton.CONFIG.waiting_chunks
-            size = {"chunk_bytes": rows * v * (8 + waiting)} if self.gpu else {"most_columns": rows}
+            # Logits of both sides in fp32.
+            size = {"chunk_bytes": rows * v * 8} if self.gpu else {"most_columns": rows}
             config = replace(triton.CONFIG if self.gpu else cpu.CONFIG, **size)  # type: ignore[type-var]
             module.forward = partial(forward, config=config)  # type: ignore[attr-defined]
             try:
