@@ -131,4 +131,5 @@ def test_every_fault_is_seen(request: pytest.FixtureRequest, monkeypatch: pytest
         print(f"{mutation.name}: {reason}")
         if reason is None:
             missed.append(mutation.name)
+    switch.value = 0
     assert not missed
