@@ -10,7 +10,7 @@
 //                                                 d/dz_s = (1 - beta) p_s (log(p_s/m) - KL(p_s || m))
 //
 // Instructions decide what the row kernels cost, so z is never formed: entries stay as x, raw logits where both sides
-// have one scale, z = unit x, and exponents count octaves, log2 e z.
+// have one scale, z = unit x, and exponents count octaves, log2 e z. Gaps and what follows from them stay in nats.
 //
 // Both KL need one visit: running maxima and sums (Milakov & Gimelshein 2018) and one weighted gap, whose weights are
 // the side the expectation is taken over. JSD and the clip of each entry's term need both L first. Errors: nothing of
@@ -40,7 +40,6 @@ inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2;
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kFloor = -200.0f;  // octaves down, where 2^x is 0: 0 * -inf is NaN
-constexpr float kNear = 0.36f;     // octaves, a quarter of a nat: here 2^x - 1 is a polynomial
 constexpr float kFar = 28.0f;      // octaves between the sides' maxima
 
 // 2^x, relative error about 2^-22 + |x| 2^-24.
@@ -95,14 +94,14 @@ VIGOS_HD Logits transformed_pair(float x_s, float bias_s, float x_t, float bias_
   return {z_s, z_t, fabsf(x_s) < INFINITY && fabsf(x_t) < INFINITY ? gap : z_s - z_t};
 }
 
-// 2^x - 1 for |x| < kNear: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
-VIGOS_HD float exp2m1_near(float x) {
-  float y = 1.540353039e-4f;  // ln(2)^6 / 6!
-  y = fmaf(y, x, 1.333355815e-3f);
-  y = fmaf(y, x, 9.618129108e-3f);
-  y = fmaf(y, x, 5.550410867e-2f);
-  y = fmaf(y, x, 2.402265070e-1f);
-  y = fmaf(y, x, kLn2);
+// expm1 for |x| < 1/4: the Taylor polynomial, whose remainder there is below 2^-24 of the value.
+VIGOS_HD float expm1_small(float x) {
+  float y = 1.0f / 720.0f;
+  y = fmaf(y, x, 1.0f / 120.0f);
+  y = fmaf(y, x, 1.0f / 24.0f);
+  y = fmaf(y, x, 1.0f / 6.0f);
+  y = fmaf(y, x, 0.5f);
+  y = fmaf(y, x, 1.0f);
   return y * x;
 }
 
@@ -152,10 +151,9 @@ struct RowStats {
   VIGOS_HD float lse_t() const { return (shift_t() + log2f(sum_t)) * kLn2; }
   VIGOS_HD float entropy_s() const { return (log2f(sum_s) - moment_s / sum_s) * kLn2; }
   VIGOS_HD float entropy_t() const { return (log2f(sum_t) - moment_t / sum_t) * kLn2; }
-  // L_s - L_t in octaves.
   VIGOS_HD float lse_gap() const {
     const float ratio = excess / sum_s;
-    return -(offset + (fabsf(ratio) < 0.5f ? log1pf(ratio) * kLog2E : log2f(sum_t / sum_s)));
+    return -(offset * kLn2 + (fabsf(ratio) < 0.5f ? log1pf(ratio) : logf(sum_t / sum_s)));
   }
 };
 
@@ -191,13 +189,14 @@ VIGOS_HD void raise(RowStats& x, float max_s, float max_t, bool reverse) {
   rescale(x, max_s, max_t, far ? rintf(between) : x.offset, reverse);
 }
 
-// Adds one entry; the maxima already cover it. octaves: of a step of 1 in x; shift, shift_t: the row's.
-VIGOS_HD void add(RowStats& row, const Logits& x, float octaves, float shift, float shift_t, bool reverse) {
+// Adds one entry; the maxima already cover it. unit: z / x; shift, shift_t: the row's.
+VIGOS_HD void add(RowStats& row, const Logits& x, float unit, float shift, float shift_t, bool reverse) {
+  const float octaves = unit * kLog2E;
   const float a_s = fmaf(x.x_s, octaves, -shift), a_t = fmaf(x.x_t, octaves, -shift_t);
-  const float e_s = exp2_of(a_s), e_t = exp2_of(a_t), above = fmaf(-x.gap, octaves, -row.offset);
+  const float e_s = exp2_of(a_s), e_t = exp2_of(a_t), above = fmaf(-x.gap, unit, -row.offset * kLn2);
   row.sum_s += e_s;
   row.sum_t += e_t;
-  row.excess += fabsf(above) < kNear ? e_s * exp2m1_near(above) : e_t - e_s;
+  row.excess += fabsf(above) < 0.25f ? e_s * expm1_small(above) : e_t - e_s;
   row.moment_s = fmaf(e_s, fmaxf(a_s, kFloor), row.moment_s);
   row.moment_t = fmaf(e_t, fmaxf(a_t, kFloor), row.moment_t);
   const float weight = reverse ? e_s : e_t;
@@ -235,7 +234,7 @@ struct Row {
   float unit = 1.0f;   // z / x
   float origin_s = 0.0f, origin_t = 0.0f;  // octaves
   float inv_sum_s = 0.0f, inv_sum_t = 0.0f;
-  float lse_gap = 0.0f;   // L_s - L_t, octaves
+  float lse_gap = 0.0f;   // L_s - L_t, nats
   float mean_gap = 0.0f;  // of x
   SecondSums sums;
 
@@ -246,8 +245,7 @@ struct Row {
 
   // Nats; of the first visit alone.
   VIGOS_HD float kl() const {
-    const float difference = fmaf(mean_gap, unit, -lse_gap * kLn2),
-                value = kind == kReverseKL ? difference : -difference;
+    const float difference = fmaf(mean_gap, unit, -lse_gap), value = kind == kReverseKL ? difference : -difference;
     return value < 0.0f ? 0.0f : value;  // rounding; NaN stays
   }
   VIGOS_HD float divergence() const { return second() ? sums.divergence : kl(); }
@@ -280,7 +278,7 @@ VIGOS_HD void save(const Row& row, float* state) {
   state[State::kOriginT] = row.origin_t;
   state[State::kInvSumS] = row.inv_sum_s;
   state[State::kInvSumT] = row.inv_sum_t;
-  state[State::kLseGap] = row.lse_gap * kLn2;
+  state[State::kLseGap] = row.lse_gap;
   state[State::kPivot] = 0.0f;
   state[State::kMeanGap] = row.mean_gap * row.unit;
   state[State::kMeanSlope] = row.sums.mean_slope;
@@ -297,7 +295,7 @@ VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_cli
   row.origin_t = state[State::kOriginT];
   row.inv_sum_s = state[State::kInvSumS];
   row.inv_sum_t = state[State::kInvSumT];
-  row.lse_gap = state[State::kLseGap] * kLog2E;
+  row.lse_gap = state[State::kLseGap];
   row.mean_gap = state[State::kMeanGap] / unit;
   row.sums.mean_slope = state[State::kMeanSlope];
   return row;
@@ -306,14 +304,14 @@ VIGOS_HD Row restore(const float* state, Kind kind, float share, float entry_cli
 // One entry under known normalisers.
 struct Entry {
   float p_s, p_t;
-  float delta;  // octaves; +-inf or NaN where a probability is 0
+  float delta;  // nats; +-inf or NaN where a probability is 0
   float gap;    // x_s - x_t
 };
 
 VIGOS_HD Entry entry_of(const Row& row, const Logits& x) {
   const float octaves = row.octaves();
   return {exp2_of(fmaf(x.x_s, octaves, -row.origin_s)) * row.inv_sum_s,
-          exp2_of(fmaf(x.x_t, octaves, -row.origin_t)) * row.inv_sum_t, fmaf(x.gap, octaves, -row.lse_gap), x.gap};
+          exp2_of(fmaf(x.x_t, octaves, -row.origin_t)) * row.inv_sum_t, fmaf(x.gap, row.unit, -row.lse_gap), x.gap};
 }
 
 // An entry's term of a divergence before the entry clip, and p_s times its derivative to p_s; for reverse KL less p_s,
@@ -329,7 +327,7 @@ struct Term {
 // first part cancels, however small c and a are. Where z > 1, m / larger = c (1 - exp(-a)) + exp(-a) is used as it is.
 VIGOS_HD Term jsd_term(const Entry& e, float share) {
   if (e.p_s == 0.0f && e.p_t == 0.0f) return {0.0f, 0.0f};
-  const float c = fabsf(share), a = fabsf(e.delta) * kLn2, most = a > 1e3f ? 1e3f : a;
+  const float c = fabsf(share), a = fabsf(e.delta), most = a > 1e3f ? 1e3f : a;
   const float fallen = -expm1f(-a), kept = expf(-a);
   const bool up = e.delta > 0.0f;
   const float part = c * fallen, mixed = part + kept, second = second_order(most, fallen);
@@ -359,9 +357,8 @@ VIGOS_HD Term jsd_term(const Entry& e, float share) {
 
 VIGOS_HD Term term(const Row& row, const Entry& e) {
   if (row.kind == kJSD) return jsd_term(e, row.share);
-  const float delta = e.delta * kLn2;
-  if (row.kind == kForwardKL) return {e.p_t == 0.0f ? 0.0f : -e.p_t * delta, 0.0f};
-  const float value = e.p_s == 0.0f ? 0.0f : e.p_s * delta;
+  if (row.kind == kForwardKL) return {e.p_t == 0.0f ? 0.0f : -e.p_t * e.delta, 0.0f};
+  const float value = e.p_s == 0.0f ? 0.0f : e.p_s * e.delta;
   return {value, value};
 }
 
@@ -384,7 +381,7 @@ VIGOS_HD void add_second(SecondSums& sums, const Row& row, const Entry& e) {
 
 // p_s - p_t, without cancellation where the two are close.
 VIGOS_HD float difference(const Entry& e) {
-  return fabsf(e.delta) < kNear ? e.p_t * exp2m1_near(e.delta) : e.p_s - e.p_t;
+  return fabsf(e.delta) < 0.25f ? e.p_t * expm1_small(e.delta) : e.p_s - e.p_t;
 }
 
 // d divergence / d z_s of the entry, for rows of either KL without a second visit.

@@ -179,7 +179,7 @@ __device__ __forceinline__ void add_tile(RowStats (&rows)[2], const bool (&rever
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
       const float z_s = z.student[j / 2 * 4 + 2 * h + j % 2], z_t = z.teacher[j / 2 * 4 + 2 * h + j % 2];
-      add(rows[h], {z_s, z_t, z_s - z_t}, kLog2E, shift, shift_t, reverse[h]);
+      add(rows[h], {z_s, z_t, z_s - z_t}, 1.0f, shift, shift_t, reverse[h]);
     }
   }
 }

@@ -173,7 +173,7 @@ __device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float
 #pragma unroll
   for (int u = 0; u < N; ++u) {
 #pragma unroll
-    for (int j = 0; j < Reader::kVec; ++j) add(stats, x[u][j], octaves, shift, shift_t, reverse);
+    for (int j = 0; j < Reader::kVec; ++j) add(stats, x[u][j], reader.unit(), shift, shift_t, reverse);
   }
 }
 
@@ -200,7 +200,7 @@ __device__ __forceinline__ RowStats first_visit(const Reader& reader, int thread
     const Logits x = reader.pair(s, t, i);
     const float octaves = reader.unit() * kLog2E;
     raise(stats, x.x_s * octaves, x.x_t * octaves, reverse);
-    add(stats, x, octaves, stats.shift(), stats.shift_t(), reverse);
+    add(stats, x, reader.unit(), stats.shift(), stats.shift_t(), reverse);
   }
   return stats;
 }

@@ -2,8 +2,8 @@
 // cooperative fiber (cuda_fibers.h), the primitives of csrc/cuda/device.cuh and hopper.cuh put behind it
 // (cuda_device.h), and guard pages about the operands (cuda_operands.h). It proves indices, tails, barriers, phases,
 // merges and arithmetic, in any order of threads and at any legal moment of copies and products; it says nothing about
-// speed, bank conflicts, memory order between threads that do synchronise, or ex2.approx (exp2f here). fp16 and bf16 are
-// types with the same rounding. The launch of linear_hopper.cu and its tensor maps are not part of it.
+// speed, bank conflicts, memory order between threads that do synchronise, or ex2.approx (exp2f here). fp16 and bf16
+// are types with the same rounding. The launch of linear_hopper.cu and its tensor maps are not part of it.
 #include "cuda_device.h"
 #include "cuda_operands.h"
 #include "linear_hopper_host.h"
@@ -177,7 +177,7 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
   RowStats stats;
   for (int64_t i = 0; i < n; ++i) {
     raise(stats, z_s[i] * kLog2E, z_t[i] * kLog2E, reverse);
-    add(stats, raw_pair(z_s[i], z_t[i]), kLog2E, stats.shift(), stats.shift_t(), reverse);
+    add(stats, raw_pair(z_s[i], z_t[i]), 1.0f, stats.shift(), stats.shift_t(), reverse);
   }
   Row row = finish(stats, static_cast<Kind>(kind), share, entry_clip, 1.0f);
   for (int64_t i = 0; i < n && row.second(); ++i) {
@@ -185,7 +185,7 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
   }
   for (int64_t i = 0; i < n; ++i) {
     const Entry e = entry_of(row, raw_pair(z_s[i], z_t[i]));
-    const float fields[4] = {e.gap, e.delta * kLn2, term(row, e).value, gradient(row, e)};
+    const float fields[4] = {e.gap, e.delta, term(row, e).value, gradient(row, e)};
     for (int k = 0; k < 4; ++k) out[k * n + i] = fields[k];
   }
 }
