@@ -192,9 +192,9 @@ def _sweep(
     moment_t = tl.full((LANES,), 0.0, tl.float32)
     gap = tl.full((LANES,), 0.0, tl.float32)
     real = tl.maximum(tl.minimum(last, vocab) - first, 0)
-    whole = first + real // BLOCK_V * BLOCK_V
+    last_block = first + real // BLOCK_V * BLOCK_V
     shape: tl.constexpr = (BLOCK_V // (LANES * VEC), LANES, VEC)
-    for start in range(first, whole, BLOCK_V):
+    for start in range(first, last_block, BLOCK_V):
         x_s, x_t, x_gap, _ = _load_pair(
             s_row, t_row, s_bias_ptr, t_bias_ptr, start + tl.arange(0, BLOCK_V), V, vocab, stride_sv, stride_tv,
             alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED, True,
@@ -203,11 +203,11 @@ def _sweep(
             top_s, total_s, moment_s, top_t, total_t, moment_t, gap, tl.reshape(x_s, shape), tl.reshape(x_t, shape),
             tl.reshape(x_gap, shape), octaves, REVERSE_ROW,
         )  # fmt: skip
-    if whole < first + real:
+    if last_block < first + real:
         x_s, x_t, x_gap, _ = _load_pair(
-            s_row, t_row, s_bias_ptr, t_bias_ptr, whole + tl.arange(0, BLOCK_V), V, tl.minimum(last, vocab), stride_sv,
-            stride_tv, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, SCALED,
-            False,
+            s_row, t_row, s_bias_ptr, t_bias_ptr, last_block + tl.arange(0, BLOCK_V), V, tl.minimum(last, vocab),
+            stride_sv, stride_tv, alpha_s, inner_s, height_s, alpha_t, inner_t, height_t, SOFTCAP_S, SOFTCAP_T,
+            DIFFERENCE, SCALED, False,
         )  # fmt: skip
         top_s, total_s, moment_s, top_t, total_t, moment_t, gap = observe_pair(
             top_s, total_s, moment_s, top_t, total_t, moment_t, gap, tl.reshape(x_s, shape), tl.reshape(x_t, shape),

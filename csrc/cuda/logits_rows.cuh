@@ -87,7 +87,7 @@ struct RowReader {
   int count;      // vectors in the slice
 
   // Vectors whose entries are all real: nothing is asked about one of them, and loads need no branch between them.
-  __device__ __forceinline__ int whole() const {
+  __device__ __forceinline__ int full_vectors() const {
     const int64_t left = p.logical_vocab / kVec - first;
     return static_cast<int>(left < count ? (left > 0 ? left : 0) : count);
   }
@@ -182,15 +182,15 @@ template <typename Reader>
 __device__ __forceinline__ RowStats first_visit(const Reader& reader, int thread, bool reverse) {
   RowStats stats;
   float shift = 0.0f, shift_t = 0.0f;
-  const int whole = reader.whole();
+  const int full = reader.full_vectors();
   int index = thread;
 #pragma unroll 1
-  for (; index + (Reader::kInFlight - 1) * kRowThreads < whole; index += kRowThreads * Reader::kInFlight) {
+  for (; index + (Reader::kInFlight - 1) * kRowThreads < full; index += kRowThreads * Reader::kInFlight) {
     add_vectors<Reader::kInFlight>(stats, shift, shift_t, reader, index, reverse);
   }
-  if (index < whole) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);  // of at most two in flight
+  if (index < full) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);  // of at most two in flight
 #pragma unroll 1
-  for (int i = whole * Reader::kVec + thread; i < reader.entries(); i += kRowThreads) {
+  for (int i = full * Reader::kVec + thread; i < reader.entries(); i += kRowThreads) {
     if (!reader.live_entry(i)) break;
     const auto s = reader.student[reader.first * Reader::kVec + i], t = reader.teacher[reader.first * Reader::kVec + i];
     if constexpr (Reader::kResident) {
@@ -229,13 +229,13 @@ __device__ __forceinline__ void write_vectors(G* out, const Reader& reader, cons
 
 template <bool REVERSE, int THREADS, typename G, typename Reader>
 __device__ __forceinline__ void write_whole(G* out, const Reader& reader, const Row& row, int thread, float weight) {
-  const int whole = reader.whole();
+  const int full = reader.full_vectors();
   int index = thread;
 #pragma unroll 1
-  for (; index + (Reader::kInFlight - 1) * THREADS < whole; index += THREADS * Reader::kInFlight) {
+  for (; index + (Reader::kInFlight - 1) * THREADS < full; index += THREADS * Reader::kInFlight) {
     write_vectors<Reader::kInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
   }
-  if (index < whole) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
+  if (index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
 }
 
 template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
@@ -351,7 +351,7 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
       } else {
         write_whole<false, kRowThreads>(out, reader, row, thread, weight);
       }
-      begin = reader.whole() * kVec;
+      begin = reader.full_vectors() * kVec;
     }
 #pragma unroll 1
     for (int i = begin + thread; i < reader.entries(); i += kRowThreads) {
@@ -398,7 +398,7 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
       } else {
         write_whole<false, kGradientThreads>(out, reader, row, thread, row_grad);
       }
-      done = reader.whole() * kVec;
+      done = reader.full_vectors() * kVec;
     }
   }
   // What is left, entry by entry. A row whose row_grad is 0 is left out: it may hold inf.
