@@ -359,10 +359,13 @@ class Command:
 
     def listing(self) -> str:
         """Return every option of ours with default and help by group, then the names of transformers' options."""
+        declared_here = {
+            o.name for module, name in self.kinds if module.startswith("vigos.") for o in declared(module, name)
+        }
         lines = []
         for module, name in self.kinds:
             if not module.startswith("vigos."):
-                names = " ".join(o.flag for o in declared(module, name) if o.name not in self._own())
+                names = " ".join(o.flag for o in declared(module, name) if o.name not in declared_here)
                 title = f"And of {module.partition('.')[0]}.{name}:"
                 lines += ["", title, *textwrap.wrap(names, 100, break_on_hyphens=False)]
                 continue
@@ -373,9 +376,6 @@ class Command:
                     lines += ["", f"{group or 'Model and data'}:"]
                 lines.append(f"  {option.flag} {_holder(option)}  {_described(option, option.name in self.needed)}")
         return "\n".join(lines).strip()
-
-    def _own(self) -> set[str]:
-        return {o.name for module, name in self.kinds if module.startswith("vigos.") for o in declared(module, name)}
 
 
 @dataclasses.dataclass(frozen=True)

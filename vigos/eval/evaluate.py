@@ -97,7 +97,7 @@ def evaluate(
         "format": FORMAT, "k": config.k, "n": sampling.n, "seed": config.seed, "validity": validity,
         "max_prompt_length": config.max_prompt_length,
         "batch_size": config.batch_size, "sampling": dataclasses.asdict(sampling),
-        "prompts": _digest(json.dumps(dataclasses.asdict(prompts))),
+        "prompts": hashlib.blake2b(json.dumps(dataclasses.asdict(prompts)).encode(), digest_size=8).hexdigest(),
         "model": engine.served_name if model is None else model_fingerprint(model),
     }  # fmt: skip
     if judge is not None:
@@ -159,7 +159,8 @@ def evaluate(
                     record["samples"] = [sample_record(ids, *asked) for ids in sampled]
                 except JudgeError as error:
                     record["skipped"] = {"reason": "judge_failed", "detail": str(error)}
-            lines.append(_SURROGATE.sub(_escaped, json.dumps(record, ensure_ascii=False)) + "\n")
+            text = json.dumps(record, ensure_ascii=False)
+            lines.append(_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
             finished.append(json.loads(lines[-1]))  # as a file gives it back
         if path is not None:
             append_lines(path, "".join(lines))
@@ -184,14 +185,6 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-8 cannot hold it, JSON can
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\u{ord(match[0]):04x}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _example_seed(seed: int, key: str) -> int:
