@@ -25,6 +25,14 @@ from vigos.models.sharding import sharding_of
 _FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")
 
 
+class Features(SimpleNamespace):
+    """Hold what a tower returned, as a `ModelOutput` of transformers does."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the values; transformers 5.24 asks for them."""
+        return tuple(vars(self).values())
+
+
 class VisionCache:
     """Keep the features of the last `max_images` prompts' images, by `ImageInputs.key`.
 
@@ -36,7 +44,7 @@ class VisionCache:
         if max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {max_images}")
         self.max_images = max_images
-        self._features: OrderedDict[str, SimpleNamespace] = OrderedDict()
+        self._features: OrderedDict[str, Features] = OrderedDict()
         self._base: Any = None
 
     @classmethod
@@ -72,7 +80,7 @@ class VisionCache:
         inner = inner_model(base)
         original = inner.get_image_features
 
-        def get_image_features(*_: Any, **__: Any) -> SimpleNamespace:
+        def get_image_features(*_: Any, **__: Any) -> Features:
             return self._joined(original, images, base.device)
 
         inner.__dict__["get_image_features"] = get_image_features
@@ -82,7 +90,7 @@ class VisionCache:
             del inner.__dict__["get_image_features"]
 
     @torch.no_grad()
-    def _joined(self, compute: Any, images: Sequence[ImageInputs], device: torch.device) -> SimpleNamespace:
+    def _joined(self, compute: Any, images: Sequence[ImageInputs], device: torch.device) -> Features:
         accepted = signature(compute).parameters
         shown = []
         for each in images:
@@ -93,19 +101,19 @@ class VisionCache:
                 kept = {f: getattr(output, f) for f in _FIELDS if getattr(output, f, None) is not None}
                 if "pooler_output" in kept:
                     kept.pop("last_hidden_state", None)
-                features = SimpleNamespace(**kept)
+                features = Features(**kept)
                 self._features[each.key] = features
             self._features.move_to_end(each.key)
             shown.append(features)
         while len(self._features) > self.max_images:
             self._features.popitem(last=False)
         if not hasattr(shown[0], "pooler_output"):
-            return SimpleNamespace(last_hidden_state=_concat([f.last_hidden_state for f in shown]))
+            return Features(last_hidden_state=_concat([f.last_hidden_state for f in shown]))
         pooled = _concat([f.pooler_output for f in shown])
         if not hasattr(shown[0], "deepstack_features"):
-            return SimpleNamespace(pooler_output=pooled)
+            return Features(pooler_output=pooled)
         layers = zip(*(f.deepstack_features for f in shown), strict=True)
-        return SimpleNamespace(pooler_output=pooled, deepstack_features=[_concat(list(each)) for each in layers])
+        return Features(pooler_output=pooled, deepstack_features=[_concat(list(each)) for each in layers])
 
 
 def _concat(parts: list[Any]) -> Any:

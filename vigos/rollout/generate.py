@@ -191,13 +191,14 @@ class TransformersEngine(RolloutEngine):
             known = batch(distinct)
             if (positions := inputs.get("position_ids")) is not None:  # (B, T) or (axes, B, T)
                 known["position_ids"] = positions[..., first, :]
-            if args or not isinstance(inputs.get("past_key_values"), Cache) or any(
+            kept = "cache" if "cache" in inputs else "past_key_values"  # transformers 5.24 and before
+            if args or not isinstance(inputs.get(kept), Cache) or any(
                 isinstance(value, Tensor) and name not in known for name, value in inputs.items()
             ):  # fmt: skip
                 return original(*args, **inputs | batch(prompts))
             output = original(**inputs | known)
             rows = torch.tensor(places, device=model.device)
-            output["past_key_values"].reorder_cache(rows)
+            output[kept].reorder_cache(rows)
             output["logits"] = output["logits"].index_select(0, rows)
             return output
 
