@@ -38,6 +38,7 @@ from vigos.method.encode import ScoredSequence, encode_prompt
 from vigos.method.objective import Objective
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
+from vigos.method.weights import WEIGHTS, Pairs
 from vigos.scoring.prefix_tree import PrefixTree
 from vigos.world import write_world
 
@@ -415,3 +416,18 @@ def test_mistakes_of_the_whole() -> None:
         Objective(images_columns={"reasonning": "crops"})
     with pytest.raises(ValueError, match="a weight above 0"):
         Objective(teachers=[{"name": "a", "weight": 0}])
+
+
+def test_weights_of_pairs_by_hand() -> None:
+    column = lambda *values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    pairs = Pairs(
+        divergence=column(0.1, 0.2, 0.3), teacher_logprob=column(-1.0, -1.0, -3.0),
+        control_logprob=column(-1.5, -9.0, -2.0), teacher_entropy=column(0.5, 2.0, 8.0), token=torch.tensor([0, 1, 3]),
+    )  # fmt: skip
+    wanted = {
+        "advantage": ([0.2, 4.0], [0.5, 4.0, 0.2]),
+        "entropy": (4.0, [0.125, 0.5, 1.0]),
+        "position": (0.5, [1.0, 0.5, 0.125]),
+    }
+    for name, (value, weights) in wanted.items():
+        torch.testing.assert_close(WEIGHTS[name](pairs, value), column(*weights), rtol=1e-12, atol=0.0)
