@@ -34,7 +34,7 @@ def build(into: Path, csrc: Path = ROOT / "csrc", *options: str) -> ModuleType:
         partial = library.with_suffix(f".{os.getpid()}")
         subprocess.run(
             [
-                compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
+                compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas",
                 '-DVIGOS_CUDA_ARCHITECTURES="emulated"', f"-I{pybind11.get_include()}",
                 f"-I{sysconfig.get_path('include')}", f"-I{csrc / 'cuda'}", *options, *map(str, sources),
                 "-o", str(partial),
@@ -42,7 +42,8 @@ def build(into: Path, csrc: Path = ROOT / "csrc", *options: str) -> ModuleType:
             check=True,
         )  # fmt: skip
         partial.replace(library)
-    spec = importlib.util.spec_from_file_location("cuda_emulator", library)
+    # pybind11 keeps one module a name, and g++ one static a process: two states of the sources share neither.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.cuda_emulator", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
