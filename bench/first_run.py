@@ -1,4 +1,4 @@
-"""What the first minute and a half on a GPU must bring home: ceilings, error, ratio, where the time goes, the chunk.
+"""Measure what the first 90 seconds on a GPU must bring home: ceilings, error, ratio, where the time goes, the chunk.
 
     python bench/first_run.py --device cuda --out first.json
     python bench/first_run.py --device cpu --out first.json     # the same at small sizes: a rehearsal

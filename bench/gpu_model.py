@@ -32,7 +32,7 @@ TILES = {
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """What a run on a GPU says: rates a second, seconds, and shares of a rate that a kernel reaches."""
+    """Hold what a run on a GPU says: rates a second, seconds, and shares of a rate that a kernel reaches."""
 
     copy: float = 4.3e12  # bytes read and written by a copy
     product: float = 815e12  # operations of a tile's inner loop, over all multiprocessors

@@ -234,7 +234,7 @@ def _pytest_summary(text: str) -> str:
 
 
 def first(check: Check) -> None:
-    """What a first run must bring home, in a process of its own."""
+    """Measure what a first run must bring home, in a process of its own."""
     command = [sys.executable, "bench/first_run.py", "--device", check.device, "--out", str(check.work / "first.json")]
     check.run("first", command, 150, lines=90)
 

@@ -35,7 +35,7 @@ class Mutation:
     new: str = ""
 
     def text(self, i: int) -> str:
-        """What takes the place of `old` in mutation `i`."""
+        """Return what takes the place of `old` in mutation `i`."""
         return (self.new or f"if (!@) {self.old}").replace("@", f"mutated({i})")
 
 
@@ -95,7 +95,7 @@ inline int mutated(int i) { return vigos_mutation == i; }
 
 
 def why_seen(emulator: ModuleType, checks: list[Callable[[Any], object]], seeds: int) -> str | None:
-    """What the first check that fails says, or None."""
+    """Return what the first check that fails says, or None."""
     for seed in range(1, seeds + 1):
         for check in checks:
             emulator.set_seed(1000 * seed)

@@ -1,4 +1,4 @@
-"""What a new user does, in its short form: the commands of `tests/newcomer.sh`, as processes."""
+"""Do what a new user does, in its short form: the commands of `tests/newcomer.sh`, as processes."""
 
 import os
 import subprocess

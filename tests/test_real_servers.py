@@ -430,7 +430,7 @@ class Restart(TrainerCallback):
 
 @vllm
 def test_what_a_broadcast_announces_is_what_vllm_reads() -> None:
-    """Of NCCL that is all that can run without a GPU: the meeting and the announcement parse on vLLM's side."""
+    """Parse the meeting and the announcement on vLLM's side: of NCCL that is all that can run without a GPU."""
     nccl = pytest.importorskip("vllm.distributed.weight_transfer.nccl_common")
     from vigos.rollout import vllm_worker
 

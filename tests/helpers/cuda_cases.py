@@ -1,4 +1,4 @@
-"""What the CUDA kernels are asked in the emulation; test_cuda_mutations.py asks the same of kernels with a fault."""
+"""Check the CUDA kernels in the emulation; test_cuda_mutations.py asks the same of kernels with a fault."""
 
 from __future__ import annotations
 

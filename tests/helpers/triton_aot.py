@@ -123,8 +123,9 @@ def kernels() -> dict[str, tuple[str, Any]]:
 
 
 def compile_variant(kernel: Any, variant: dict[str, Any], arch: int) -> dict[str, Any]:
-    """What `kernel` needs on sm_<arch>: registers a thread, stack and local bytes (spills), shared bytes; of the row
-    kernels as `auto` runs them, instructions a pair.
+    """Return what `kernel` needs on sm_<arch>: registers a thread, stack and local bytes (spills), shared bytes.
+
+    Of the row kernels as `auto` runs them, instructions a pair too.
     """
     import triton
     from triton.backends.compiler import GPUTarget
