@@ -93,6 +93,11 @@ def has_own_adapter(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def experts_are_swapped(layer: Any) -> bool:
+    """Return whether a peft adapter of experts has exchanged in and out; peft 0.18 never does (seen: 0.18, 0.21)."""
+    return bool(getattr(layer, "_did_swap_in_out_features", False))
+
+
 def loss_totals(trainer: Any) -> list[float] | None:
     """Read what a trainer's next log averages over: it is no part of transformers' checkpoints.
 

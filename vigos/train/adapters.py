@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vigos.models.compat import unsharded_init
+from vigos.models.compat import experts_are_swapped, unsharded_init
 from vigos.models.families import family_of
 from vigos.models.parts import base_model, lm_head, unwrap
 from vigos.models.routers import routers
@@ -259,7 +259,7 @@ def _product(layer: Any, down: Tensor, up: Tensor) -> Tensor:
     if experts == 1:
         return up @ down
     a, b = down.view(experts, -1, down.shape[-1]), up.view(len(up), -1, experts)
-    order = "oi" if layer._did_swap_in_out_features else "io"
+    order = "oi" if experts_are_swapped(layer) else "io"
     return torch.einsum(f"ore,eri->e{order}", b, a)
 
 
