@@ -288,6 +288,16 @@ def test_a_model_that_does_not_use_the_interface_is_refused():
         hidden_states(model, MIXED["qwen3"])
 
 
+@pytest.mark.parametrize("scoring", ["tree", "separate"])
+def test_no_cache_of_keys_and_values_is_kept(scoring):
+    model, caches = tiny_model("qwen3"), []
+    model.model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
+    with torch.no_grad():
+        hidden_states(model, MIXED["qwen3"], scoring=scoring)
+    assert caches
+    assert set(caches) == {None}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
