@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.processes import output_of
 
@@ -69,24 +71,43 @@ def test_vigos_loop_is_the_trainer(tmp_path: Path) -> None:
     assert len({round(loss, 6) for loss in losses}) == 4, "no two steps alike"
 
 
-def test_own_data_answers_as_the_package_does(tmp_path: Path) -> None:
-    """The warm-up's reading of scenes and questions gives the package's answers, wherever the scene is known."""
+@pytest.mark.parametrize(("name", "checked"), [("easy_vqa", 44_043), ("digits", 23_361)])  # easy-VQA asks 48,248
+def test_own_data_answers_as_the_data_do(name: str, checked: int) -> None:
+    """The warm-up's reading of scenes and questions gives the data's answers, wherever the scene is known."""
     sys.path.insert(0, str(EXAMPLES))
-    from own_data import Question, infer_scene, read_package
-
-    checked = 0
+    data = importlib.import_module(f"own_data_{name}")
+    rng = np.random.default_rng(0)
+    numbers, count = [], 0
     for split in ("train", "test"):
-        for _, asked in read_package(split).values():
-            if scene := infer_scene(asked):
-                assert [Question(text).answer(scene) for text, _ in asked] == [answer for _, answer in asked]
-                checked += len(asked)
-    assert checked == 44_043  # of 48,248
+        images = data.read(split)
+        numbers.append(set(images) if name == "digits" else {f"{split}-{i}" for i in images})
+        for _, scene, asked in images.values():
+            if scene:
+                questions = [data.Question(text) for text, _ in asked]
+                assert [q.answer(scene) for q in questions] == [answer for _, answer in asked]
+                assert data.scene_of(scene.text) == scene
+                told = [str(rng.choice(data.ANSWERS[q.kind])) for q in questions]
+                assert [q.answer(q.made_true(scene, a, rng)) for q, a in zip(questions, told, strict=True)] == told
+                for q in questions:  # what the habit says is right where the image agrees with it, and only there
+                    assert q.role(scene) in (
+                        None,
+                        "prior" if q.answer(q.usual(scene)) == q.answer(scene) else "conflict",
+                    )
+                count += len(asked)
+    assert count == checked
+    assert not numbers[0] & numbers[1]
 
 
 def test_own_data(tmp_path: Path) -> None:
-    out = run("own_data.py", tmp_path, "--warm-up", "3", "--steps", "1", "--questions", "10", option="--output-dir")
+    sizes = ("--warm-up", "3", "--steps", "1", "--questions", "10")
+    out = run("own_data.py", tmp_path, *sizes, option="--output-dir")
     for method in ("vigos", "opsd", "sft"):
-        assert re.search(rf"{method} +right [\d.]+ % .* against the warm-up", out), out[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+        assert len(re.findall(rf"{method} +right [\d.]+ % .* against the warm-up", out)) == 2, out[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "easy-vqa" / "test.jsonl").read_text().splitlines()]
     assert {row["kind"] for row in rows} == {"colour", "shape", "presence"}
     assert len(rows) == 30
+    results, records = tmp_path / "results.csv", tmp_path / "digits" / "opsd.jsonl"
+    first = results.read_text()
+    records.unlink()
+    assert "warm-up, read" not in run("own_data.py", tmp_path, *sizes, option="--output-dir")  # goes on: one arm alone
+    assert results.read_text() == first
