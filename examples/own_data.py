@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--data", choices=DATA, nargs="+", default=list(DATA))
     parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--warm-up", type=int, default=900, help="steps of the warm-up's mixture")
+    parser.add_argument("--warm-up", type=int, default=600, help="steps of the warm-up's mixture")
     parser.add_argument("--steps", type=int, default=100, help="training steps of 32 questions")
     parser.add_argument("--questions", type=int, default=200, help="test questions a kind")
     parser.add_argument("--seed", type=int, default=0)
