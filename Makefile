@@ -36,7 +36,7 @@ test-fast: $(STAMP)
 # Environments of their own; the index's newest versions, and those that pyproject.toml names as the oldest. By uv:
 # pip tries versions one by one, and does not know the oldest.
 test-newest: RESOLUTION := highest
-test-oldest: RESOLUTION := lowest-direct 'numpy<2.4'  # with a newer one Triton 3.6's interpreter fails
+test-oldest: RESOLUTION := lowest-direct
 test-newest test-oldest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv

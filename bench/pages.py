@@ -180,7 +180,7 @@ def train_step_whole() -> str:
     names = ("rollout", "teacher", "student", "divergence", "backward", "sync", "step")
     found = rows("train_step_whole", "cpu-avx2")
     lines = [
-        ["`generate`" if row["group"] == "generate" else "vLLM", row["trained"],
+        ["`generate`" if row["engine"] == "generate" else "vLLM", row["trained"],
          *(f"{float(row[f'{name}_s']):.2f}" for name in names), f"{float(row['rollout_tokens_per_s']):,.0f}"]
         for row in found
     ]  # fmt: skip

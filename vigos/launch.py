@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-import platform
-import re
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vigos.system.files import read_sections, replace_json
 from vigos.system.secrets import server_address
+from vigos.train.facts import data_facts, process_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -226,46 +221,11 @@ def train_from_source(source: Source, config: ViGOSConfig, *, console: Console |
     return trainer
 
 
-_SECRET = re.compile(r"(--[\w-]*(?:token|key|secret|password)[\w-]*)(=|\s+)\S+", re.I)
-
-
 def run_facts(source: Source | EvalSource) -> dict[str, Any]:
     """Return what repeats a run beside its options: model, data and its digest, versions, the command line."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("vigos", "torch", "transformers", "peft", "accelerate"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    import torch
-
-    gpus = torch.cuda.device_count()
-    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{torch.get_num_threads()} threads"
-    machine = f"{device}, {platform.machine()}, {platform.system()}"
     facts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     facts = {k: v for k, v in facts.items() if k not in ("resume", "overwrite") and v is not None}
-    command = _SECRET.sub(r"\1\2<SECRET>", shlex.join(sys.argv))
-    return facts | {
-        "data_digest": data_digest(source.data),
-        "versions": versions,
-        "machine": machine,
-        "command": command,
-    }
-
-
-def data_digest(data: str) -> str | None:
-    """Digest a data file, or the names and sizes in a data folder; None for a name on the hub."""
-    path, digest = Path(data).expanduser(), hashlib.blake2b(digest_size=16)
-    if path.is_file():
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    elif path.is_dir():
-        for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file_path.relative_to(path)} {file_path.stat().st_size}\n".encode())
-    else:
-        return None
-    return digest.hexdigest()
+    return facts | data_facts(source.data) | process_facts()
 
 
 def _restart(resume: str, config: ViGOSConfig) -> tuple[str | None, bool]:

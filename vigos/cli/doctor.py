@@ -47,6 +47,7 @@ def _version(distribution: str) -> str | None:
 def machine() -> list[Finding]:
     """Describe Python, torch, GPU and the compiled extension."""
     findings = [
+        Finding("machine", "vigos", True, _version("vigos") or "not installed"),
         Finding("machine", "python", True, f"{platform.python_version()} on {platform.machine()}"),
         Finding("machine", "torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
@@ -58,8 +59,9 @@ def machine() -> list[Finding]:
     else:
         findings.append(Finding("machine", "gpu", None, "none visible to torch; the reference and cpu engines run"))
     found = find_extension()
-    stale = found if isinstance(found, str) else None
-    findings.append(Finding("machine", "vigos._C", stale is None, stale or "built"))
+    built = not isinstance(found, str)
+    detail = f"built; instruction set in use: {found.isa()}" if not isinstance(found, str) else found
+    findings.append(Finding("machine", "vigos._C", built, detail))
     return findings
 
 

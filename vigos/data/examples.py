@@ -344,6 +344,7 @@ def _probed(rows: ExampleDataset | ExampleStream, probe: int) -> Iterator[Exampl
 
 # Columns that hold images under another name; a dataset with one of them is not a text-only dataset.
 _IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "file_name", "file_names", "image_path", "image_paths")
+_NO_IMAGES = "images_column=None (--images-column none) if the examples have no images"
 
 
 def _match_columns(
@@ -365,9 +366,9 @@ def _match_columns(
     if images is not None and images not in columns:
         others = [name for name in columns if name.lower() in _IMAGE_NAMES]
         if images != "images":
-            raise missing("images_column", images, "; images_column=None if the examples have no images")
+            raise missing("images_column", images, f"; {_NO_IMAGES}")
         if len(others) > 1 or (others and others[0] not in ("file_name", "file_names")):
-            hint = f"; did you mean images_column={others[0]!r}? images_column=None if the examples have no images"
+            hint = f"; did you mean images_column={others[0]!r}? {_NO_IMAGES}"
             has = f"{name_of(source)} has {', '.join(columns)}"
             raise ValueError(f"images_column 'images' is not in the data: {has}{hint}")
         images = others[0] if others else images  # `datasets` calls the images of a folder file_name

@@ -155,14 +155,14 @@ def open_source(source: Any, split: str, streaming: bool) -> Opened:
         name = str(source)
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|\w[\w-]*", name) and path.suffix.lower() not in _SUFFIXES:
             return _open_hub(name, split, streaming)
-        raise ValueError(f"source must be a file, a folder or the name of a dataset; there is no {name!r}")
+        raise ValueError(f"the data must be a file, a folder or the name of a dataset; there is no {name!r}")
     if isinstance(source, Sequence):
         listed = _Listed(source)
         return Opened(listed, listed.columns)
     if type(source).__module__.split(".")[0] == "datasets":
         return _open_table(source, split, None, streaming)
     raise ValueError(
-        "source must be a path, the name of a dataset, a datasets.Dataset or a list of dicts, "
+        "the data must be a path, the name of a dataset, a datasets.Dataset or a list of dicts, "
         f"got {type(source).__name__}"
     )
 
@@ -191,7 +191,7 @@ def _open_file(path: Path, streaming: bool) -> Opened:
         return Opened(listed, listed.columns, path.parent)
     if kind == ".parquet":
         return _open_parquet([path], path.parent, streaming)
-    raise ValueError(f"source must end in .jsonl, .json or .parquet or be a folder, got {path}")
+    raise ValueError(f"the data must end in .jsonl, .json or .parquet or be a folder, got {path}")
 
 
 def _open_folder(path: Path, split: str, streaming: bool) -> Opened:

@@ -249,10 +249,10 @@ def _same_examples(a: EvaluationResult, b: EvaluationResult) -> bool:
 def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the data that the page's script reads: texts are shared in a table, images are data: addresses.
 
-    `rollouts`: run, step, id, problem, answer, valid, reason, right, images, `views` ([role, images] of those that saw
-    others), tokens (indices of `texts`), and `taught`: for each supervised token [token, teacher, segment, KL, clipped,
-    log p, log q, top of student, top of teacher]; a
-    top is a flat list of text, share in thousandths.
+    `rollouts`: run, step, id, problem, answer, valid, reason, right, `age` (of the weights that sampled it, in steps),
+    images, `views` ([role, images] of those that saw others), tokens (indices of `texts`), and `taught`: for each
+    supervised token [token, teacher, segment, KL, clipped, log p, log q, top of student, top of teacher]; a top is a
+    flat list of text, share in thousandths.
     """
     texts: dict[str, int] = {}
     images: dict[str, int] = {}
@@ -316,6 +316,7 @@ def rollout_data(runs: Sequence[Run]) -> dict[str, Any]:
                 "valid": bool(record["valid"]),
                 "reason": str(record["reason"]),
                 "right": record.get("correct"),
+                "age": max(0, record["step"] - 1 - version) if isinstance(version := record.get("version"), int) else 0,
                 "images": shown,
                 "views": [
                     [str(role)[:MAX_NAME], placed_images(number, names)]

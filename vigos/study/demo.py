@@ -39,6 +39,7 @@ def run_demo(
     from vigos.study.plan import world_config
     from vigos.system.files import replace_json
     from vigos.system.screen import make_console, per_cent, print_table
+    from vigos.train.facts import data_facts
     from vigos.train.trainer import ViGOSTrainer
     from vigos.train.watch import Watch
     from vigos.world import load_base, world_prompts, write_world
@@ -69,6 +70,7 @@ def run_demo(
         processing_class=processor,
         train_dataset=load_rows(train),
     )
+    trainer.facts = {"model": "builtin", **data_facts(train)}
     Watch.attach(trainer, console, every=20)
     trainer.train()
 

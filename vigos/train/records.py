@@ -25,7 +25,8 @@ def completion_records(
     """Return one record for each rollout of a micro-batch.
 
     For each teacher it holds the tokens that the teacher supervised, with the divergence (nats) at each, both
-    log-probabilities and whether it was clipped.
+    log-probabilities and whether it was clipped; `version` is how many optimizer steps lay behind the weights that
+    sampled it.
 
     Args:
         images: for each rollout the paths of its images in the run folder.
@@ -65,6 +66,7 @@ def completion_records(
             "boxed": list(spans.answer),
             "answer_text": spans.answer_text,
             "correct": rollout.correct,
+            "version": rollout.version,
             "teachers": {
                 term: {
                     "tokens": [tokens[r] for r in rows],

@@ -73,6 +73,7 @@ from vigos.train.checkpoint import (
 from vigos.train.compare import SavedCheck, fixed_sequence
 from vigos.train.config import ViGOSConfig
 from vigos.train.engines import build_engine
+from vigos.train.facts import process_facts
 from vigos.train.final import save_final
 from vigos.train.health import Health
 from vigos.train.inputs import as_examples, check_arguments, unchanged
@@ -115,7 +116,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
         guard: repeats or drops steps that go wrong.
         recorder: metrics and records.
         parts: those with a state, by their name in checkpoints.
-        facts: what else `config.yaml` says of the run, in its section `run`: data, versions, command line.
+        facts: what else `config.yaml` says of the run, in its section `run`: its data, for one.
     """
 
     args: ViGOSConfig
@@ -439,7 +440,8 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             if self.is_deepspeed_enabled and hasattr(unwrap(self.model), "peft_config"):
                 student = unwrap(self.model_wrapped)
                 check_loaded_adapter(student, self._resumed_from, gather_trained(student))
-        facts = {"model": base_model(self.model).config.name_or_path, **self.facts, "id": self._run}
+        model = base_model(self.model).config.name_or_path
+        facts = {"model": model, **process_facts(), **self.facts, "id": self._run}
         self.folder.begin(self.args, state.global_step, **facts)
         if state.is_world_process_zero:
             self.rollouts.show_prompts(self.train_dataset)

@@ -143,6 +143,7 @@
     who.append(el("span", { class: "tag " + (r.valid ? "good" : "bad"), text: r.valid ? "valid" : r.reason.replaceAll("_", " ") }));
     if (r.right !== null) who.append(el("span", { class: "tag " + (r.right ? "good" : "bad"), text: r.right ? "right" : "wrong" }));
     if (r.said !== null) who.append(el("span", { text: `answered ${r.said}` }));
+    if (r.age) who.append(el("span", { text: `sampled ${r.age} ${r.age > 1 ? "steps" : "step"} earlier` }));
 
     const taught = new Map();
     for (const t of r.taught) if (!taught.has(t[0]) || (taught.get(t[0])[3] ?? 0) < (t[3] ?? 0)) taught.set(t[0], t);
