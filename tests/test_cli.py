@@ -258,6 +258,17 @@ def test_python_m_vigos_and_the_version():
     assert vigos.load_rows is load_rows
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [("vigos comp", "compare"), ("vigos train --learn", "--learning-rate"), ("vigos eval --k", "--k")],
+)
+def test_a_shell_completes_commands_and_options(words, wanted):
+    asked = {"_VIGOS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    script = "import sys; sys.argv = ['vigos']; from vigos.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == [wanted], done.stderr
+
+
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_imported(tmp_path):
     folder = tmp_path / "run"
     (folder / "adapter").mkdir(parents=True)
