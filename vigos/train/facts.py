@@ -1,4 +1,4 @@
-"""What repeats a run beside its options: versions, machine and command line, and a digest of the data."""
+"""Collect what repeats a run beside its options: versions, machine and command line, and a digest of the data."""
 
 from __future__ import annotations
 
