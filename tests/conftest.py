@@ -1,8 +1,9 @@
-"""Run Triton's kernels in its interpreter where there is no GPU, and mark the tests of slow.txt as slow."""
+"""Run Triton's kernels in its interpreter where there is no GPU, mark the tests of slow.txt, put long files first."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.partition("[")[0] in SLOW:
             item.add_marker(pytest.mark.slow)
+    # Files of few tests have the long ones. They go first: a long test that starts last leaves one process idle.
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])

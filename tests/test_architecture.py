@@ -86,3 +86,43 @@ def test_page_lists_the_floors():
     page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = [re.findall(r"`(\w+)`", line) for line in re.findall(r"^\d+\. (.+)$", page, re.M)]
     assert listed == [sorted(rooms) for rooms in FLOORS]
+
+
+# Where a private name of another library stands outside vigos/models/compat.py; its docstring says why.
+PRIVATE = {
+    ("errors.py", "_run_exitfuncs"),
+    ("divergence/call.py", "_resolve_process_group"),
+    ("rollout/vllm_worker.py", "_registry"),
+    *(("train/trainer.py", name) for name in ("_get_output_dir", "_save_checkpoint", "_load_from_checkpoint")),
+    *(("cli/options.py", name) for name in ("_get_value", "_check_value")),  # overrides of argparse's
+}
+PUBLIC = {"_exit", "_replace"}  # os._exit and namedtuple._replace are documented
+
+
+def test_private_names_of_libraries_stand_in_one_file():
+    found = set()
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        if name == "models/compat.py" or name.startswith("integrations/"):  # those patch others' code by its names
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        ours = {node.attr for node in nodes if written_on_self(node)}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and (is_super(node.value) or node.attr not in ours | PUBLIC):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("vigos"):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            found |= {(name, n) for n in names if n.startswith("_") and not n.startswith("__")}
+    assert found == PRIVATE
+
+
+def written_on_self(node: ast.AST) -> bool:
+    """Tell whether a node gives an object of ours a private attribute or reads its own."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def is_super(node: ast.AST) -> bool:
+    """Tell whether a node is a call of `super`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"

@@ -1,8 +1,10 @@
 """Private names of other libraries that models, scoring and training depend on, each with the version it was read in.
 
-A new version of one of them is checked here first. Two more stand where this module cannot be imported:
+A new version of one of them is checked here first. Four stand elsewhere (tests/test_architecture.py holds the list):
 `torch.distributed.distributed_c10d._resolve_process_group` (vigos/divergence/call.py, torch 2.13.0) and
-`atexit._run_exitfuncs` (vigos/errors.py, Python 3.11).
+`atexit._run_exitfuncs` (vigos/errors.py, Python 3.11), which come before this module; the methods of transformers'
+`Trainer` that vigos/train/trainer.py overrides (5.23.0); `WeightTransferEngineFactory._registry` of vLLM
+(vigos/rollout/vllm_worker.py, 0.32.0), in whose process no trainer is. vigos/integrations patches others' code by name.
 """
 
 from __future__ import annotations
@@ -27,6 +29,15 @@ def reshards_after_forward(unit: FSDPModule) -> bool:
     state: Any = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+
+
+# The attribute in which a wrapper keeps the module inside it: DDP and DeepSpeed, FSDP, torch.compile, checkpointing.
+WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def norms(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the 2-norm of each tensor, by one launch for all of a dtype on a GPU."""
+    return tuple(torch._foreach_norm(tensors))
 
 
 # --- transformers 5.23.0 ----------------------------------------------------------------------------------------------
@@ -86,6 +97,26 @@ def state_functions(decoder: nn.Module) -> list[tuple[Any, str]]:
 def is_stateful(model: Any) -> bool:
     """Return True for models that carry recurrent state along the sequence."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def router_recorder(decoder: nn.Module) -> Any:
+    """Return what a decoder declares its router logits by: a class, a recorder with class and index, or None."""
+    return (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
+
+
+def keep_checkpoint_names(base: Any) -> None:
+    """Keep, with a transformers model that is not sharded yet, the mapping of its names to a checkpoint's.
+
+    A loaded model has it. For one made from its configuration transformers looks it up by its class, which has another
+    name under FSDP2: nothing would be found any more, and nothing renamed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if getattr(base, "_weight_conversions", None) is None:
+        mapping = get_model_conversion_mapping(base, add_legacy=False)
+        # A change of prefix is that of a checkpoint that was read, and none was: `revert_weight_conversion` has none.
+        base._weight_conversions = [x for x in mapping if not isinstance(x, PrefixChange)] or None
 
 
 def has_own_adapter(model: Any) -> bool:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# What wrappers call the module inside them: DDP and DeepSpeed, FSDP, torch.compile, activation checkpointing.
-_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+from vigos.models.compat import WRAPPED
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -20,7 +19,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner: nn.Module | None = model
     while inner is not None:
         model = inner
-        inner = next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None)
+        inside = dict(model.named_children())
+        inner = next((inside[name] for name in WRAPPED if name in inside), None)
     return model
 
 

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vigos.models.compat import router_recorder
 from vigos.models.parts import text_model
 
 
 def routers(base: Any) -> list[tuple[nn.Module, int]]:
     """Return the routers of a transformers model's decoder, each with the place of its logits in what it returns."""
     decoder = text_model(base)
-    recorder = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
+    recorder = router_recorder(decoder)
     kind, index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
     return [(module, index) for module in decoder.modules() if kind is not None and isinstance(module, kind)]
 

@@ -124,22 +124,6 @@ class StaleWeights(RolloutError):
     """Raised if an engine samples, or would, from other weights than it was sent: it was started again, perhaps."""
 
 
-def keep_checkpoint_names(model: nn.Module) -> None:
-    """Keep, with a model that is not sharded yet, the mapping of its names to a checkpoint's.
-
-    A loaded model has it. For one made from its configuration transformers looks it up by its class, which has another
-    name under FSDP2: nothing would be found any more, and nothing renamed.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    base = base_model(model)
-    if getattr(base, "_weight_conversions", None) is None:
-        mapping = get_model_conversion_mapping(base, add_legacy=False)
-        # A change of prefix is that of a checkpoint that was read, and none was: `revert_weight_conversion` has none.
-        base._weight_conversions = [x for x in mapping if not isinstance(x, PrefixChange)] or None
-
-
 def checkpoint_groups(model: nn.Module, *, trained: bool = True) -> Iterator[dict[str, Tensor]]:
     """Yield the parameters in groups, gathered, on the CPU, under the names of a checkpoint. Every rank iterates.
 

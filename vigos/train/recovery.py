@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vigos.errors import TrainingStopped
 from vigos.method.supervise import SupervisedBatch
+from vigos.models.compat import norms
 from vigos.models.memory import free_memory
 from vigos.models.sharding import local_shard
 from vigos.train.ranks import sum_over_ranks
@@ -133,5 +134,6 @@ def gradients_finite(model: nn.Module) -> Tensor:
     gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
     if not gradients:
         return torch.tensor(True)
-    norms = torch._foreach_norm([g for g in gradients if g.numel()] or gradients)
-    return torch.isfinite(torch.stack([n.float() for n in norms])).all()
+    return torch.isfinite(
+        torch.stack([n.float() for n in norms([g for g in gradients if g.numel()] or gradients)])
+    ).all()

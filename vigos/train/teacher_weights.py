@@ -60,7 +60,7 @@ class TeacherWeights:
                 self._copy()
 
     def _find_trained(self) -> None:
-        in_adapter, head = _adapter_parameters(self._core), lm_head(self._core)._parameters
+        in_adapter, head = _adapter_parameters(self._core), dict(lm_head(self._core).named_parameters(recurse=False))
         for name, parameter in self._core.named_parameters():
             if parameter.requires_grad and not (self.adapter == "off" and id(parameter) in in_adapter):
                 self.parameters[name] = parameter

@@ -46,13 +46,13 @@ from vigos.method.supervise import (
     divisors,
     supervise,
 )
+from vigos.models.compat import keep_checkpoint_names
 from vigos.models.logits import logit_transform
 from vigos.models.parts import base_model, unwrap
 from vigos.models.routers import LoadBalance
 from vigos.models.sharding import gather_state, gather_trained, gathered_head, sharding_of
 from vigos.models.vision_cache import VisionCache
 from vigos.rollout.engine import RolloutEngine
-from vigos.rollout.full_weights import keep_checkpoint_names
 from vigos.scoring.forwards import check_tree
 from vigos.scoring.teacher import TeacherScorer
 from vigos.train.adapters import prepare_model
@@ -188,7 +188,7 @@ class ViGOSTrainer(Trainer, TrainerCallback):
             other_models=self.other_models,
         )  # fmt: skip
         if self.rollouts.engine.takes_groups:
-            keep_checkpoint_names(model)
+            keep_checkpoint_names(base_model(model))
             self.rollouts.engine.check_weights(base_model(model))
         self.guard = StepGuard(args, scorer=self.scorer, recorder=self.recorder, accelerator=self.accelerator)
         self._loss_sums = LossSums(self)
