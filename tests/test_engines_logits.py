@@ -11,6 +11,8 @@ from helpers.divergence_cases import KINDS, error, logits_no_worse, of_kind, pea
 from helpers.engines import EVERY, PROFILES, set_up
 
 import vigos
+from vigos import reference
+from vigos.divergence.engines import ONE_VISIT
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: inf - inf
 INF = float("inf")
@@ -167,6 +169,75 @@ def test_a_row_without_upstream_is_not_read(engine):
     got = ours(engine, student, teacher, mixed(3), upstream=torch.tensor([1.0, 0.0, 1.0]))
     assert (got.dhidden[1] == 0).all()
     assert got.dhidden.isfinite().all()
+
+
+UPSTREAMS = {
+    "loss": lambda out, g: out.loss,
+    "loss of another scale": lambda out, g: 1.7 * out.loss,
+    "rows": lambda out, g: (out.divergence * g).sum(),
+    "both": lambda out, g: 0.3 * out.loss + (out.divergence * g).sum(),
+    "a clipped row": lambda out, g: out.loss + 2 * out.divergence[3],
+    "nothing": lambda out, g: 0.0 * out.loss,
+}
+EIGHT = {"rows": ((8, 65), lambda x: x), "shifted": ((2, 5, 65), lambda x: x[:, :-1])}  # two shapes of eight rows
+
+
+def weighted(layout, dtype=torch.float32):
+    """A leaf, a teacher, and seven of eight rows out of order: every kind, odd weights, one row clipped."""
+    shape, view = EIGHT[layout]
+    student, teacher = (x.reshape(shape) for x in peaked_logits(math.prod(shape[:-1]), 65, dtype, far=0.3))
+    rows = replace(mixed(7), student_row=torch.arange(8).roll(2)[1:], weight=torch.linspace(0.1, 1.3, 7))
+    each = run_logits(student, teacher, rows, None, view=view).divergence
+    return student, teacher, replace(rows, clip=torch.full((7,), INF).index_fill_(0, torch.tensor(3), each[3] / 2))
+
+
+def called(engine, student, teacher, rows, layout):
+    device, view = PROFILES[engine].device, EIGHT[layout][1]
+    leaf, teacher = student.to(device).clone().requires_grad_(), teacher.to(device)
+    return leaf, teacher, vigos.logits_divergence(view(leaf), view(teacher), supervision=rows, impl=engine)
+
+
+@pytest.mark.parametrize("how", UPSTREAMS)
+@pytest.mark.parametrize("layout", EIGHT)
+def test_any_upstream_again_and_again(engine, layout, how):
+    """Of the loss the gradient may be there already. Of others it is not, nor once it was given away and written to."""
+    student, teacher, rows = weighted(layout)
+    leaf, _, out = called(engine, student, teacher, rows, layout)
+    g = torch.linspace(-1, 1, 7)
+    truth, view = student.double().requires_grad_(), EIGHT[layout][1]
+    z_s, z_t = (view(x).flatten(0, -2)[i] for x, i in ((truth, rows.student_row), (teacher.double(), rows.teacher_row)))
+    divergence = reference.divergence(z_s, z_t, rows.kind)
+    exact = vigos.DivergenceOutput(reference.loss(divergence, rows.weight, rows.clip), divergence, *[g] * 5, None, None)
+    (wanted,) = torch.autograd.grad(UPSTREAMS[how](exact, g), truth)
+    for _ in range(2):
+        total = UPSTREAMS[how](out, g.to(leaf.device))
+        (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        assert error(gradient.cpu().double(), wanted) < 3e-5
+        gradient.fill_(math.nan)
+
+
+@pytest.mark.parametrize("layout", EIGHT)
+def test_gradient_of_the_loss_comes_with_it(engine, layout):
+    """3 N V of traffic: backward of the loss alone reads no logits, but with Triton and of slices on a CPU."""
+    student, teacher, rows = weighted(layout)
+    kept, _, out = called(engine, student, teacher, rows, layout)
+    out.loss.backward()
+    leaf, t, out = called(engine, student, teacher, rows, layout)
+    leaf.data.fill_(math.nan)
+    t.data.fill_(math.nan)
+    out.loss.backward()
+    if engine in ONE_VISIT and (engine, layout) != ("cpu", "shifted"):
+        assert torch.equal(leaf.grad, kept.grad)
+    else:
+        assert leaf.grad.isnan().any()
+
+
+def test_a_half_precision_gradient_is_rounded_once(engine):
+    """Under an upstream that is no power of two it is what it is without a gradient from forward."""
+    student, teacher, rows = weighted("rows", torch.bfloat16)
+    leaf, _, out = called(engine, student, teacher, rows, "rows")
+    first, again = (torch.autograd.grad(out.loss / 3, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
 
 
 # --- extreme logits --------------------------------------------------------------------------------------------------

@@ -70,9 +70,13 @@ __device__ __forceinline__ SecondSums warp_sum(SecondSums x, int lanes) {
   return x;
 }
 
-// The row's share of one thread: where its entries lie and how they are read again.
+// A block's slice of a pair's two rows: where its entries lie, how they are read again, and what logits they stand for.
+// The kernels know rows through such a reader alone: one whose `pair` and `slope` say something else may take its
+// place.
 template <typename P, typename T, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
 struct RowReader {
+  using Params = P;
+  using Item = T;
   static constexpr int kVec = ALIGNED ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
   static constexpr bool kResident = RESIDENT;
   static constexpr int kInFlight = TRANSFORMED ? 1 : kLoadsInFlight;  // the general transform needs the registers
@@ -85,6 +89,20 @@ struct RowReader {
   Vector* kept_teacher;
   int64_t first;  // the slice's first vector in the row
   int count;      // vectors in the slice
+
+  // Pair r, of whose vectors this block of the cluster has `slice` at most; `kept`: room for them on both sides.
+  static __device__ __forceinline__ RowReader of(const P& p, int64_t r, int rank, int64_t slice, Vector* kept) {
+    const int64_t student_row = p.student_row ? p.student_row[r] : r,
+                  teacher_row = p.teacher_row ? p.teacher_row[r] : r;
+    const int64_t first = rank * slice, left = (p.vocab + kVec - 1) / kVec - first;
+    return {p,
+            static_cast<const T*>(p.student) + student_row * p.stride_student,
+            static_cast<const T*>(p.teacher) + teacher_row * p.stride_teacher,
+            kept,
+            kept + slice,
+            first,
+            static_cast<int>(left < slice ? (left > 0 ? left : 0) : slice)};
+  }
 
   // Vectors whose entries are all real: nothing is asked about one of them, and loads need no branch between them.
   __device__ __forceinline__ int full_vectors() const {
@@ -238,10 +256,10 @@ __device__ __forceinline__ void write_whole(G* out, const Reader& reader, const 
   if (index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
 }
 
-template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
-__device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
-  using Reader = RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED, RESIDENT>;
-  using Vector = typename Reader::Vector;
+template <typename Reader, typename G>
+__device__ __forceinline__ void logits_rows_body(const typename Reader::Params& p) {
+  using T = typename Reader::Item;
+  constexpr bool RESIDENT = Reader::kResident;
   constexpr int kVec = Reader::kVec;
 
   const int ranks = RESIDENT ? device::cluster_size() : 1;
@@ -250,32 +268,16 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
   const int thread = device::thread_index(), lane = thread % 32, warp = thread / 32;
 
   RowShared& shared = *reinterpret_cast<RowShared*>(device::shared_memory());
-  const int64_t student_row = p.student_row ? p.student_row[r] : r;
-  const int64_t teacher_row = p.teacher_row ? p.teacher_row[r] : r;
   const Kind kind = static_cast<Kind>(p.kind[r]);
   const bool reverse = kind == kReverseKL;
-
-  const int64_t vectors = (p.vocab + kVec - 1) / kVec;
-  const int64_t slice = (vectors + ranks - 1) / ranks;
-  const int64_t first = rank * slice;
-  const int64_t mine = vectors - first < slice ? vectors - first : slice;
-  Vector* kept = reinterpret_cast<Vector*>(device::shared_memory() + sizeof(RowShared));
-  const Reader reader{p,
-                      static_cast<const T*>(p.student) + student_row * p.stride_student,
-                      static_cast<const T*>(p.teacher) + teacher_row * p.stride_teacher,
-                      kept,
-                      kept + slice,
-                      first,
-                      mine > 0 ? static_cast<int>(mine) : 0};
+  const int64_t slice = ((p.vocab + kVec - 1) / kVec + ranks - 1) / ranks, first = rank * slice;
+  auto* const kept = reinterpret_cast<typename Reader::Vector*>(device::shared_memory() + sizeof(RowShared));
+  const Reader reader = Reader::of(p, r, rank, slice, kept);
 
   const bool reporter = rank == 0 && thread == 0;
-  float label_s = 0.0f, label_t = 0.0f;
+  Logits label = {};
   if (reporter && p.labels) {  // before the gradient can overwrite the logit
-    const int64_t label = p.labels[r];
-    const float bias_s = p.student_bias ? p.student_bias[label] : 0.0f;
-    const float bias_t = p.teacher_bias ? p.teacher_bias[label] : 0.0f;
-    label_s = transformed(static_cast<float>(reader.student[label]), bias_s, p.student_transform);
-    label_t = transformed(static_cast<float>(reader.teacher[label]), bias_t, p.teacher_transform);
+    label = reader.pair(reader.student[p.labels[r]], reader.teacher[p.labels[r]], static_cast<int>(p.labels[r]));
   }
 
   RowStats stats = first_visit(reader, thread, reverse);
@@ -335,15 +337,15 @@ __device__ __forceinline__ void logits_rows_body(const LogitsRowsParams& p) {
     p.teacher_lse[r] = stats.lse_t();
     if (p.state) save(row, p.state + r * State::kColumns);
     if (p.labels) {
-      p.student_logprob[r] = (fmaf(label_s, kLog2E, -stats.shift()) - log2f(stats.sum_s)) * kLn2;
-      p.teacher_logprob[r] = (fmaf(label_t, kLog2E, -stats.shift_t()) - log2f(stats.sum_t)) * kLn2;
+      p.student_logprob[r] = (fmaf(label.x_s, row.octaves(), -stats.shift()) - log2f(stats.sum_s)) * kLn2;
+      p.teacher_logprob[r] = (fmaf(label.x_t, row.octaves(), -stats.shift_t()) - log2f(stats.sum_t)) * kLn2;
     }
   }
 
   // Last visit: the gradient. A clipped row may hold inf: its gradient is written as 0, never as 0 * inf.
   if (p.dlogits) {
     const float weight = clipped ? 0.0f : p.weight[r];
-    G* out = static_cast<G*>(p.dlogits) + r * p.stride_dlogits;
+    G* out = static_cast<G*>(p.dlogits) + (p.dlogits_row ? p.dlogits_row[r] : r) * p.stride_dlogits;
     int begin = 0;  // of the entries that are left
     if (!row.second() && weight != 0.0f) {
       if (reverse) {
@@ -381,6 +383,11 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
   const int thread = device::thread_index();
   T* out = static_cast<T*>(p.dlogits) + n * p.stride_dlogits;
   const int64_t begin = p.offsets[n], end = p.offsets[n + 1];
+  if (p.kept) {
+    bool same = true;
+    for (int64_t k = begin; k < end; ++k) same &= p.row_grad[p.order[k]] == p.kept[p.order[k]];
+    if (same) return;
+  }
 
   Reader reader{p, static_cast<const T*>(p.student) + n * p.stride_student, nullptr, nullptr, nullptr, first, count};
   const auto row_of = [&](int64_t r) {

@@ -14,6 +14,7 @@ struct LogitsRowsParams {
   void* dlogits = nullptr;        // null: no gradient; may be `student` where the dtypes agree and rows are unique
   const int64_t* student_row = nullptr;  // (R,); null: row r
   const int64_t* teacher_row = nullptr;  // (R,); null: row r
+  const int64_t* dlogits_row = nullptr;  // (R,); null: row r
   const int8_t* kind = nullptr;          // (R,)
   const float* weight = nullptr;         // (R,); factor of the row's gradient
   const float* clip = nullptr;           // (R,) nats; a row above it has zero gradient
@@ -65,6 +66,7 @@ struct LogitsGradientParams {
   const int64_t* teacher_row = nullptr;  // (R,)
   const int8_t* kind = nullptr;          // (R,)
   const float* row_grad = nullptr;       // (R,); 0 leaves a row out
+  const float* kept = nullptr;           // (R,) or null: dlogits holds the gradient under these row_grad already
   const float* state = nullptr;          // (R, State::kColumns)
   const float* student_bias = nullptr;   // (V,) or null
   const float* teacher_bias = nullptr;   // (V,) or null

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) logits_rows_kernel(const __gri
 #if __CUDA_ARCH__ < 900
   if constexpr (RESIDENT) return;  // never launched there: no clusters
 #endif
-  logits_rows_body<T, G, ALIGNED, TRANSFORMED, RESIDENT>(params);
+  logits_rows_body<RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED, RESIDENT>, G>(params);
 }
 
 template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>

@@ -85,6 +85,7 @@ void register_cuda(py::module_& parent) {
     VIGOS_FIELD(dlogits);
     VIGOS_FIELD(student_row);
     VIGOS_FIELD(teacher_row);
+    VIGOS_FIELD(dlogits_row);
     VIGOS_FIELD(kind);
     VIGOS_FIELD(weight);
     VIGOS_FIELD(clip);
@@ -122,6 +123,7 @@ void register_cuda(py::module_& parent) {
     VIGOS_FIELD(teacher_row);
     VIGOS_FIELD(kind);
     VIGOS_FIELD(row_grad);
+    VIGOS_FIELD(kept);
     VIGOS_FIELD(state);
     VIGOS_FIELD(student_bias);
     VIGOS_FIELD(teacher_bias);

@@ -24,7 +24,9 @@ template <typename T, typename G>
 void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned) {
   const auto run = [&](auto aligned_, auto transformed_, auto resident_) {
     emulator::launch(p.rows * plan.cluster, plan.cluster, kRowThreads, plan.shared_bytes, [&] {
-      logits_rows_body<T, G, decltype(aligned_)::value, decltype(transformed_)::value, decltype(resident_)::value>(p);
+      using Reader = RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value,
+                               decltype(resident_)::value>;
+      logits_rows_body<Reader, G>(p);
     });
   };
   const bool transformed = transforms_fully(p);
@@ -47,8 +49,8 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   emulator::Operands operands;
   operands.matrix(p.student, emulator::rows_named(p.student_row, r), v, p.stride_student, item_size(logits));
   operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), v, p.stride_teacher, item_size(logits));
-  operands.matrix(p.dlogits, r, v, p.stride_dlogits, item_size(gradient));
-  for (const int64_t** of : {&p.student_row, &p.teacher_row, &p.labels}) operands.array(*of, r);
+  operands.matrix(p.dlogits, emulator::rows_named(p.dlogits_row, r), v, p.stride_dlogits, item_size(gradient));
+  for (const int64_t** of : {&p.student_row, &p.teacher_row, &p.dlogits_row, &p.labels}) operands.array(*of, r);
   for (const float** of : {&p.weight, &p.clip}) operands.array(*of, r);
   for (const float** of : {&p.student_bias, &p.teacher_bias}) operands.array(*of, v);
   for (float** of : {&p.divergence, &p.student_entropy, &p.teacher_entropy, &p.student_lse, &p.teacher_lse,
@@ -101,12 +103,12 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
   emulator::Operands operands;
   operands.matrix(p.student, p.rows, v, p.stride_student, item_size(logits));
   operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), v, p.stride_teacher, item_size(logits));
-  operands.matrix(p.dlogits, p.rows, v, p.stride_dlogits, item_size(logits));
+  operands.matrix(p.dlogits, p.rows, v, p.stride_dlogits, item_size(logits), p.kept != nullptr);
   for (const int64_t** of : {&p.order, &p.teacher_row}) operands.array(*of, r);
   for (const float** of : {&p.student_bias, &p.teacher_bias}) operands.array(*of, v);
   operands.array(p.offsets, p.rows + 1);
   operands.array(p.kind, r);
-  operands.array(p.row_grad, r);
+  for (const float** of : {&p.row_grad, &p.kept}) operands.array(*of, r);
   operands.array(p.state, r * State::kColumns);
 #if defined(VIGOS_EMULATED_FEW)
   run_gradient<float>(p, aligned);

@@ -10,8 +10,9 @@ namespace emulator {
 class Operands {
  public:
   // (rows, columns) entries of `item` bytes; the pointer becomes that of the copy. Operands at one address stay one.
+  // kept: an output whose entries may stay as they are.
   template <typename T>
-  void matrix(T*& pointer, int64_t rows, int64_t columns, int64_t stride, size_t item) {
+  void matrix(T*& pointer, int64_t rows, int64_t columns, int64_t stride, size_t item, bool kept = false) {
     if (pointer == nullptr || rows == 0) return;
     char* const original = reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(pointer));
     constexpr bool kWritten = !std::is_const_v<T>;
@@ -26,7 +27,7 @@ class Operands {
                     stride * item, kWritten});
     char* const copy = all_.back().pages.data();
     std::memcpy(copy, original, bytes);
-    for (int64_t row = 0; kWritten && row < rows; ++row)
+    for (int64_t row = 0; kWritten && !kept && row < rows; ++row)
       std::memset(copy + row * stride * item, kPoison, columns * item);
     pointer = reinterpret_cast<T*>(copy);
   }

@@ -4,6 +4,10 @@ The gradient of a row depends on that row alone. It is computed with the loss, c
 are dropped, and scaled by the row's upstream gradient later; a row that needs a gradient after all (a clipped row whose
 `divergence` is differentiated) is computed again in backward. The head's gradient mixes rows: it is computed with the
 weights of the supervision and scaled by the upstream of `loss`, or computed again when `divergence` has an upstream.
+
+The gradient of logits is as large as they are: engines that read a row once for both write it with the loss, at the
+weights of the supervision. Rows to which backward says otherwise are computed again, never scaled: a 16-bit gradient
+would be rounded twice.
 """
 
 from __future__ import annotations
@@ -22,14 +26,14 @@ from vigos.divergence.engines.problem import Rows, Statistics, live_rows
 NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 
-def operator(name: str) -> Callable[[Callable[..., object]], Any]:
-    """Register a function that changes none of its arguments as an operator.
+def operator(name: str, *mutates: str) -> Callable[[Callable[..., object]], Any]:
+    """Register a function as an operator that changes the arguments named, and no others.
 
     torch.library.custom_op does the same, but its first call imports torch._dynamo: two seconds.
     """
 
     def register(function: Callable[..., object]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *NOT_CAPTURED))
         torch.library.impl(name, "default", function)
         namespace, operator = name.split("::")

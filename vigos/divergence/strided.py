@@ -1,8 +1,8 @@
 """Logits whose leading dimensions cannot be merged without a copy: `logits[:, :-1]` of (B, T, V), a batch of slices.
 
 Reading them needs no copy, since engines take any row stride: the tensor is read as a matrix that holds the rows in the
-gaps too, with the row indices of the pairs mapped. A gradient like that would fill the gaps, so it is written slice by
-slice into one dense tensor.
+gaps too, with the row indices of the pairs mapped. A gradient like that would fill the gaps, so it is written to one
+dense tensor: with the loss where the engine can, else slice by slice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.call import Call
-from vigos.divergence.logits_op import logits, logits_backward_inplace_op, logits_backward_op
+from vigos.divergence.engines import first
+from vigos.divergence.logits_op import (
+    logits,
+    logits_backward_inplace_op,
+    logits_backward_op,
+    logits_correct_op,
+    writes_in_forward,
+)
 from vigos.divergence.operator import once
 
 
@@ -69,22 +76,31 @@ class _Strided(torch.autograd.Function):
         call: Call, inplace: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         matrix, index = as_matrix(student)
-        rows_s = index.to(rows[0].device)[rows[0]]
-        out = logits(matrix, teacher, (rows_s, *rows[1:]), labels, call, inplace)
+        rows_s, n = index.to(rows[0].device)[rows[0]], student.shape[:-1].numel()
+        need = ctx.needs_input_grad[0] and not inplace
+        elsewhere = first(call.impl, student.device) != "cpu"  # which writes a gradient where it read the row
+        ctx.written = need and elsewhere and writes_in_forward(call, student.device, rows[0], n)
+        into = (rows[0], n) if ctx.written else (None, 0)
+        out = logits(matrix, teacher, (rows_s, *rows[1:]), labels, call, inplace, *into)
         ctx.call, ctx.inplace = call, inplace
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, out[1], out[8], *rows)
+        ctx.save_for_backward(student, teacher, out[1], out[8], out[9], *rows)
         ctx.mark_non_differentiable(*out[2:8])
         return out[:8]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_divergence: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        student, teacher, divergence, state, student_row, *rows = ctx.saved_tensors
+        student, teacher, divergence, state, dlogits, student_row, *rows = ctx.saved_tensors
         nothing = (None,) * 5
         if grad_loss is None and grad_divergence is None:
             return None, *nothing
         v, start = student.shape[-1], 0
-        dlogits = None if ctx.inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        written = ctx.written and not torch.is_grad_enabled()
+        if written:
+            ctx.written = False  # given away: whoever has it may write to it
+            dlogits = dlogits.data.view(student.shape)
+        else:
+            dlogits = None if ctx.inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
         for part in _slices(student.detach()):
             n = part.shape[0]
             pairs = ((student_row >= start) & (student_row < start + n)).nonzero().squeeze(1)
@@ -98,6 +114,8 @@ class _Strided(torch.autograd.Function):
                 if torch.is_grad_enabled():  # create_graph=True
                     once()
                 logits_backward_inplace_op(*arguments)
+            elif written:
+                logits_correct_op(dlogits.view(-1, v)[start : start + n], *arguments)
             else:
                 dlogits.view(-1, v)[start : start + n] = logits_backward_op(*arguments)
             start += n

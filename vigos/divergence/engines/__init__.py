@@ -6,7 +6,8 @@
     logits_forward(problem) -> LogitsResult
     logits_backward(problem, state, row_grad) -> Tensor     dlogits (N, V), rows scaled by row_grad (R,)
 
-`logits_backward` takes a keyword `out`: the tensor to write to, which may be the student's logits themselves.
+`logits_backward` takes the keywords `out`, the tensor to write to, which may be the student's logits themselves, and
+`kept` (R,): `out` holds the gradient under these already, and only rows to which `row_grad` says otherwise are written.
 A module is imported on first use; one whose requirements are missing imports all the same and says so in `why_not`.
 """
 
@@ -16,6 +17,8 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType
+
+import torch
 
 from vigos.divergence.engines.problem import LinearProblem, LogitsProblem
 from vigos.divergence.engines.self_check import agrees
@@ -32,6 +35,10 @@ AUTO = {
     "cuda": ("triton", "reference"),
 }
 
+# Whose `logits_forward` writes the gradient with the statistics: a row is read once for both. Triton's kernels have no
+# place to keep a row, and would read it again all the same.
+ONE_VISIT = ("cpu", "cuda", "reference")
+
 _MODULES = {"reference": "chunked"}  # where a module is called otherwise
 
 
@@ -40,6 +47,11 @@ def engine(impl: str) -> ModuleType:
     if impl not in IMPLS:
         raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
     return importlib.import_module(f"vigos.divergence.engines.{_MODULES.get(impl, impl)}")
+
+
+def first(impl: str, device: torch.device) -> str:
+    """Return the name of the engine that `impl` names, or that "auto" tries first on `device`."""
+    return AUTO.get(device.type, ("reference",))[0] if impl == "auto" else impl
 
 
 def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str | None:

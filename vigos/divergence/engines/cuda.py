@@ -5,7 +5,8 @@ in distributed shared memory, takes the statistics, and writes the gradient from
 
     linear   logits (2 C, V) fp32 of both sides -> statistics, dlogits in the operands' dtype, of two chunks
              (2 C, V) -> drow = dlogits @ W
-    logits   statistics and the state of each row; backward writes dlogits (N, V), in place of the logits if asked
+    logits   statistics, the state of each row and, where it is asked for, its gradient at the weights; backward writes
+             the rows whose upstream is another, or all of dlogits (N, V), in place of the logits if asked
 
 Memory of the linear path: (8 + 2 itemsize) * C * V bytes beside the results, C = 256 at V = 151,936. Nothing here has
 been run on a GPU yet: the engine is reached by `impl="cuda"` alone, never by "auto".
@@ -136,25 +137,28 @@ def _scalars(rows: Rows, v: int) -> dict[str, object]:
 def _run_rows(
     rows: Rows, student: Tensor, teacher: Tensor, statistics: Statistics, *, student_row: Tensor | None = None,
     teacher_row: Tensor | None = None, bias: tuple[Tensor | None, Tensor | None] = (None, None),
-    dlogits: Tensor | None = None, state: Tensor | None = None,
+    dlogits: Tensor | None = None, dlogits_row: Tensor | None = None, weight: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch over `rows.n_rows` rows: row r is student[student_row[r]] (or student[r]), and dlogits[r].
+    """Launch over `rows.n_rows` rows: row r is student[student_row[r]] (or student[r]), and dlogits likewise.
 
-    student, teacher (·, V) of one dtype with unit column stride; dlogits (R, V), unweighted, 0 where `live_rows` is
-    False; state (R, STATE); statistics are written.
+    student, teacher (·, V) of one dtype with unit column stride; dlogits (·, V) times `weight` (R,), unweighted without
+    it, 0 where `live_rows` is False; state (R, STATE); statistics are written.
     """
     module = _module()
     assert module is not None
     clipped = torch.empty(rows.n_rows, dtype=torch.bool, device=student.device)
     # Held in names until the launch: a temporary's memory could be handed out again before the kernel reads it.
-    kind, live, clip = rows.kind.contiguous(), (rows.weight != 0).float(), rows.clip.float().contiguous()
+    kind, clip = rows.kind.contiguous(), rows.clip.float().contiguous()
+    weight = (rows.weight != 0).float() if weight is None else weight.float().contiguous()
     labels = None if rows.labels is None else rows.labels.contiguous()
     with torch.cuda.device_of(student):
         params = module.LogitsRowsParams(
             student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=_address(dlogits),
             student_row=_address(student_row), teacher_row=_address(teacher_row), kind=kind.data_ptr(),
-            weight=live.data_ptr(), clip=clip.data_ptr(), student_bias=_address(bias[0]),
-            teacher_bias=_address(bias[1]), labels=_address(labels), clipped=clipped.data_ptr(), state=_address(state),
+            dlogits_row=_address(dlogits_row), weight=weight.data_ptr(), clip=clip.data_ptr(),
+            student_bias=_address(bias[0]), teacher_bias=_address(bias[1]), labels=_address(labels),
+            clipped=clipped.data_ptr(), state=_address(state),
             **{name: _address(x) for name, x in vars(statistics).items()},
             rows=rows.n_rows, stride_student=_stride(student), stride_teacher=_stride(teacher),
             stride_dlogits=0 if dlogits is None else _stride(dlogits), **_scalars(rows, student.shape[1]),
@@ -243,18 +247,22 @@ def _multiply(problem: LinearProblem, result: LinearResult, dlogits: Tensor, row
 
 
 def logits_forward(problem: LogitsProblem) -> LogitsResult:
-    """Compute statistics and state of every row, in one kernel."""
+    """Compute statistics and state of every row, and its gradient if asked, in one kernel."""
     statistics = Statistics.empty(problem)
     state = torch.zeros(problem.n_rows, STATE, device=problem.device)
     if problem.n_rows > 0:
         _run_rows(
             problem, _rows_of(problem.student_logits), _rows_of(problem.teacher_logits), statistics,
             student_row=problem.student_row.contiguous(), teacher_row=problem.teacher_row.contiguous(), state=state,
+            dlogits=problem.dlogits, weight=problem.weight,
+            dlogits_row=None if problem.dlogits_row is None else problem.dlogits_row.contiguous(),
         )  # fmt: skip
     return LogitsResult(statistics, state)
 
 
-def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+def logits_backward(
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits: a thread reads an entry before it writes it. Rows with row_grad 0 are not read.
@@ -272,13 +280,14 @@ def logits_backward(problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, 
     order = torch.argsort(problem.student_row, stable=True)
     offsets = torch.searchsorted(problem.student_row[order], torch.arange(n + 1, device=student.device))
     teacher_row, kind = problem.teacher_row.contiguous(), problem.kind.contiguous()
-    grads = row_grad.float().contiguous()
+    grads, before = row_grad.float().contiguous(), None if kept is None else kept.float().contiguous()
     with torch.cuda.device_of(student):
         params = module.LogitsGradientParams(
             student=student.data_ptr(), teacher=teacher.data_ptr(), dlogits=into.data_ptr(), order=order.data_ptr(),
             offsets=offsets.data_ptr(), teacher_row=teacher_row.data_ptr(), kind=kind.data_ptr(),
-            row_grad=grads.data_ptr(), state=state.data_ptr(), rows=n, stride_student=_stride(student),
-            stride_teacher=_stride(teacher), stride_dlogits=_stride(into), **_scalars(problem, v),
+            row_grad=grads.data_ptr(), kept=_address(before), state=state.data_ptr(), rows=n,
+            stride_student=_stride(student), stride_teacher=_stride(teacher), stride_dlogits=_stride(into),
+            **_scalars(problem, v),
         )  # fmt: skip
         module.logits_gradient(params, dtype=_name(student.dtype), stream=_stream(student.device))
     return out if into is out else out.copy_(into)

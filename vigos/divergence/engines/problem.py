@@ -174,10 +174,18 @@ class LinearProblem(Rows):
 
 @dataclass(frozen=True)
 class LogitsProblem(Rows):
-    """The same for logits that exist: student_logits (N, V) and teacher_logits (M, V), any float dtype, any strides."""
+    """The same for logits that exist.
+
+    Attributes:
+        student_logits: (N, V); teacher_logits: (M, V). Any float dtype, any strides.
+        dlogits: None, or what `logits_forward` writes the gradient of the loss to: (N', V), rows `dlogits_row` (R,),
+            none of them twice; 0 where `live_rows` is False. The rows that nobody names are not its business.
+    """
 
     student_logits: Tensor
     teacher_logits: Tensor
+    dlogits: Tensor | None = None
+    dlogits_row: Tensor | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -250,6 +258,12 @@ class LogitsResult:
 def live_rows(rows: Rows, divergence: Tensor) -> Tensor:
     """Return the rows with a gradient of the loss, bool (R,). A NaN divergence counts, so that it is seen."""
     return (rows.weight != 0) & ~(divergence > rows.clip)
+
+
+def changed_pairs(rows: Rows, row_grad: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (student rows whose gradient under `kept` (R,) is another, their pairs with one under `row_grad`)."""
+    changed = rows.student_row[row_grad != kept].unique()
+    return changed, (torch.isin(rows.student_row, changed) & (row_grad != 0)).nonzero().squeeze(1)
 
 
 def chunk_width(n: int, most: int, multiple: int = 16) -> int:
