@@ -111,8 +111,8 @@ def _logits_gradient(
     divergence, state = saved
     with engine_runs_on(problem.device):
         g = row_upstream(problem, divergence, *upstream)
-        kept = row_upstream(problem, divergence, torch.ones_like(divergence[:1]), None) if written else None
-        return choose(call.impl, problem).logits_backward(problem, state, g, out=out, kept=kept)
+        kept = {"kept": row_upstream(problem, divergence, torch.ones_like(divergence[:1]), None)} if written else {}
+        return choose(call.impl, problem).logits_backward(problem, state, g, out=out, **kept)
 
 
 @operator("vigos::logits_divergence_backward")

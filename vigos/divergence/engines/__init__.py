@@ -6,8 +6,8 @@
     logits_forward(problem) -> LogitsResult
     logits_backward(problem, state, row_grad) -> Tensor     dlogits (N, V), rows scaled by row_grad (R,)
 
-`logits_backward` takes the keywords `out`, the tensor to write to, which may be the student's logits themselves, and
-`kept` (R,): `out` holds the gradient under these already, and only rows to which `row_grad` says otherwise are written.
+`logits_backward` takes the keyword `out`: the tensor to write to, which may be the student's logits themselves; that of
+an engine in ONE_VISIT also `kept` (R,): `out` holds the gradient under these already, and only other rows are written.
 A module is imported on first use; one whose requirements are missing imports all the same and says so in `why_not`.
 """
 
