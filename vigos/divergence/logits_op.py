@@ -46,7 +46,8 @@ def writes_in_forward(call: Call, device: torch.device, student_row: Tensor, n: 
     one tensor's rows among them: all those gradients would be held until backward.
     """
     r = student_row.shape[0]
-    if torch.compiler.is_compiling() or first(call.impl, device) not in ONE_VISIT:
+    values = type(student_row) is Tensor and student_row.device.type != "meta"  # not of a trace
+    if torch.compiler.is_compiling() or not values or first(call.impl, device) not in ONE_VISIT:
         return False
     return n <= 2 * r <= 2 * n and student_row.unique().shape[0] == r
 
