@@ -91,7 +91,7 @@ struct RowReader {
   int count;      // vectors in the slice
 
   // Pair r, of whose vectors this block of the cluster has `slice` at most; `kept`: room for them on both sides.
-  static __device__ __forceinline__ RowReader of(const P& p, int64_t r, int rank, int64_t slice, Vector* kept) {
+  static __device__ __forceinline__ RowReader slice_of(const P& p, int64_t r, int rank, int64_t slice, Vector* kept) {
     const int64_t student_row = p.student_row ? p.student_row[r] : r,
                   teacher_row = p.teacher_row ? p.teacher_row[r] : r;
     const int64_t first = rank * slice, left = (p.vocab + kVec - 1) / kVec - first;
@@ -272,7 +272,7 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
   const bool reverse = kind == kReverseKL;
   const int64_t slice = ((p.vocab + kVec - 1) / kVec + ranks - 1) / ranks, first = rank * slice;
   auto* const kept = reinterpret_cast<typename Reader::Vector*>(device::shared_memory() + sizeof(RowShared));
-  const Reader reader = Reader::of(p, r, rank, slice, kept);
+  const Reader reader = Reader::slice_of(p, r, rank, slice, kept);
 
   const bool reporter = rank == 0 && thread == 0;
   Logits label = {};
