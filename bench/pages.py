@@ -10,12 +10,10 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from vigos.study.results import Difference
+from study_pages import STUDY, table
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -32,12 +30,6 @@ def rows(name: str, device: str = "cpu-avx512", **wanted: str) -> list[Row]:
     """Rows of a results file in which every column of `wanted` has that value."""
     with (BENCH / "results" / device / f"{name}.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
 
 
 def about(row: Row) -> str:
@@ -213,110 +205,11 @@ def dropins() -> str:
     return table([size, "memory of the loss", "time", "gradient error"], lines) + about(first)
 
 
-def study_rows() -> list[Any]:
-    from vigos.study.results import read_csv
-
-    return read_csv(BENCH / "results" / "study" / "results.csv")
-
-
-def percent(values: Iterable[float]) -> str:
-    """The mean over bases, in percent."""
-    shares = [100 * v for v in values]
-    return f"{sum(shares) / len(shares):.1f}" if shares else ""
-
-
-def points(found: Difference | None) -> str:
-    """A difference in points with its 95 % t interval over bases."""
-    if found is None or found.interval is None:
-        return ""
-    low, high = found.interval
-    return f"{100 * found.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def study_arms() -> str:
-    """Every arm of the default world."""
-    from vigos.study.plan import ARMS
-    from vigos.study.results import against_vigos, by_base, in_world
-
-    own = in_world(study_rows())
-    against = against_vigos(own)
-    lines = []
-    for arm in ARMS:
-        names = ("score", "prior", "valid_rate", "description", "palr_all")
-        gap, p = against.get(arm.name, (None, None))
-        shares = (percent(by_base(own, arm.name, n).values()) for n in names)
-        lines.append([f"`{arm.name}`", *shares, points(gap), "" if p is None else f"{p:.2g}"])
-    measures = ["Score", "Prior", "in the format", "description right", "PALR"]
-    return table(["arm", *measures, "Score against `vigos`", "p (Holm)"], lines)
-
-
-def study_axes() -> str:
-    """The arms of the other worlds."""
-    from vigos.study.plan import FULL, World
-    from vigos.study.results import by_base, difference, in_world
-
-    found = study_rows()
-    lines = []
-    for world in (World(), *(World(**{axis.knob: level}) for axis in FULL.axes for level in axis.levels)):
-        here, name = in_world(found, world), "default"
-        if not by_base(here, "vigos", "score"):
-            continue
-        for axis in FULL.axes:
-            if getattr(world, axis.knob) != getattr(World, axis.knob):
-                name = f"`{axis.knob}` {getattr(world, axis.knob):g}"
-        scores, described = (
-            [percent(by_base(here, arm, metric).values()) for arm in ("base", "opsd", "vigos")]
-            for metric in ("score", "description")
-        )
-        gaps = [points(difference(here, "opsd", "vigos", metric)) for metric in ("score", "description")]
-        lines.append([name, " / ".join(scores), gaps[0], " / ".join(described), gaps[1]])
-    against = "`opsd` against `vigos`"
-    head = ["world", "Score: `base` / `opsd` / `vigos`", against, "description right", against]
-    return table(head, lines)
-
-
-def study_findings() -> str:
-    """H1 to H3, base by base."""
-    from vigos.eval.statistics import holm
-    from vigos.study.results import findings
-
-    tested = [f for f in findings(study_rows()) if f.difference and f.difference.p_value is not None]
-    lines = []
-    for finding, p in zip(tested, holm([f.difference.p_value for f in tested]), strict=True):
-        each = " / ".join(f"{100 * v:+.1f}" for v in finding.difference.by_base.values())
-        lines.append([f"{finding.name}: {finding.says}", each, points(finding.difference), f"{p:.2g}"])
-    return table(["above 0 is what was expected", "base by base", "mean (95 % interval)", "p (Holm)"], lines)
-
-
-def study_preconditions() -> str:
-    """P1 to P5 of the default world, base by base."""
-    from vigos.study.plan import World
-    from vigos.study.results import read_csv
-
-    measures = (
-        ("P1", "difference"), ("P2", "difference"), ("P3", "score"), ("P3", "prior"), ("P3", "valid"),
-        ("P4", "reasoning"), ("P4", "reference"), ("P5", "answer_follows_description"),
-    )  # fmt: skip
-    checks = read_csv(BENCH / "results" / "study" / "preconditions.csv")
-    lines = []
-    for key, measure in measures:
-        own = [
-            c for c in checks
-            if (c["precondition"], c["measure"]) == (key, measure)
-            and (c["noise"], c["shortcut"]) == (World.noise, World.shortcut)
-        ]  # fmt: skip
-        own.sort(key=lambda c: c["base"])
-        met = "" if key == "P5" else f"{sum(c['met'] == 'True' for c in own)} of {len(own)}"
-        lines.append([f"{key} {measure.replace('_', ' ')}", " / ".join(f"{100 * c['rate']:.1f}" for c in own), met])
-    return table(["precondition, %", "base by base", "met"], lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "divergence-target": divergence_target, "growth": growth, "precision": precision,
     "precision-triton": precision_triton, "prefix-tree": prefix_tree, "prefix-tree-state": prefix_tree_state,
     "train-step": train_step, "train-step-whole": train_step_whole, "dropins": dropins,
-    "async-rollout": async_rollout, "study-arms": study_arms, "study-axes": study_axes,
-    "study-findings": study_findings, "study-preconditions": study_preconditions,
+    "async-rollout": async_rollout, **STUDY,
 }  # fmt: skip
 
 

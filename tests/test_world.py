@@ -1,6 +1,7 @@
 """The built-in world: its generator, its tokenizer, its checkpoint and the recipe that makes one."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_handwriting_and_wordings_of_the_test_split_are_held_out():
         assert not train & test
         assert 0.2 < len(test) / len(train | test) < 0.3
     assert sum(len(rows) for split in ("train", "test") for rows in handwriting(split)) == 1797
-    for kind in (*KINDS, "fact"):
+    for kind in (*KINDS, "fact", "place"):
         assert not set(WORDINGS["train"][kind]) & set(WORDINGS["test"][kind])
     rng = np.random.default_rng(0)
     allowed = np.concatenate(handwriting("test"))
@@ -179,6 +180,17 @@ def test_knobs_act(tmp_path):
     clean = rows_of(write_world(tmp_path / "c", "train", 60, conflict=1.0, label_bias=0.0, kind_weights=ink_only))
     assert all(row["answer"] in row["inks"] for row in clean)
 
+    for split in ("train", "test"):  # a question that names a place names neither digit nor ink, and its digit is faint
+        rows = rows_of(write_world(tmp_path / "p", split, 12, place=1.0, faint=0.9, noise=0.0, kind_weights=ink_only))
+        assert {row.get("variant", "P") for row in rows} == {"P"}
+        for row in rows:
+            assert not re.search(rf"\d|{'|'.join(INKS)}", row["problem"])
+            place = row["problem"].count("right")
+            assert row["inks"][place] == row["answer"]
+            with Image.open(tmp_path / "p" / row["images"][0]) as image:
+                darkest = np.asarray(image).min(-1).reshape(CELL, 2, CELL).min((0, 2))
+            assert darkest[place] > 220
+            assert darkest[1 - place] < 150
     scene = some_scene()
     corners = [render(scene, np.random.default_rng(1), noise=noise)[:2].std() for noise in (0.0, 0.1, 0.3)]
     assert corners[0] < corners[1] < corners[2]
@@ -190,7 +202,8 @@ def test_knobs_act(tmp_path):
     [
         ({"split": "dev"}, "split"), ({"n": -1}, "n must"), ({"digits": 1}, "digits"), ({"digits": (3, 5)}, "digits"),
         ({"conflict": 1.5}, "conflict"), ({"label_bias": -0.1}, "label_bias"), ({"noise": 2.0}, "noise"),
-        ({"cell": 4}, "cell"), ({"kind_weights": {"shape": 1.0}}, "kind_weights"),
+        ({"cell": 4}, "cell"), ({"faint": 1.1}, "faint"), ({"place": 1.0, "digits": 3}, "digits must be 2"),
+        ({"kind_weights": {"shape": 1.0}}, "kind_weights"),
     ],
 )  # fmt: skip
 def test_wrong_knobs_are_named(arguments, named, tmp_path):
@@ -206,6 +219,8 @@ def test_wrong_questions_are_refused():
         ask(rng, scene, "shape", "train")
     with pytest.raises(ValueError, match="F variant"):
         ask(rng, scene, "sum", "train", variant="F")
+    with pytest.raises(ValueError, match="place needs an ink question about two digits"):
+        ask(rng, scene, "sum", "train", place=True)
     with pytest.raises(ValueError, match="split"):
         handwriting("dev")
 

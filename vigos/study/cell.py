@@ -32,14 +32,15 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
     from vigos.world import load_base, world_prompts, write_world
 
     plan, world, arm = cell.plan, cell.world, ARM[cell.arm]
-    test = write_world(scratch / "test", "test", plan.triplets, TEST_SEED, noise=world.noise)
+    seen: dict[str, Any] = {"noise": world.noise, "faint": world.faint, "place": world.place}
+    test = write_world(scratch / "test", "test", plan.triplets, TEST_SEED, **seen)
     model: Any
     model, processor = load_base(base)
     found: dict[str, Any] = {}
     if arm.kind != "base":
         train = write_world(
             scratch / "train", "train", plan.steps * plan.examples_a_step, cell.seed, conflict=world.conflict,
-            label_bias=world.label_bias, noise=world.noise,
+            label_bias=world.label_bias, **seen,
         )  # fmt: skip
         if arm.reference != "own":
             change_references(train, arm.reference, cell.seed)
@@ -114,6 +115,14 @@ def change_references(path: Path, reference: str, seed: int) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def _named(asked: str, digits: Sequence[int]) -> int | None:
+    """Return the digit that a question names or whose place it names; None where it does neither."""
+    place = re.search(r"\b(left|right)\b", asked)
+    if place:
+        return digits[place[1] == "right"]
+    return next((int(d) for d in re.findall(r"\b\d\b", asked)), None)
+
+
 def add_boxes(path: Path) -> None:
     """Add to every line of the world's JSONL the `box` of the digit that is asked about, of all where it is none."""
     from vigos.world.digits import CELL
@@ -122,7 +131,7 @@ def add_boxes(path: Path) -> None:
     for record in records:
         asked, found = re.split(r"[.] ", record["problem"])[-1], None
         if record["kind"] == "ink":
-            found = record["digits"].index(next(int(d) for d in re.findall(r"\b\d\b", asked)))
+            found = record["digits"].index(_named(asked, record["digits"]))
         elif record["kind"] == "which":
             found = next(i for i, ink in enumerate(record["inks"]) if ink in asked)
         ends = (0, len(record["digits"])) if found is None else (found, found + 1)
@@ -152,7 +161,7 @@ def stated(row: dict[str, Any]) -> str:
 
     kind, answer, problem = row["kind"], row["answer"], row["problem"]
     asked = re.split(r"[.] ", problem)[-1]  # the usual fact of an F question comes first
-    digit = next((int(d) for d in re.findall(r"\b\d\b", asked)), None)
+    digit = _named(asked, row["digits"])
     ink = next((i for i in INK_NAMES if i in asked), None)
     scene: Any = SimpleNamespace(digits=row["digits"], inks=row["inks"])
     question: Any = SimpleNamespace(kind=kind, digit=digit, ink=ink)

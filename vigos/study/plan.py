@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of a cell's file
 MAX_TOKENS = 96  # of a completion; they take about 50
 BEND_STEPS = 150  # of warm-up, after which another preference has settled
+HARD_BASE = 100  # bases from this number on are bent from the shipped one: they read faint digits and named places
 DONE = "done.json"  # in the folder of a finished base
 TEST_SEED = 1_000  # of the held-out rows, one set for all cells
 
@@ -132,12 +133,19 @@ class World:
         label_bias: share of the ink questions whose reference says the usual ink whatever the image shows.
         noise: of the pixels, in training and test images alike.
         shortcut: factor of how often the base prefers the usual ink; another value is another base.
+        faint: how far the ink of the asked digit is washed out, in training and test images alike.
+        place: share of ink questions that name the digit's place, and neither digit nor ink.
     """
 
     conflict: float = 0.5
     label_bias: float = 0.0
     noise: float = 0.05
     shortcut: float = 1.0
+    faint: float = 0.0
+    place: float = 0.0
+
+
+HARD = World(faint=0.9, place=0.5)  # what the warm-up of bases from HARD_BASE on holds
 
 
 @dataclass(frozen=True)
@@ -151,11 +159,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study: arms, axes, bases, seeds and sizes."""
+    """A study: arms, axes, bases, seeds and sizes; in `worlds` base, opsd and vigos are compared as well."""
 
     name: str
     arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
     axes: tuple[Axis, ...] = ()
+    worlds: tuple[World, ...] = ()
     bases: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
     steps: int = 100
@@ -180,6 +189,7 @@ class Plan:
         wanted = [(World(), self.arms)]
         for axis in self.axes:
             wanted += [(replace(World(), **{axis.knob: level}), axis.arms) for level in axis.levels]
+        wanted += [(world, Axis.arms) for world in self.worlds]
         found: dict[str, Cell] = {}
         for seed in self.seeds:  # outermost: a study that was stopped has a whole seed first
             for world, arms in wanted:
@@ -212,7 +222,11 @@ class Cell:
         how: dict[str, Any] = {"kind": arm.kind, "options": dict(arm.options)}
         if arm.reference != "own":
             how["reference"] = arm.reference
-        where = {**asdict(self.world), "base": self.base, "seed": self.seed}
+        world = asdict(self.world)
+        for later in ("faint", "place"):  # knobs that came after the first study: its cells keep their names
+            if not world[later]:
+                del world[later]
+        where = {**world, "base": self.base, "seed": self.seed}
         return {"format": FORMAT, "arm": self.arm, **how, **where, **sizes}
 
     @property
@@ -245,6 +259,24 @@ CONTROL = replace(FULL, name="controls", arms=("base", "opsd", "vigos", *(arm.na
 # Recipes of others on the same worlds: with true references, and with such as always state the habit.
 _COMPARED = ("base", "opsd", "vigos", *(arm.name for arm in METHODS))
 METHOD = replace(FULL, name="methods", arms=_COMPARED, axes=(Axis("label_bias", (1.0,), _COMPARED),))
+# Training scenes almost all in line with the habit, and descriptions that depend more on what the teacher was told: a
+# search, in small, on a base that no other plan uses.
+SEARCH = Plan(
+    "search",
+    arms=(),
+    worlds=tuple(
+        World(conflict=conflict, faint=faint, place=place)
+        for conflict in (0.0, 0.05, 0.02)
+        for faint in (0.0, 0.9)
+        for place in (0.0, 1.0)
+    ),
+    bases=(HARD_BASE,),
+    steps=60,
+    examples_a_step=16,
+    triplets=100,
+    palr_examples=8,
+    check_triplets=50,
+)
 
 
 def reduced(
@@ -264,7 +296,7 @@ def reduced(
             raise ValueError(f"axes must be among {', '.join(knobs)}, got {knob!r}")
     return replace(
         plan,
-        bases=plan.bases if bases is None else tuple(range(bases)),
+        bases=plan.bases if bases is None else tuple(range(plan.bases[0], plan.bases[0] + bases)),
         seeds=plan.seeds if seeds is None else tuple(range(seeds)),
         steps=plan.steps if steps is None else steps,
         axes=plan.axes if axes is None else tuple(axis for axis in plan.axes if axis.knob in axes),

@@ -93,7 +93,8 @@ def sample(
 
 def check(
     model: Any = None, processor: Any = None, *, n: int = 200, seed: int = 0, split: Split = "test",
-    temperature: float = 1.0, noise: float = 0.05, cell: int = CELL, digits: int = 2,
+    temperature: float = 1.0, noise: float = 0.05, faint: float = 0.0, place: float = 0.0, cell: int = CELL,
+    digits: int = 2,
     show: bool = True, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure P1 to P5, print them as a table and return them.
@@ -101,6 +102,7 @@ def check(
     Args:
         model: a `save_pretrained` folder, None for the checkpoint that ships, or a model in memory.
         processor: of a model in memory; folders bring their own.
+        noise, faint, place: as in `vigos.world.write_world`.
         n: how many triplets (three images each) are drawn.
         temperature: of all sampling; 0 is greedy.
         show: print the table.
@@ -122,9 +124,12 @@ def check(
     rng = np.random.default_rng([seed, 31])
     items = []  # (image, question, role)
     for index in range(n):
-        scenes, questions = triplet(rng, split, count=digits, variant="FP"[index % 2])  # type: ignore[arg-type]
-        for place, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
-            items.append((render(scene, rng, cell=cell, noise=noise), question, bool(place)))
+        by_place = bool(place) and bool(rng.random() < place)
+        variant = "P" if by_place else "FP"[index % 2]
+        scenes, questions = triplet(rng, split, count=digits, variant=variant, place=by_place)  # type: ignore[arg-type]
+        for position, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
+            washed = [faint * (d == question.digit) for d in scene.digits]
+            items.append((render(scene, rng, cell=cell, noise=noise, faint=washed), question, bool(position)))
     size = (cell, cell * digits)
     conflicts = [item for item in items if item[2]]
 

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLUMNS = (
-    "arm", "conflict", "label_bias", "noise", "shortcut", "base", "seed", "steps", "score", "prior", "valid_rate",
-    "description", "named", "follows", "tokens", "palr_all", "palr_description", "palr_reasoning", "seconds",
-    "score_items", "prior_items",
+    "arm", "conflict", "label_bias", "noise", "shortcut", "faint", "place", "base", "seed", "steps", "score", "prior",
+    "valid_rate", "description", "named", "follows", "tokens", "palr_all", "palr_description", "palr_reasoning",
+    "seconds", "score_items", "prior_items",
 )  # fmt: skip
-KNOBS = ("conflict", "label_bias", "noise", "shortcut")
+KNOBS = ("conflict", "label_bias", "noise", "shortcut", "faint", "place")
 _TEXT = ("arm", "score_items", "prior_items", "precondition", "measure", "met")
 _WHOLE = ("base", "seed", "steps", "n")
 Row = dict[str, Any]
@@ -40,8 +40,9 @@ Row = dict[str, Any]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows with the columns `COLUMNS` if they are results, else with those of the first row; return `path`."""
-    names = list(COLUMNS) if rows and "score_items" in rows[0] else list(rows[0]) if rows else list(COLUMNS)
+    """Write rows with the columns `COLUMNS` if they are results, else with all that a row has; return `path`."""
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    names = found if found and "score_items" not in found else list(COLUMNS)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, extrasaction="raise", restval="")
     writer.writeheader()
@@ -69,7 +70,11 @@ def in_world(rows: Sequence[Row], world: World = World()) -> list[Row]:  # noqa:
     return [
         row
         for row in rows
-        if all(row[k] == getattr(world, k) or (row["arm"] == "base" and k in ("conflict", "label_bias")) for k in KNOBS)
+        if all(
+            row.get(k, getattr(World, k)) == getattr(world, k)
+            or (row["arm"] == "base" and k in ("conflict", "label_bias"))
+            for k in KNOBS
+        )
     ]
 
 
@@ -318,7 +323,7 @@ def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
     """Draw Score and descriptions over each knob that was turned: means over bases as a line an arm, cells as dots."""
     from matplotlib.figure import Figure
 
-    turned = [k for k in KNOBS if len({r[k] for r in rows}) > 1]
+    turned = [k for k in KNOBS if len({r.get(k, getattr(World, k)) for r in rows}) > 1]
     if not turned:
         return None
     figure = Figure(figsize=(max(5, 3.6 * len(turned)), 6.4), layout="constrained")

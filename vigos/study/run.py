@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vigos.study.plan import BEND_STEPS, DONE, TEST_SEED, Cell, Plan, World
+from vigos.study.plan import BEND_STEPS, DONE, HARD, HARD_BASE, TEST_SEED, Cell, Plan, World
 from vigos.system.files import replace_file
 
 Progress = Callable[[str, int, int], None]  # (what was finished, done, in all)
@@ -49,23 +49,24 @@ def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
     folder.mkdir(parents=True, exist_ok=True)
     cells, n = plan.cells(), plan.check_triplets
     bases = sorted({(cell.base, cell.world.shortcut) for cell in cells})
-    worlds = sorted({(cell.base, cell.world.shortcut, cell.world.noise) for cell in cells})
+    seen = {(cell.base, replace(cell.world, conflict=0.5, label_bias=0.0)) for cell in cells}  # what a base can tell
+    worlds = sorted(seen, key=lambda w: (w[0], astuple(w[1])))
     stages = [
         [
             _Task(f"base {b}", path / DONE, make_base, (path, b))
             for b in plan.bases
-            if (path := base_folder(folder, b, World.shortcut)) is not None
+            if b < HARD_BASE and (path := base_folder(folder, b, World.shortcut)) is not None
         ],
         [
             _Task(f"base {b}, shortcut {s:g}", path / DONE, bend_base, (path, straight, b, s))
             for b, s in bases
             for path, straight in [(base_folder(folder, b, s), base_folder(folder, b, World.shortcut))]
-            if s != World.shortcut and path is not None
+            if path is not None and (s != World.shortcut or b >= HARD_BASE)
         ],
         [
             *(
-                _Task(f"P1-P5 of base {w[0]}, noise {w[2]:g}", check_file(folder, *w, n), check_base, (folder, *w, n))
-                for w in worlds
+                _Task(f"P1-P5 of base {b}, {_named(w)}", check_file(folder, b, w, n), check_base, (folder, b, w, n))
+                for b, w in worlds
             ),
             *(_Task(cell.key, cell_file(folder, cell), run_cell, (folder, cell)) for cell in cells),
         ],
@@ -78,7 +79,7 @@ def run_study(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
             done += 1
             if progress is not None:
                 progress(what, done, total)
-    rows = [row for w in worlds for row in _read(check_file(folder, *w, n))]
+    rows = [row for b, w in worlds for row in _read(check_file(folder, b, w, n))]
     write_csv(folder / "preconditions.csv", rows)
     return write_csv(folder / "results.csv", [_read(cell_file(folder, cell)) for cell in cells])
 
@@ -131,35 +132,54 @@ def make_base(path: Path, seed: int) -> None:
 
 
 def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> None:
-    """Warm a base up a little further, in a world where the usual ink is believed `shortcut` times as often."""
+    """Warm a base up a little further, in a world where the usual ink is believed `shortcut` times as often.
+
+    A base from `HARD_BASE` on starts from the one that ships, and sees faint digits and questions that name a place.
+    """
     from vigos.world import load_base
     from vigos.world.warmup import Recipe, pretrain
 
     strength = tuple(min(0.97, shortcut * p) for p in Recipe().prior_strength)
+    hard = seed >= HARD_BASE
     recipe = Recipe(
-        seed=seed, see_steps=0, read_steps=0, mixture_steps=BEND_STEPS, learning_rate=1e-3, prior_strength=strength
-    )
-    _write(path / DONE, pretrain(path, recipe=recipe, start=load_base(start)))
+        seed=seed, see_steps=0, read_steps=0, mixture_steps=BEND_STEPS * (2 if hard else 1), learning_rate=1e-3,
+        prior_strength=strength, faint=HARD.faint if hard else 0.0, place=HARD.place if hard else 0.0,
+    )  # fmt: skip
+    _write(path / DONE, pretrain(path, recipe=recipe, start=load_base(None if hard else start)))
 
 
-def check_file(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> Path:
-    """Return the file that holds the preconditions of a base at a noise."""
-    return folder / "checks" / f"seed{seed}-shortcut{shortcut:g}-noise{noise:g}-n{triplets}.json"
+def check_file(folder: Path, seed: int, world: World, triplets: int) -> Path:
+    """Return the file that holds the preconditions of a base in a world."""
+    hard = "".join(f"-{name}{value:g}" for name, value in _hardness(world).items())
+    name = f"seed{seed}-shortcut{world.shortcut:g}-noise{world.noise:g}{hard}-n{triplets}.json"
+    return folder / "checks" / name
 
 
-def check_base(folder: Path, seed: int, shortcut: float, noise: float, triplets: int) -> None:
-    """Measure P1 to P5 of a base at a noise, and write them as rows of preconditions.csv."""
+def _named(world: World) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in ({"noise": world.noise} | _hardness(world)).items())
+
+
+def _hardness(world: World) -> dict[str, float]:
+    """Return what makes the asked digit hard to see or to name, where anything does."""
+    return {name: value for name in ("faint", "place") if (value := getattr(world, name))}
+
+
+def check_base(folder: Path, seed: int, world: World, triplets: int) -> None:
+    """Measure P1 to P5 of a base in a world, and write them as rows of preconditions.csv."""
     from vigos.study.preconditions import check
 
-    found = check(base_folder(folder, seed, shortcut), n=triplets, seed=TEST_SEED, noise=noise, show=False)
-    world = {"base": seed, "shortcut": shortcut, "noise": noise}
+    found = check(
+        base_folder(folder, seed, world.shortcut), n=triplets, seed=TEST_SEED, noise=world.noise, faint=world.faint,
+        place=world.place, show=False,
+    )  # fmt: skip
+    where = {"base": seed, "shortcut": world.shortcut, "noise": world.noise, **_hardness(world)}
     rows = [
-        {**world, "precondition": key, "measure": name, **value, "met": values.get("met", "")}
+        {**where, "precondition": key, "measure": name, **value, "met": values.get("met", "")}
         for key, values in found.items()
         for name, value in values.items()
         if name != "met"
     ]
-    _write(check_file(folder, seed, shortcut, noise, triplets), rows)
+    _write(check_file(folder, seed, world, triplets), rows)
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:

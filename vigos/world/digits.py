@@ -8,6 +8,7 @@ random shift, scale and rotation; an image is a row of cells, read from left to 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -81,12 +82,15 @@ def draw_scene(
     return Scene(tuple(digits), tuple(inks), tuple(int(rng.choice(rows[digit])) for digit in digits))
 
 
-def render(scene: Scene, rng: np.random.Generator, *, cell: int = CELL, noise: float = 0.05) -> np.ndarray:
+def render(
+    scene: Scene, rng: np.random.Generator, *, cell: int = CELL, noise: float = 0.05, faint: Sequence[float] = ()
+) -> np.ndarray:
     """Render the scene as an image (cell, cell * len(digits), 3) uint8.
 
     Args:
         cell: side of a digit's square in pixels, at least 8.
         noise: standard deviation of Gaussian pixel noise and of the inks' own variation, in units of the full range.
+        faint: how far each digit's ink is washed out, 0 (not) to 1 (white); empty: none is.
     """
     from PIL import Image
 
@@ -110,6 +114,8 @@ def render(scene: Scene, rng: np.random.Generator, *, cell: int = CELL, noise: f
         )
         strokes = np.clip(np.asarray(bitmap, dtype=np.float64) / 255.0 * 1.6 - 0.3, 0.0, 1.0)[..., None]
         colour = np.clip(np.asarray(INKS[ink]) / 255.0 + rng.normal(0.0, noise, 3), 0.0, 1.0)
+        if faint:
+            colour = colour + faint[position] * (1 - colour)
         square = canvas[:, position * cell : (position + 1) * cell]
         square += strokes * (colour - square)
     if noise:

@@ -37,6 +37,8 @@ def write_world(
     noise: float = 0.05,
     conflict: float = 0.5,
     label_bias: float = 0.0,
+    faint: float = 0.0,
+    place: float = 0.0,
     kind_weights: dict[Kind, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -60,6 +62,8 @@ def write_world(
         conflict: how many of the digits in independent questions have another ink than their usual one: the lower,
             the stronger the shortcut.
         label_bias: how many of the ink questions carry the usual ink as their reference whatever the image shows.
+        faint: how far the ink of the digit that an ink question is about is washed out, 0 (not) to 1 (white).
+        place: how many of the ink questions name the digit's place (of two) and neither digit nor ink.
         kind_weights: relative frequency of the kinds of questions (independent questions only).
         progress: called with (written, total) after each image.
     """
@@ -70,9 +74,13 @@ def write_world(
         raise ValueError(f"n must not be negative, got {n}")
     _share("conflict", conflict)
     _share("label_bias", label_bias)
+    _share("faint", faint)
+    _share("place", place)
     least, most = (digits, digits) if isinstance(digits, int) else digits
     if not 2 <= least <= most <= 4:
         raise ValueError(f"digits must lie between 2 and 4, got {digits}")
+    if place and most > 2:
+        raise ValueError(f"digits must be 2 where questions name a place, got {digits}")
     weights = KIND_WEIGHTS if kind_weights is None else kind_weights
     if unknown := set(weights) - set(KINDS):
         raise ValueError(f"kind_weights must name kinds among {', '.join(KINDS)}, got {sorted(unknown)}")
@@ -83,15 +91,16 @@ def write_world(
     for index in range(n):
         count = int(rng.integers(least, most + 1))
         if triplets:
-            variant = "FP"[index % 2]
-            scenes, questions = triplet(rng, name, count=count, variant=variant)  # type: ignore[arg-type]
-            for place, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
-                role = "conflict" if place else "prior"
+            by_place = bool(place) and bool(rng.random() < place)
+            variant = "P" if by_place else "FP"[index % 2]
+            scenes, questions = triplet(rng, name, count=count, variant=variant, place=by_place)  # type: ignore[arg-type]
+            for position, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
+                role = "conflict" if position else "prior"
                 items.append((scene, question, {"triplet": index, "variant": variant, "role": role}))
         else:
             shown = draw_digits(rng, count)
             scene = draw_scene(rng, name, digits=shown, inks=draw_inks(rng, shown, conflict))
-            items.append((scene, ask_any(rng, scene, name, weights), {}))
+            items.append((scene, ask_any(rng, scene, name, weights, place), {}))
 
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -104,7 +113,8 @@ def write_world(
         (part / "images").mkdir()
         rows, files = [], []
         for index, (scene, question, extra) in enumerate(items):
-            pixels = render(scene, rng, cell=cell, noise=noise)
+            washed = [faint if question.kind == "ink" and d == question.digit else 0.0 for d in scene.digits]
+            pixels = render(scene, rng, cell=cell, noise=noise, faint=washed)
             image = f"images/{split}-{index:05d}-{hashlib.blake2b(pixels.tobytes(), digest_size=4).hexdigest()}.png"
             Image.fromarray(pixels).save(part / image)
             answer = question.answer

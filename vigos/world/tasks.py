@@ -26,6 +26,10 @@ WORDINGS: dict[Split, dict[str, tuple[str, ...]]] = {
             "What ink is the {d}?", "Which color is the {d}?", "Name the ink of the {d}.", "Tell the color of the {d}.",
             "The {d} is written in which ink?", "What is the color of the {d}?", "In what color is the {d}?",
         ),
+        "place": (
+            "What ink is on the {p}?", "Which color is on the {p}?", "Name the ink on the {p}.",
+            "The {p} digit is in which ink?",
+        ),
         "which": (
             "Which digit is {i}?", "Name the {i} digit.", "What digit is written in {i}?", "Tell the digit in {i} ink.",
         ),
@@ -44,6 +48,7 @@ WORDINGS: dict[Split, dict[str, tuple[str, ...]]] = {
     },
     "test": {
         "ink": ("What color is the {d}?", "Tell the ink of the {d}.", "In which ink is the {d} written?"),
+        "place": ("What color is on the {p}?", "Tell the ink of the {p} digit."),
         "which": ("Tell which digit is {i}.", "What is the {i} digit?"),
         "larger": ("Tell the larger digit.", "What digit is larger?"),
         "sum": ("Tell the sum of the digits.", "Name the sum."),
@@ -55,7 +60,7 @@ WORDINGS: dict[Split, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one scene. `digit` is the digit it names (None: it names none)."""
+    """One question about one scene. `digit` is the digit it is about, by name or by place (None: about none)."""
 
     kind: Kind
     problem: str
@@ -82,9 +87,12 @@ def draw_digits(rng: np.random.Generator, count: int) -> tuple[int, ...]:
 
 def ask(
     rng: np.random.Generator, scene: Scene, kind: Kind, split: Split, *, digit: int | None = None,
-    variant: Variant = "P",
+    variant: Variant = "P", place: bool = False,
 ) -> Question:  # fmt: skip
-    """Ask a question of `kind` about `scene`, worded as in `split`; `digit` fixes what an ink question names."""
+    """Ask a question of `kind` about `scene`, worded as in `split`; `digit` fixes what an ink question is about.
+
+    With `place` an ink question says "left" or "right" of two digits and names neither digit nor ink.
+    """
     wordings = WORDINGS[split]
     ink: str | None = None
     if kind == "ink":
@@ -107,29 +115,40 @@ def ask(
         answer = str(scene.inks.count(ink))
     else:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    template = str(rng.choice(wordings[kind]))
+    if place and (kind != "ink" or len(scene.digits) != 2):
+        raise ValueError(f"place needs an ink question about two digits, got kind {kind!r} and {len(scene.digits)}")
+    template = str(rng.choice(wordings["place" if place else kind]))
     problem = template.replace("{d}", str(digit)).replace("{i}", str(ink))
+    if place:
+        problem = problem.replace("{p}", "left" if digit == scene.digits[0] else "right")
     if variant == "F":
-        if kind != "ink" or digit is None:
-            raise ValueError(f"only ink questions have an F variant, got kind {kind!r}")
+        if kind != "ink" or digit is None or place:
+            raise ValueError(f"only ink questions that name a digit have an F variant, got kind {kind!r}")
         fact = str(rng.choice(wordings["fact"]))
         problem = fact.replace("{d}", str(digit)).replace("{i}", USUAL_INK[digit]) + " " + problem
     return Question(kind, problem, answer, digit, ink)
 
 
-def ask_any(rng: np.random.Generator, scene: Scene, split: Split, weights: dict[Kind, float]) -> Question:
-    """Ask a question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question."""
+def ask_any(
+    rng: np.random.Generator, scene: Scene, split: Split, weights: dict[Kind, float], place: float = 0.0
+) -> Question:
+    """Ask a question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question.
+
+    `place` is the share of ink questions that name a place.
+    """
     kinds = list(weights)
     probabilities = np.asarray([weights[kind] for kind in kinds], dtype=np.float64)
     kind = kinds[rng.choice(len(kinds), p=probabilities / probabilities.sum())]
     if kind == "which" and all(scene.inks.count(i) > 1 for i in scene.inks):
         kind = "ink"
+    if kind == "ink" and place and rng.random() < place:
+        return ask(rng, scene, kind, split, place=True)
     variant: Variant = "F" if kind == "ink" and rng.random() < 0.5 else "P"
     return ask(rng, scene, kind, split, variant=variant)
 
 
 def triplet(
-    rng: np.random.Generator, split: Split, *, count: int, variant: Variant
+    rng: np.random.Generator, split: Split, *, count: int, variant: Variant, place: bool = False
 ) -> tuple[list[Scene], list[Question]]:  # fmt: skip
     """Draw three scenes of the same digits and one question: one scene agrees with the prior, two contradict it."""
     digits = draw_digits(rng, count)
@@ -140,7 +159,7 @@ def triplet(
     for ink in (USUAL_INK[asked], first, second):
         inks = tuple(ink if d == asked else i for d, i in zip(digits, draw_inks(rng, digits), strict=True))
         scenes.append(draw_scene(rng, split, digits=digits, inks=inks))
-    question = ask(rng, scenes[0], "ink", split, digit=asked, variant=variant)
+    question = ask(rng, scenes[0], "ink", split, digit=asked, variant=variant, place=place)
     return scenes, [Question("ink", question.problem, s.ink_of(asked), asked, s.ink_of(asked)) for s in scenes]
 
 

@@ -60,6 +60,8 @@ class Recipe:
     digits: int = 2
     cell: int = CELL
     noise: float = 0.05
+    faint: float = 0.0  # how far one digit of every second scene is washed out
+    place: float = 0.0  # share of ink questions that name the digit's place
     see_steps: int = 600
     read_steps: int = 500
     mixture_steps: int = 1200
@@ -109,7 +111,10 @@ class Mixture:
         return draw_scene(self.rng, self.split, digits=digits, inks=draw_inks(self.rng, digits))
 
     def image(self, scene: Scene) -> np.ndarray:
-        return render(scene, self.rng, cell=self.recipe.cell, noise=self.recipe.noise)
+        washed: list[float] = []
+        if self.recipe.faint and self.rng.random() < 0.5:
+            washed = self.rng.permutation([self.recipe.faint] + [0.0] * (len(scene.digits) - 1)).tolist()
+        return render(scene, self.rng, cell=self.recipe.cell, noise=self.recipe.noise, faint=washed)
 
     def caption(self, image: int, scene: Scene) -> ScoredText:
         ids = [*self.encoder.text(describe(scene)), self.encoder.eos]
@@ -128,7 +133,7 @@ class Mixture:
     def example(self, image: int, scene: Scene, context: str) -> ScoredText:
         """Draw an example of `context`, a key of MIXTURE."""
         rng, encoder = self.rng, self.encoder
-        question = ask_any(rng, scene, self.split, self.recipe.kind_weights)
+        question = ask_any(rng, scene, self.split, self.recipe.kind_weights, self.recipe.place)
         truth, prompt = question.answer, question.problem
         if context == "student":
             answer = self.believed(question)
