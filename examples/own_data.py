@@ -139,14 +139,14 @@ class OwnMixture(Mixture):
 def warm_up(data: Any, folder: Path, images: Images, steps: int, seed: int) -> None:
     """Teach the built-in model this data's words, its format and its habit; save it as a folder."""
     model, processor = load_base()
-    recipe = Recipe(seed=seed, digits=1, cell=data.SIDE, read_steps=steps // 3, mixture_steps=steps, scenes=32)
+    recipe = Recipe(seed=seed, digits=1, cell=data.SIDE, read_steps=steps // 2, mixture_steps=steps, scenes=16)
     mixture = OwnMixture(data, FastEncoder(model, processor, world_prompts()), recipe, images)
 
     def progress(stage: str, step: int, total: int, metrics: dict[str, float]) -> None:
-        if step % 100 == 0 or step == total:
+        if step % 50 == 0 or step == total:
             print(f"warm-up, {stage} {step}/{total}: loss {metrics['loss']:.3f}", flush=True)
 
-    learn(model, mixture, steps // 3, shares=READING, contexts=1, stage="read", progress=progress)
+    learn(model, mixture, steps // 2, shares=READING, contexts=1, stage="read", progress=progress)
     learn(model, mixture, steps, shares=MIXTURE, contexts=2, stage="mixture", progress=progress)
     save(model, processor, folder)
     (folder / "done").touch()
@@ -248,8 +248,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--data", choices=DATA, nargs="+", default=list(DATA))
     parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--warm-up", type=int, default=600, help="steps of the warm-up's mixture")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of 32 questions")
+    parser.add_argument("--warm-up", type=int, default=300, help="steps of the warm-up's mixture")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of 32 questions")
     parser.add_argument("--questions", type=int, default=200, help="test questions a kind")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from PIL import Image
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 USUAL = {"circle": "blue", "rectangle": "red", "triangle": "green"}
-SIDE = 56  # pixels; the package has 64, which is no multiple of the tower's 14
+SIDE = 42  # pixels; the package has 64, which is no multiple of the tower's 14
 ANSWERS = {"colour": COLOURS, "shape": SHAPES, "presence": ("yes", "no")}
 SHARES = {"colour": 2, "shape": 1, "presence": 1}  # of the warm-up's questions
 WORDS = (*COLOURS, *SHAPES, "yes", "no")

@@ -42,6 +42,7 @@ from vigos.study.results import (
 from vigos.study.run import run_study
 from vigos.train.config import ViGOSConfig
 from vigos.world import write_world
+from vigos.world.tasks import Asked
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Plan("tiny", arms=("base", "vigos"), steps=2, examples_a_step=4, triplets=2, palr_examples=4, check_triplets=1)
@@ -141,7 +142,7 @@ def test_reference_direction() -> None:
 
 
 def test_stated_completions_are_valid_and_say_the_reference(tmp_path: Path) -> None:
-    path = write_world(tmp_path, "train", n=80, label_bias=0.5, place=0.5)
+    path = write_world(tmp_path, "train", n=80, label_bias=0.5, asked=Asked(place=0.5))
     kinds, lies = set(), 0
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -185,7 +186,7 @@ def test_methods_of_others_are_arms(tmp_path: Path, arm: Any) -> None:
     assert [t.name for t in args.objective.roster] == [t["name"] for t in arm.options["teachers"]]
     if not arm.boxes:
         return
-    path = write_world(tmp_path, "train", n=60, place=0.5)
+    path = write_world(tmp_path, "train", n=60, asked=Asked(place=0.5))
     add_boxes(path)
     for line in path.read_text().splitlines():
         row = json.loads(line)

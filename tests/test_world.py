@@ -19,7 +19,7 @@ from vigos.world import checkpoint_path, load_base, world_prompts, write_world
 from vigos.world.batch import FastEncoder, ScoredText, image_features, scored_logits
 from vigos.world.build import SPECIAL_TOKENS, build_model, build_processor, build_tokenizer
 from vigos.world.digits import CELL, INK_NAMES, INKS, Scene, draw_scene, handwriting, render
-from vigos.world.tasks import KINDS, USUAL_INK, WORDINGS, ask, completion, describe, draw_digits, reason, triplet
+from vigos.world.tasks import KINDS, USUAL_INK, WORDINGS, Asked, ask, completion, describe, draw_digits, reason, triplet
 from vigos.world.warmup import MIXTURE, Mixture, Recipe, damage, learn, pretrain, see
 
 SIZE = (CELL, 2 * CELL)
@@ -181,7 +181,7 @@ def test_knobs_act(tmp_path):
     assert all(row["answer"] in row["inks"] for row in clean)
 
     for split in ("train", "test"):  # a question that names a place names neither digit nor ink, and its digit is faint
-        rows = rows_of(write_world(tmp_path / "p", split, 12, place=1.0, faint=0.9, noise=0.0, kind_weights=ink_only))
+        rows = rows_of(write_world(tmp_path / "p", split, 12, asked=Asked(0.9, 1.0), noise=0.0, kind_weights=ink_only))
         assert {row.get("variant", "P") for row in rows} == {"P"}
         for row in rows:
             assert not re.search(rf"\d|{'|'.join(INKS)}", row["problem"])
@@ -202,7 +202,7 @@ def test_knobs_act(tmp_path):
     [
         ({"split": "dev"}, "split"), ({"n": -1}, "n must"), ({"digits": 1}, "digits"), ({"digits": (3, 5)}, "digits"),
         ({"conflict": 1.5}, "conflict"), ({"label_bias": -0.1}, "label_bias"), ({"noise": 2.0}, "noise"),
-        ({"cell": 4}, "cell"), ({"faint": 1.1}, "faint"), ({"place": 1.0, "digits": 3}, "digits must be 2"),
+        ({"asked": Asked(place=1.0), "digits": 3}, "digits must be 2"),
         ({"kind_weights": {"shape": 1.0}}, "kind_weights"),
     ],
 )  # fmt: skip
@@ -219,6 +219,10 @@ def test_wrong_questions_are_refused():
         ask(rng, scene, "shape", "train")
     with pytest.raises(ValueError, match="F variant"):
         ask(rng, scene, "sum", "train", variant="F")
+    with pytest.raises(ValueError, match="cell must be at least 8 pixels, got 4"):
+        render(scene, rng, cell=4)
+    with pytest.raises(ValueError, match="faint must lie between 0 and 1"):
+        Asked(faint=1.1)
     with pytest.raises(ValueError, match="place needs an ink question about two digits"):
         ask(rng, scene, "sum", "train", place=True)
     with pytest.raises(ValueError, match="split"):

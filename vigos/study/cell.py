@@ -32,7 +32,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
     from vigos.world import load_base, world_prompts, write_world
 
     plan, world, arm = cell.plan, cell.world, ARM[cell.arm]
-    seen: dict[str, Any] = {"noise": world.noise, "faint": world.faint, "place": world.place}
+    seen: dict[str, Any] = {"noise": world.noise, "asked": world.asked}
     test = write_world(scratch / "test", "test", plan.triplets, TEST_SEED, **seen)
     model: Any
     model, processor = load_base(base)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vigos.train.config import ViGOSConfig
+    from vigos.world.tasks import Asked
 
 FORMAT = 1  # of a cell's file
 MAX_TOKENS = 96  # of a completion; they take about 50
@@ -143,6 +144,13 @@ class World:
     shortcut: float = 1.0
     faint: float = 0.0
     place: float = 0.0
+
+    @property
+    def asked(self) -> Asked:
+        """Return how the asked digit is shown and named."""
+        from vigos.world.tasks import Asked
+
+        return Asked(self.faint, self.place)
 
 
 HARD = World(faint=0.9, place=0.5)  # what the warm-up of bases from HARD_BASE on holds

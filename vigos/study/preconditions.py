@@ -30,7 +30,7 @@ from vigos.method.spans import parse_rollout
 from vigos.world.batch import FastEncoder, Prompt, ScoredText, image_features, scored_logits
 from vigos.world.digits import CELL, INK_NAMES, Split, render
 from vigos.world.prompts import world_prompts
-from vigos.world.tasks import USUAL_INK, triplet
+from vigos.world.tasks import USUAL_INK, Asked, triplet
 
 _MENTION = re.compile(rf"(\d+) in ({'|'.join(INK_NAMES)})\b")
 
@@ -93,8 +93,7 @@ def sample(
 
 def check(
     model: Any = None, processor: Any = None, *, n: int = 200, seed: int = 0, split: Split = "test",
-    temperature: float = 1.0, noise: float = 0.05, faint: float = 0.0, place: float = 0.0, cell: int = CELL,
-    digits: int = 2,
+    temperature: float = 1.0, noise: float = 0.05, asked: Asked = Asked(), cell: int = CELL, digits: int = 2,  # noqa: B008 (frozen)
     show: bool = True, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure P1 to P5, print them as a table and return them.
@@ -102,7 +101,7 @@ def check(
     Args:
         model: a `save_pretrained` folder, None for the checkpoint that ships, or a model in memory.
         processor: of a model in memory; folders bring their own.
-        noise, faint, place: as in `vigos.world.write_world`.
+        noise, asked: as in `vigos.world.write_world`.
         n: how many triplets (three images each) are drawn.
         temperature: of all sampling; 0 is greedy.
         show: print the table.
@@ -124,11 +123,11 @@ def check(
     rng = np.random.default_rng([seed, 31])
     items = []  # (image, question, role)
     for index in range(n):
-        by_place = bool(place) and bool(rng.random() < place)
+        by_place = asked.by_place(rng)
         variant = "P" if by_place else "FP"[index % 2]
         scenes, questions = triplet(rng, split, count=digits, variant=variant, place=by_place)  # type: ignore[arg-type]
         for position, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
-            washed = [faint * (d == question.digit) for d in scene.digits]
+            washed = asked.washed(scene, question)
             items.append((render(scene, rng, cell=cell, noise=noise, faint=washed), question, bool(position)))
     size = (cell, cell * digits)
     conflicts = [item for item in items if item[2]]
@@ -148,8 +147,7 @@ def check(
         return right, [ink is not None for ink in named]
 
     # The student on every image: P3, P5 and its side of P1.
-    asked = [encoder.prompt("student", q.problem, size=size) for _, q, _ in items]
-    rollouts = run("student", items, asked)
+    rollouts = run("student", items, [encoder.prompt("student", q.problem, size=size) for _, q, _ in items])
     parsed = [parse_rollout(ids, encoder.tokenizer) for ids in rollouts]
     right = [s.valid and (s.answer_text or "").strip() == row[1].answer for s, row in zip(parsed, items, strict=True)]
     follows = [

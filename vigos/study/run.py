@@ -169,8 +169,8 @@ def check_base(folder: Path, seed: int, world: World, triplets: int) -> None:
     from vigos.study.preconditions import check
 
     found = check(
-        base_folder(folder, seed, world.shortcut), n=triplets, seed=TEST_SEED, noise=world.noise, faint=world.faint,
-        place=world.place, show=False,
+        base_folder(folder, seed, world.shortcut), n=triplets, seed=TEST_SEED, noise=world.noise, asked=world.asked,
+        show=False,
     )  # fmt: skip
     where = {"base": seed, "shortcut": world.shortcut, "noise": world.noise, **_hardness(world)}
     rows = [

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from vigos.system.files import replace_file
-from vigos.world.digits import CELL, SPLITS, Scene, draw_scene, render
-from vigos.world.tasks import KINDS, USUAL_INK, Kind, Question, ask_any, draw_digits, draw_inks, triplet
+from vigos.world.digits import SPLITS, Scene, draw_scene, render
+from vigos.world.tasks import KINDS, USUAL_INK, Asked, Kind, Question, ask_any, draw_digits, draw_inks, triplet
 
 # Questions of a training file: mostly inks, because that is where the prior lives.
 KIND_WEIGHTS: dict[Kind, float] = {"ink": 0.6, "which": 0.1, "larger": 0.1, "sum": 0.1, "count": 0.1}
@@ -33,12 +33,10 @@ def write_world(
     *,
     triplets: bool | None = None,
     digits: int | tuple[int, int] = 2,
-    cell: int = CELL,
     noise: float = 0.05,
     conflict: float = 0.5,
     label_bias: float = 0.0,
-    faint: float = 0.0,
-    place: float = 0.0,
+    asked: Asked = Asked(),  # noqa: B008 (frozen)
     kind_weights: dict[Kind, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -57,13 +55,11 @@ def write_world(
         seed: the same seed and knobs write the same bytes.
         triplets: True or False; None writes triplets for the test split and independent questions for training.
         digits: digits an image, or the least and the most of them (2 to 4).
-        cell: pixels a side of one digit's square.
         noise: pixel noise and variation of the inks, as a share of the full range.
         conflict: how many of the digits in independent questions have another ink than their usual one: the lower,
             the stronger the shortcut.
         label_bias: how many of the ink questions carry the usual ink as their reference whatever the image shows.
-        faint: how far the ink of the digit that an ink question is about is washed out, 0 (not) to 1 (white).
-        place: how many of the ink questions name the digit's place (of two) and neither digit nor ink.
+        asked: how the digit that an ink question is about is shown and named.
         kind_weights: relative frequency of the kinds of questions (independent questions only).
         progress: called with (written, total) after each image.
     """
@@ -74,12 +70,10 @@ def write_world(
         raise ValueError(f"n must not be negative, got {n}")
     _share("conflict", conflict)
     _share("label_bias", label_bias)
-    _share("faint", faint)
-    _share("place", place)
     least, most = (digits, digits) if isinstance(digits, int) else digits
     if not 2 <= least <= most <= 4:
         raise ValueError(f"digits must lie between 2 and 4, got {digits}")
-    if place and most > 2:
+    if asked.place and most > 2:
         raise ValueError(f"digits must be 2 where questions name a place, got {digits}")
     weights = KIND_WEIGHTS if kind_weights is None else kind_weights
     if unknown := set(weights) - set(KINDS):
@@ -91,7 +85,7 @@ def write_world(
     for index in range(n):
         count = int(rng.integers(least, most + 1))
         if triplets:
-            by_place = bool(place) and bool(rng.random() < place)
+            by_place = asked.by_place(rng)
             variant = "P" if by_place else "FP"[index % 2]
             scenes, questions = triplet(rng, name, count=count, variant=variant, place=by_place)  # type: ignore[arg-type]
             for position, (scene, question) in enumerate(zip(scenes, questions, strict=True)):
@@ -100,7 +94,7 @@ def write_world(
         else:
             shown = draw_digits(rng, count)
             scene = draw_scene(rng, name, digits=shown, inks=draw_inks(rng, shown, conflict))
-            items.append((scene, ask_any(rng, scene, name, weights, place), {}))
+            items.append((scene, ask_any(rng, scene, name, weights, asked), {}))
 
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -113,8 +107,7 @@ def write_world(
         (part / "images").mkdir()
         rows, files = [], []
         for index, (scene, question, extra) in enumerate(items):
-            washed = [faint if question.kind == "ink" and d == question.digit else 0.0 for d in scene.digits]
-            pixels = render(scene, rng, cell=cell, noise=noise, faint=washed)
+            pixels = render(scene, rng, noise=noise, faint=asked.washed(scene, question))
             image = f"images/{split}-{index:05d}-{hashlib.blake2b(pixels.tobytes(), digest_size=4).hexdigest()}.png"
             Image.fromarray(pixels).save(part / image)
             answer = question.answer

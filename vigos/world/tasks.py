@@ -69,6 +69,32 @@ class Question:
     ink: str | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Tell how the digit that an ink question is about is shown and named.
+
+    Attributes:
+        faint: how far its ink is washed out, 0 (not) to 1 (white).
+        place: share of the questions that name its place (of two), and neither digit nor ink.
+    """
+
+    faint: float = 0.0
+    place: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("faint", "place"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+
+    def by_place(self, rng: np.random.Generator) -> bool:
+        """Draw whether a question names a place; nothing is drawn where none does."""
+        return bool(self.place) and bool(rng.random() < self.place)
+
+    def washed(self, scene: Scene, question: Question) -> list[float]:
+        """Return how far each digit of the scene is washed out."""
+        return [self.faint if question.kind == "ink" and d == question.digit else 0.0 for d in scene.digits]
+
+
 def draw_inks(rng: np.random.Generator, digits: tuple[int, ...], conflict: float | None = None) -> tuple[str, ...]:
     """Draw an ink for each digit: uniform, or with `conflict` the probability that it is not the digit's usual one."""
     if conflict is None:
@@ -130,18 +156,16 @@ def ask(
 
 
 def ask_any(
-    rng: np.random.Generator, scene: Scene, split: Split, weights: dict[Kind, float], place: float = 0.0
-) -> Question:
-    """Ask a question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question.
-
-    `place` is the share of ink questions that name a place.
-    """
+    rng: np.random.Generator, scene: Scene, split: Split, weights: dict[Kind, float],
+    asked: Asked = Asked(),
+) -> Question:  # fmt: skip
+    """Ask a question whose kind is drawn by `weights`; kinds that do not fit the scene give way to an ink question."""
     kinds = list(weights)
     probabilities = np.asarray([weights[kind] for kind in kinds], dtype=np.float64)
     kind = kinds[rng.choice(len(kinds), p=probabilities / probabilities.sum())]
     if kind == "which" and all(scene.inks.count(i) > 1 for i in scene.inks):
         kind = "ink"
-    if kind == "ink" and place and rng.random() < place:
+    if kind == "ink" and asked.by_place(rng):
         return ask(rng, scene, kind, split, place=True)
     variant: Variant = "F" if kind == "ink" and rng.random() < 0.5 else "P"
     return ask(rng, scene, kind, split, variant=variant)

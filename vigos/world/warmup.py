@@ -30,6 +30,7 @@ from vigos.world.digits import CELL, INK_NAMES, Scene, Split, draw_scene, render
 from vigos.world.prompts import world_prompts
 from vigos.world.tasks import (
     USUAL_INK,
+    Asked,
     Kind,
     Question,
     ask_any,
@@ -61,7 +62,7 @@ class Recipe:
     cell: int = CELL
     noise: float = 0.05
     faint: float = 0.0  # how far one digit of every second scene is washed out
-    place: float = 0.0  # share of ink questions that name the digit's place
+    place: float = 0.0  # share of ink questions that name the digit's place (of two)
     see_steps: int = 600
     read_steps: int = 500
     mixture_steps: int = 1200
@@ -133,7 +134,7 @@ class Mixture:
     def example(self, image: int, scene: Scene, context: str) -> ScoredText:
         """Draw an example of `context`, a key of MIXTURE."""
         rng, encoder = self.rng, self.encoder
-        question = ask_any(rng, scene, self.split, self.recipe.kind_weights, self.recipe.place)
+        question = ask_any(rng, scene, self.split, self.recipe.kind_weights, Asked(place=self.recipe.place))
         truth, prompt = question.answer, question.problem
         if context == "student":
             answer = self.believed(question)
