@@ -182,10 +182,12 @@ def test_mistakes_end_in_one_line_on_stderr_and_code_2(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == f"error: --config: no such file: {tmp_path}/[red]none[/b].yaml\n"
+    assert run("report", str(tmp_path / "none")) == 2
+    assert capsys.readouterr().err == f"error: no such file or folder: {tmp_path}/none\n"
 
 
 def test_errors_move_no_cursor(tmp_path, capsys):
-    assert run("compare", str(tmp_path / "\x1b]0;title\x07\nerror: forged"), "b") == 1
+    assert run("compare", str(tmp_path / "\x1b]0;title\x07\nerror: forged"), "b") == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert "\x1b" not in printed

@@ -14,7 +14,7 @@ from vigos.cli import train  # noqa: F401  registers its commands, in the order 
 # isort: split
 from vigos.cli import evaluate  # noqa: F401
 from vigos.cli.app import Force, app, world_app
-from vigos.cli.folders import output_folder
+from vigos.cli.folders import check_exist, output_folder
 from vigos.cli.options import UsageError
 from vigos.system.screen import make_console, print_table
 from vigos.system.text import printable
@@ -33,6 +33,7 @@ def report(
     force: Force = False,
 ) -> None:
     """Write one HTML file about a run. Headline numbers, rollouts token by token, curves, cost; it loads nothing."""
+    check_exist(run, compare, before, after)
     from vigos.report.page import write_report
 
     page = (output_dir or run) / "report.html"

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from vigos.cli.app import EVAL, PROBE, RAW, Config, Force, Help, Listing, Raw, app, stop_for_help
-from vigos.cli.folders import output_folder
+from vigos.cli.folders import check_exist, output_folder
 from vigos.system.screen import make_console, per_cent, print_table
 from vigos.system.text import printable
 
@@ -29,6 +29,7 @@ def evaluate_command(
 ) -> None:
     """Evaluate a model under the student's prompt."""
     stop_for_help(EVAL, show_help, list_options)
+    check_exist(baseline)
     console = make_console()
     source, options = EVAL.parse(config, context.args)
     with output_folder(source.output_dir, "vigos eval"):
@@ -111,6 +112,7 @@ def compare(
     Five metrics are looked at, so one counts as different at p < 0.01: two runs of one model then differ in one of them
     at most once in twenty times.
     """
+    check_exist(a, b)
     from vigos.eval.results import EvaluationResult
     from vigos.eval.results import compare as paired
 

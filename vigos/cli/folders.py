@@ -20,6 +20,13 @@ def is_leader() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def check_exist(*paths: Path | None) -> None:
+    """Raise UsageError for a file or folder that is not there, before anything heavy is imported."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise UsageError(f"no such file or folder: {path}")
+
+
 def earlier_run(folder: Path, holds: tuple[str, ...], *, allowed: bool = False) -> list[Path]:
     """Return what an earlier run left in a folder.
 
