@@ -263,12 +263,13 @@ class ViGOSConfig(TrainingArguments):
         return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective) if f.init})
 
     def _check_numbers(self) -> None:
-        _ = self.objective, self.sampling, View.read(self.student_view)  # which check their own fields
         positive = ["token_budget", "lora_r", "lora_alpha", "palr_wrong_answers", "max_dropped_steps"]
+        positive += ["num_generations", "max_completion_length"]
         positive += ["rollout_batch_size"] if self.rollout_batch_size is not None else []
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        _ = self.objective, self.sampling, View.read(self.student_view)  # which check their own fields
         for name in ("max_prompt_length", "palr_steps", "completion_steps", "completion_images", "completion_top_k"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {getattr(self, name)!r}")
