@@ -9,12 +9,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.divergence_cases import KINDS, logits_no_worse, of_kind, peaked_logits, run_logits
-from helpers.engines import emulate
+from helpers.divergence_cases import KINDS, assert_same, case, logits_no_worse, of_kind, peaked_logits, run, run_logits
+from helpers.engines import configure, emulate
 
 import vigos
 from vigos import reference
 from vigos.divergence.engines import cuda
+from vigos.divergence.engines.products import Chunks
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,34 @@ def test_plan(emulator: ModuleType) -> None:
     assert plan(32_000, "bfloat16", 80, 166_912)[:2] == (False, 1)
     with pytest.raises(ValueError, match="vocab must be > 0, got 0"):
         plan(0, "float32", 90, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_over_their_logits(emulator: ModuleType, dtype: torch.dtype) -> None:
+    """The same bits as in a buffer of their own, in rows that take one block and rows that take a cluster of four."""
+    c = case(18, 16, 1003)  # two chunks; rows of no whole number of vectors
+    for limit in (232448, 9000):
+        emulator.set_device(90, limit)
+        assert emulator.cuda.logits_rows_stay(1003, "float32")
+        ours = []
+        for room in (700_000_000, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                configure(patch, "cuda", Chunks(chunk_bytes=1, waiting_chunks=1, in_place_bytes=room))
+                ours.append(run(c, "cuda", dtype, train_head=False))
+        assert_same(*ours)
+
+
+def test_a_narrow_gradient_over_rows_that_are_read_again(emulator: ModuleType) -> None:
+    z, found = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    pointers = {name: found.data_ptr() for name in (
+        "kind", "weight", "clip", "divergence", "clipped", "student_entropy", "teacher_entropy", "student_lse",
+        "teacher_lse")}  # fmt: skip
+    params = emulator.cuda.LogitsRowsParams(
+        student=z.data_ptr(), teacher=z.data_ptr(), dlogits=z.data_ptr(), rows=1, vocab=64, logical_vocab=64,
+        stride_student=64, stride_teacher=64, stride_dlogits=128, **pointers,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="dlogits must be another buffer than student"):
+        emulator.cuda.logits_rows(params, dtype="float32", gradient_dtype="bfloat16", path="two_pass")
 
 
 def test_engine_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,3 +110,6 @@ def test_chunks_on_a_gpu_fit_tiles_and_memory(d, v, train_head):
     assert n % waiting == 0
     # A head's own gradient takes more than all of these.
     assert train_head or 2 * 4 * width * v + 2 * waiting * v + 4 * n * d <= 700e6
+    in_place = Chunks().in_place(problem, waiting)
+    assert in_place is ((d, v) != (3584, 152_064) and not train_head)
+    assert not in_place or 2 * 4 * waiting * v + 4 * n * d <= 700e6

@@ -8,20 +8,37 @@ LogitsRowsPlan logits_rows_plan(int64_t vocab, Dtype dtype, int compute_capabili
   return plan_rows(vocab, dtype, compute_capability, shared_limit);
 }
 
+namespace {
+
+int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+int compute_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+}  // namespace
+
+bool logits_rows_stay(int64_t vocab, Dtype dtype) {
+  return plan_rows(vocab, dtype, compute_capability(), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                   kPortableCluster)
+      .resident;
+}
+
 void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, const char* path, void* stream) {
   check_rows(params, logits, gradient, path);
   if (params.rows == 0) return;
-  int device = 0, major = 0, minor = 0, limit = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  const int capability = compute_capability(), limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   LogitsRowsParams p = params;
   p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto launch = [&](int most) {
-    const LogitsRowsPlan plan = chosen_plan(params, logits, path, 10 * major + minor, limit, most);
+    const LogitsRowsPlan plan = chosen_plan(params, logits, path, capability, limit, most);
     if (logits == Dtype::kBFloat16) return dispatch_rows<__nv_bfloat16, __nv_bfloat16>(p, plan, aligned, cuda_stream);
     if (logits == Dtype::kFloat16) return dispatch_rows<__half, __half>(p, plan, aligned, cuda_stream);
     if (gradient == Dtype::kBFloat16) return dispatch_rows<float, __nv_bfloat16>(p, plan, aligned, cuda_stream);

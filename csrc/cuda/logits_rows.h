@@ -11,7 +11,8 @@ namespace vigos {
 struct LogitsRowsParams {
   const void* student = nullptr;  // logits; row i at student + i * stride_student
   const void* teacher = nullptr;  // logits, same dtype
-  void* dlogits = nullptr;        // null: no gradient; may be `student` where the dtypes agree and rows are unique
+  void* dlogits = nullptr;        // null: no gradient; may be `student` where rows are unique, of which each keeps its
+                                  // place; in a smaller dtype only on the resident path
   const int64_t* student_row = nullptr;  // (R,); null: row r
   const int64_t* teacher_row = nullptr;  // (R,); null: row r
   const int64_t* dlogits_row = nullptr;  // (R,); null: row r
@@ -50,6 +51,9 @@ struct LogitsRowsPlan {
 
 // How a row of `vocab` entries is laid out on a device with `shared_limit` bytes of shared memory a block.
 LogitsRowsPlan logits_rows_plan(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit);
+
+// Whether rows stay in the shared memory of any cluster that the current device takes.
+bool logits_rows_stay(int64_t vocab, Dtype dtype);
 
 // Launches on `stream` (a cudaStream_t). Bad arguments: std::invalid_argument; a failed launch: std::runtime_error.
 // path: "auto" | "resident" | "two_pass".

@@ -48,9 +48,9 @@ inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, 
   }
   if (p.dlogits) {
     require(p.stride_dlogits >= p.vocab, "stride_dlogits", "at least vocab", p.stride_dlogits);
-    require(p.dlogits != p.student || (logits == gradient && p.stride_dlogits == p.stride_student), "dlogits",
-            "another buffer than student where dtype or stride differ", p.stride_dlogits);
-    require(p.dlogits != p.student || p.student_row == nullptr, "dlogits",
+    require(p.dlogits != p.student || p.stride_dlogits * item_size(gradient) == p.stride_student * item_size(logits),
+            "dlogits", "another buffer than student where rows do not keep their places", p.stride_dlogits);
+    require(p.dlogits != p.student || (p.student_row == nullptr && p.dlogits_row == nullptr), "dlogits",
             "another buffer than student for gathered rows", "the same");
   }
 }
@@ -132,6 +132,9 @@ inline GradientGrid gradient_grid(const LogitsGradientParams& p, int64_t entries
 inline LogitsRowsPlan chosen_plan(const LogitsRowsParams& p, Dtype dtype, const std::string& path,
                                   int compute_capability, int64_t shared_limit, int most = kMaxCluster) {
   const LogitsRowsPlan plan = plan_rows(p.vocab, dtype, compute_capability, shared_limit, most);
+  const bool narrow = p.dlogits == p.student && p.stride_dlogits != p.stride_student;
+  require(!narrow || (plan.resident && path != "two_pass"), "dlogits",
+          "another buffer than student, whose rows are read again here", path);
   if (path == "resident") require(plan.resident, "path", "two_pass: a row does not fit in shared memory here", path);
   return path == "two_pass" ? LogitsRowsPlan{false, 1, sizeof(RowShared)} : plan;
 }

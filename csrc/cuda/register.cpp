@@ -76,6 +76,11 @@ void register_cuda(py::module_& parent) {
       py::arg("vocab"), py::arg("dtype"), py::arg("compute_capability"), py::arg("shared_limit"),
       "(resident, blocks a row, bytes of shared memory a block)");
 
+  m.def(
+      "logits_rows_stay",
+      [](int64_t vocab, const std::string& dtype) { return logits_rows_stay(vocab, dtype_of(dtype, "dtype")); },
+      py::arg("vocab"), py::arg("dtype"), "Whether rows stay in shared memory on the current device.");
+
 #define VIGOS_FIELD(name) field(c, #name, &P::name)
   {
     using P = LogitsRowsParams;

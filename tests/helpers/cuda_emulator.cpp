@@ -20,6 +20,10 @@ LogitsRowsPlan logits_rows_plan(int64_t vocab, Dtype dtype, int capability, int6
   return plan_rows(vocab, dtype, capability, limit);
 }
 
+bool logits_rows_stay(int64_t vocab, Dtype dtype) {
+  return plan_rows(vocab, dtype, compute_capability, shared_limit, kPortableCluster).resident;
+}
+
 template <typename T, typename G>
 void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned) {
   const auto run = [&](auto aligned_, auto transformed_, auto resident_) {

@@ -122,7 +122,7 @@ def set_up(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
             available(name)
         else:
             emulate(monkeypatch, request)
-        configure(monkeypatch, name, Chunks(chunk_bytes=1))
+        configure(monkeypatch, name, Chunks(chunk_bytes=1, waiting_chunks=1))
     elif name == "cpu":
         pytest.importorskip("vigos._C")
         configure(monkeypatch, name, cpu.Config(most_columns=16))

@@ -3,13 +3,13 @@
 The row kernel (`csrc/cuda/logits_rows.cuh`) reads each row of logits once: on sm_90 a cluster of thread blocks keeps it
 in distributed shared memory, takes the statistics, and writes the gradient from there; elsewhere it reads it twice.
 
-    linear   logits (2 C, V) fp32 of both sides -> statistics, dlogits in the operands' dtype, of two chunks
-             (2 C, V) -> drow = dlogits @ W
+    linear   logits (2 C, V) fp32 of both sides -> statistics, dlogits in their dtype: over the student's logits,
+             C = 512, where a row stays in shared memory; else of two chunks (2 C, V), C = 256 -> drow = dlogits @ W
     logits   statistics, the state of each row and, where it is asked for, its gradient at the weights; backward writes
              the rows whose upstream is another, or all of dlogits (N, V), in place of the logits if asked
 
-Memory of the linear path: (8 + 2 itemsize) * C * V bytes beside the results, C = 256 at V = 151,936. Nothing here has
-been run on a GPU yet: the engine is reached by `impl="cuda"` alone, never by "auto".
+Memory of the linear path at V = 151,936: 8 * 512 * V bytes beside the results, or (8 + 2 itemsize) * 256 * V. Nothing
+here has been run on a GPU yet: the engine is reached by `impl="cuda"` alone, never by "auto".
 """
 
 from __future__ import annotations
@@ -194,10 +194,17 @@ def forward(problem: LinearProblem, config: Chunks = CONFIG) -> LinearResult:
         return result
     need = problem.need_dhidden or problem.need_dweight or problem.need_dbias
     bias = [None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)]
-    width = config.width(problem)
-    z = torch.empty(2 * width, v, device=device)
+    width, dlogits, module = config.width(problem), None, _module()
+    assert module is not None
     capacity = config.capacity(problem, width)
-    dlogits = torch.zeros(capacity, v, dtype=problem.student_weight.dtype, device=device) if need else None
+    in_place = config.in_place(problem, capacity) and module.logits_rows_stay(v, "float32")
+    width = capacity if in_place else width
+    z = torch.empty(2 * width, -(-v // 8) * 8, device=device)  # rows of whole vectors
+    if in_place:
+        dlogits = z[:width].view(problem.student_weight.dtype)[:, :v]
+    elif need:
+        dlogits = torch.zeros(capacity, v, dtype=problem.student_weight.dtype, device=device)
+    z = z[:, :v]
     first = 0  # row of the supervision whose gradient lies at the start of dlogits
     for chunk in chunks(r, width):
         # Every chunk is as wide as the first, its last row repeated: the GEMM's shape decides how it rounds.

@@ -25,6 +25,8 @@ class Chunks:
         waiting_chunks: how many chunks' gradients are multiplied with the head at a time, 512 rows; whole tiles of 128,
             and of 8,192 rows none is left over.
         waiting_with_head: the same where the head has a gradient, which every such product reads and writes.
+        in_place_bytes: where the gradients that wait for a product may take their logits' place, those are one chunk if
+            it fits beside the rows' hidden gradients: 512 rows at D 2,048, V 151,936.
         slab_elements: elements of a product that are converted or accumulated at a time where no kernel takes the
             operands as they are.
     """
@@ -32,6 +34,7 @@ class Chunks:
     chunk_bytes: int = 300 << 20
     waiting_chunks: int = 2
     waiting_with_head: int = 4
+    in_place_bytes: int = 700_000_000
     slab_elements: int = 16 << 20
 
     def width(self, problem: LinearProblem) -> int:
@@ -46,6 +49,12 @@ class Chunks:
         head = problem.need_dweight or problem.need_dbias
         waiting = self.waiting_with_head if head else self.waiting_chunks
         return min(waiting, -(-problem.n_rows // width)) * width
+
+    def in_place(self, problem: LinearProblem, rows: int) -> bool:
+        """Return whether `rows` rows, those that would wait, are one chunk whose gradients go over its logits."""
+        v, d = problem.student_weight.shape
+        only_hidden = problem.need_dhidden and not (problem.need_dweight or problem.need_dbias)
+        return only_hidden and 8 * rows * v + 4 * problem.n_rows * d <= self.in_place_bytes
 
 
 def padded(index: Tensor, width: int) -> Tensor:
