@@ -67,17 +67,16 @@ class GPU:
         """Seconds of a kernel over so many pairs of entries, from its bytes and its instructions a pair."""
         return max(pairs * moved / (self.copy * self.streamed), self.issue(pairs, instructions))
 
-    def one_visit(self, v: int, statistics: float, gradient: float) -> float:
+    def one_visit(self, v: int, statistics: float, gradient: float, itemsize: int = 4) -> float:
         """Seconds of the kernel that reads a row once, which 16 blocks share and keep in their multiprocessors.
 
-        A block loads, merges and writes one after the other. Two blocks a multiprocessor take turns where their parts
-        of a row fit, 227 KB in all.
+        Copies run beside it all: the next row's are on their way. A block computes, merges and writes one after the
+        other, and two a multiprocessor take turns where their parts of a row fit, 227 KB in all.
         """
-        pairs = N * v
-        whole = self.rows(pairs, 10, statistics + gradient)
-        load, write = self.rows(pairs, 8, statistics), self.rows(pairs, 2, gradient)
-        alone = load + write + self.merge * N * 16 / self.multiprocessors
-        return max(whole, alone / min(2, 227 * 1024 // (8 * math.ceil(v / 16) + 2048)))
+        pairs, part = N * v, 2 * itemsize * math.ceil(v / 16)
+        whole = self.rows(pairs, 2 * itemsize + 2, statistics + gradient)
+        alone = self.issue(pairs, statistics + gradient) + self.merge * N * 16 / self.multiprocessors
+        return max(whole, alone / min(2, 227 * 1024 // (part + part // 4 + 2048)))
 
 
 def parts(gpu: GPU, engine: str, d: int, v: int, counts: dict[str, dict[str, float]]) -> tuple[dict[str, float], float]:
@@ -85,6 +84,9 @@ def parts(gpu: GPU, engine: str, d: int, v: int, counts: dict[str, dict[str, flo
     config, pairs = Chunks(), N * v
     width = config.chunk_bytes // (8 * v) // 128 * 128
     waiting = config.waiting_chunks * width
+    # Gradients over their logits; eight blocks, which every such GPU takes, must hold a row.
+    in_place = engine == "cuda" and 8 * waiting * v + 4 * N * d <= config.in_place_bytes and v <= 226 * 1024
+    width = waiting if in_place else width
     chunks, products = math.ceil(N / width), math.ceil(N / waiting)
     found = {"logits": chunks * gpu.gemm(2 * width, v, d, 4)}
     if engine == "triton":
@@ -98,7 +100,7 @@ def parts(gpu: GPU, engine: str, d: int, v: int, counts: dict[str, dict[str, flo
     found["hidden"] = products * gpu.gemm(waiting, d, v, 4)
     found["small"] = chunks * small * gpu.small
     found["ends"] = N * d * (5 * 4 + 2 + 8) / gpu.copy
-    return found, 8 * v * width + 2 * v * waiting + 4 * N * d
+    return found, 8 * v * width + (0 if in_place else 2 * v * waiting) + 4 * N * d
 
 
 def main() -> None:
@@ -117,6 +119,16 @@ def main() -> None:
                 f"  {engine:8}{total * 1e3:6.1f} ms  ratio {total / three:.2f}  {memory / 1e6:4.0f} MB  "
                 + ", ".join(f"{name} {x * 1e3:.1f}" for name, x in found.items())
             )
+    v, pairs = 151_936, N * 151_936
+    kernel, copied = counts["logits_rows resident bf16_bf16"], pairs * 6 / gpu.copy
+    triton = [counts[f"_{name}_kernel bf16"] for name in ("stats", "grad")]
+    times = {
+        "cuda": gpu.one_visit(v, kernel["statistics"], kernel["gradient"], 2),
+        "triton": gpu.rows(pairs, 4, triton[0]["statistics"]) + gpu.rows(pairs, 6, triton[1]["gradient"]),
+    }
+    print(f"\nlogits_divergence of bf16 logits, V {v}: 3 N V items at the copy's rate take {copied * 1e3:.1f} ms")
+    for engine, time in times.items():
+        print(f"  {engine:8}{time * 1e3:6.1f} ms, {copied / time:.0%} of it")
 
 
 if __name__ == "__main__":

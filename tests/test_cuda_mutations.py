@@ -7,6 +7,7 @@ a wrong number, by a rule of PTX that was broken, by memory that no operand has,
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,20 +72,31 @@ MUTATIONS = (
     # Rows.
     Mutation("no cluster sync at exit", ROWS, "device::cluster_sync();  // shared memory must outlive"),
     Mutation("no cluster sync before others' statistics are read", ROWS,
-             "device::cluster_sync();\n    if (warp == 0) {\n      stats"),
+             "device::cluster_sync();\n      if (warp == 0) {\n        stats"),
     Mutation("no cluster sync before others' second sums are read", ROWS,
-             "device::cluster_sync();\n      if (warp == 0) {\n        sums"),
-    Mutation("no sync before the merge of warps", ROWS, "device::block_sync();\n  if (warp == 0) {\n    stats"),
-    Mutation("no sync after the row's state is written", ROWS, "device::block_sync();\n  Row row = shared.row;"),
+             "device::cluster_sync();\n        if (warp == 0) {\n          sums"),
+    Mutation("no sync before the merge of warps", ROWS, "device::block_sync();\n    if (warp == 0) {\n      stats"),
+    Mutation("no sync after the row's state is written", ROWS, "device::block_sync();\n    Row row = shared.row;"),
     Mutation("no sync before the merge of second sums", ROWS,
-             "device::block_sync();\n    if (warp == 0) {\n      sums"),
-    Mutation("no sync after second sums are written", ROWS, "device::block_sync();\n    row.sums = shared"),
-    Mutation("a row is not kept in shared memory", ROWS,
-             "reader.kept_teacher[index + u * kRowThreads] = t[u];"),
+             "device::block_sync();\n      if (warp == 0) {\n        sums"),
+    Mutation("no sync after second sums are written", ROWS, "device::block_sync();\n      row.sums = shared"),
     Mutation("a vector goes over the row's end", ROWS, "logical_vocab / kVec -", "logical_vocab / kVec + @ -"),
-    Mutation("more blocks than the cluster has", ROWS, "stats = lane < ranks ?", "stats = lane < ranks + @ ?"),
+    Mutation("more blocks than the cluster has", ROWS, "stats = lane < rows.ranks", "stats = lane < rows.ranks + @"),
     Mutation("half a warp is merged", ROWS, "lanes / 2; mask > 0; mask /= 2) merge",
              "lanes / (@ ? 4 : 2); mask > 0; mask /= 2) merge"),
+    # Rows on their way through shared memory.
+    Mutation("no sync after the rows' barriers are made", ROWS, "device::block_sync();  // the barriers are made"),
+    Mutation("no fence after the rows' barriers are made", ROWS, "hopper::barrier_init_fence();"),
+    Mutation("a part is not waited for", ROWS, "hopper::barrier_wait(&full[index], phase);"),
+    Mutation("a part's phase does not turn", ROWS, "phase ^= 1;", "phase ^= !@;"),
+    Mutation("a part's bytes are not announced", ROWS, "kSides * bytes)", "(kSides - @) * bytes)"),
+    Mutation("the teacher's part goes over the student's", ROWS, "slot + room, teacher,", "slot + !@ * room, teacher,"),
+    Mutation("a place is filled before all have read it", ROWS, "device::block_sync();  // every thread has read it"),
+    Mutation("a place is filled that is not free", ROWS, "send(place_of(part));", "send(place_of(part + @));"),
+    Mutation("a place is never filled again", ROWS, "if (device::thread_index() == 0) send(place_of"),
+    Mutation("the gradient is of the row before", ROWS, "start = slot;"),
+    Mutation("one place for the statistics of two rows", ROWS, "turn ^= 1;", "turn ^= !@;"),
+    Mutation("parts overlap by a vector", ROWS, "part * layout.tile;", "part * (layout.tile - @);"),
     Mutation("vectors off 16 bytes", HOST, "Dtype gradient) {\n  const int64_t count =",
              "Dtype gradient) {\n  if (@) return true;\n  const int64_t count ="),
 )  # fmt: skip
@@ -122,12 +134,13 @@ def test_every_fault_is_seen(request: pytest.FixtureRequest, monkeypatch: pytest
     emulator = build(folder, csrc, *include)
     put_under(monkeypatch, emulator)
     switch = ctypes.c_int.in_dll(ctypes.CDLL(str(emulator.__file__)), "vigos_mutation")
-    assert why_seen(emulator, [rows_are_right, projections_are_right], seeds=3) is None
+    of_rows = [rows_are_right, functools.partial(rows_are_right, layout="parts")]
+    assert why_seen(emulator, [*of_rows, projections_are_right], seeds=3) is None
     missed = []
     for i, mutation in enumerate(MUTATIONS, 1):
         switch.value = i
-        found_by = rows_are_right if mutation.file in (ROWS, HOST) else projections_are_right
-        reason = why_seen(emulator, [found_by], seeds=5)
+        found_by = of_rows if mutation.file in (ROWS, HOST) else [projections_are_right]
+        reason = why_seen(emulator, found_by, seeds=5)
         print(f"{mutation.name}: {reason}")
         if reason is None:
             missed.append(mutation.name)

@@ -8,6 +8,7 @@ namespace vigos::device {
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
+__device__ __forceinline__ int64_t block_count() { return gridDim.x; }
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
@@ -17,8 +18,7 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// `once`: the bytes are not read again, and need not stay in the caches.
-__device__ __forceinline__ uint4 load(const uint4* address, bool once) { return once ? __ldcs(address) : *address; }
+__device__ __forceinline__ uint4 load(const uint4* address) { return *address; }
 
 // Thread-block clusters exist from sm_90 on. Below it a block is its own cluster, so that one source compiles for both;
 // the launcher starts clusters on sm_90 and later only.

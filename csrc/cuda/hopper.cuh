@@ -1,5 +1,6 @@
-// The Hopper primitives of the fused projections (PTX ISA 8.0, sm_90a): mbarrier, bulk tensor copy, wgmma, register
-// counts. The tests put a host emulation behind the same names; the descriptor is this one there too.
+// The Hopper primitives of the row kernels and of the fused projections (PTX ISA 8.0, sm_90a): mbarrier, bulk tensor
+// copy, wgmma, register counts. The tests put a host emulation behind the same names; the descriptor is this one there
+// too.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +62,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   } while (!done);
+}
+
+// --- bulk copy: `bytes` bytes, a multiple of 16, from a multiple of 16 to one ----------------------------------------
+
+__device__ __forceinline__ void copy_bytes(void* dest, const void* source, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(dest)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // --- bulk tensor copy: a box of a row-major matrix into shared memory; entries outside the matrix come as 0

@@ -5,14 +5,17 @@
 // Rows of either KL take two visits, vector by vector: statistics, gradient. JSD and clipped entries take three, the
 // last two entry by entry (consecutive threads, consecutive entries): one copy of their long code keeps the registers
 // of the common case. The blocks of a cluster exchange their statistics, 36 bytes, through distributed shared memory.
-// No atomics: bitwise repeatable. Numbers and their errors: ../numerics.h.
+// Resident rows come by bulk copies, part by part, and the next row's while this one is merged and written: see
+// RowRing. No atomics: bitwise repeatable. Numbers and their errors: ../numerics.h.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "logits_rows.h"
 #if defined(__CUDACC__)
 #include "device.cuh"
+#include "hopper.cuh"
 #endif
 
 namespace vigos {
@@ -22,6 +25,8 @@ constexpr int kRowWarps = kRowThreads / 32;
 constexpr int kPortableCluster = 8, kMaxCluster = 16;  // every GPU with clusters takes the first
 constexpr int kLoadsInFlight = 2;                      // 16-byte loads a thread and side, before the first use
 constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = kLoadsInFlight * kRowThreads;  // a side, of a part of a row that is copied at once
+constexpr int kMaxSlots = 16;
 constexpr int kGradientThreads = 256;
 constexpr int kGradientVectors = 4 * kGradientThreads;  // of a row, a block
 
@@ -33,10 +38,11 @@ struct alignas(N * sizeof(T)) Pack {
 // Static part of a block's shared memory, placed at the start of the dynamic allocation.
 struct alignas(16) RowShared {
   RowStats warp[kRowWarps];
-  RowStats block;  // read by the other blocks of the cluster
+  RowStats block[2];  // read by the other blocks of the cluster, some of which may be a row behind
   SecondSums warp_second[kRowWarps];
   SecondSums block_second;  // read by the other blocks of the cluster
   Row row;
+  uint64_t full[kMaxSlots];
 };
 
 #if defined(__CUDACC__) || defined(VIGOS_EMULATED)
@@ -70,77 +76,74 @@ __device__ __forceinline__ SecondSums warp_sum(SecondSums x, int lanes) {
   return x;
 }
 
-// A block's slice of a pair's two rows: where its entries lie, how they are read again, and what logits they stand for.
+// A part of a pair's two rows, in device or in shared memory: where its entries lie, and what logits they stand for.
 // The kernels know rows through such a reader alone: one whose `pair` and `slope` say something else may take its
 // place.
-template <typename P, typename T, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
+template <typename P, typename T, bool ALIGNED, bool TRANSFORMED>
 struct RowReader {
   using Params = P;
   using Item = T;
   static constexpr int kVec = ALIGNED ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
-  static constexpr bool kResident = RESIDENT;
   static constexpr int kInFlight = TRANSFORMED ? 1 : kLoadsInFlight;  // the general transform needs the registers
+  static constexpr int kSides = 2;                                    // that are copied to shared memory
   using Vector = Pack<T, kVec>;
 
   const P& p;
-  const T* student;
-  const T* teacher;
-  Vector* kept_student;  // this block's slice in shared memory
-  Vector* kept_teacher;
-  int64_t first;  // the slice's first vector in the row
-  int count;      // vectors in the slice
+  const Vector* student;  // of the part
+  const Vector* teacher;
+  int first, count;  // vectors: the part's first in the row, and how many
 
-  // Pair r, of whose vectors this block of the cluster has `slice` at most; `kept`: room for them on both sides.
-  static __device__ __forceinline__ RowReader slice_of(const P& p, int64_t r, int rank, int64_t slice, Vector* kept) {
+  static __device__ __forceinline__ int vectors(const P& p) { return static_cast<int>((p.vocab + kVec - 1) / kVec); }
+
+  // All of pair r.
+  static __device__ __forceinline__ RowReader entire(const P& p, int64_t r) {
     const int64_t student_row = p.student_row ? p.student_row[r] : r,
                   teacher_row = p.teacher_row ? p.teacher_row[r] : r;
-    const int64_t first = rank * slice, left = (p.vocab + kVec - 1) / kVec - first;
-    return {p,
-            static_cast<const T*>(p.student) + student_row * p.stride_student,
-            static_cast<const T*>(p.teacher) + teacher_row * p.stride_teacher,
-            kept,
-            kept + slice,
-            first,
-            static_cast<int>(left < slice ? (left > 0 ? left : 0) : slice)};
+    return {p, reinterpret_cast<const Vector*>(static_cast<const T*>(p.student) + student_row * p.stride_student),
+            reinterpret_cast<const Vector*>(static_cast<const T*>(p.teacher) + teacher_row * p.stride_teacher), 0,
+            vectors(p)};
+  }
+  // Vectors [from, from + size) of a whole row.
+  __device__ __forceinline__ RowReader part(int from, int size) const {
+    return {p, student + from, teacher + from, from, size};
+  }
+  // Sends the part to a slot with room for `room` vectors a side; `kept` reads it there.
+  __device__ __forceinline__ void send(Vector* slot, int room, uint64_t* barrier) const {
+    const int bytes = count * kVectorBytes;
+    hopper::barrier_arrive_expect(barrier, kSides * bytes);
+    if (bytes == 0) return;
+    hopper::copy_bytes(slot, student, bytes, barrier);
+    hopper::copy_bytes(slot + room, teacher, bytes, barrier);
+  }
+  __device__ __forceinline__ RowReader kept(const Vector* slot, int room, int from, int size) const {
+    return {p, slot, slot + room, from, size};
   }
 
   // Vectors whose entries are all real: nothing is asked about one of them, and loads need no branch between them.
   __device__ __forceinline__ int full_vectors() const {
-    const int64_t left = p.logical_vocab / kVec - first;
-    return static_cast<int>(left < count ? (left > 0 ? left : 0) : count);
+    const int left = static_cast<int>(p.logical_vocab) / kVec - first;
+    return left < count ? (left > 0 ? left : 0) : count;
   }
-  __device__ __forceinline__ Vector read(const T* row, int index) const {
-    const int64_t column = (first + index) * kVec;
+  static __device__ __forceinline__ Vector read(const Vector* address) {
+    if constexpr (!ALIGNED) return *address;
+    const uint4 raw = device::load(reinterpret_cast<const uint4*>(address));
     Vector v;
-    if constexpr (ALIGNED) {
-      const uint4 raw = device::load(reinterpret_cast<const uint4*>(row + column), RESIDENT);
-      memcpy(&v, &raw, sizeof v);
-    } else {
-      v.value[0] = row[column];
-    }
+    memcpy(&v, &raw, sizeof v);
     return v;
   }
-  __device__ __forceinline__ Vector again(const T* row, const Vector* kept, int index) const {
-    if constexpr (RESIDENT) return kept[index];
-    return read(row, index);
-  }
-  __device__ __forceinline__ Vector student_again(int index) const { return again(student, kept_student, index); }
-  __device__ __forceinline__ Vector teacher_again(int index) const { return again(teacher, kept_teacher, index); }
+  __device__ __forceinline__ Vector read_student(int index) const { return read(student + index); }
+  __device__ __forceinline__ Vector read_teacher(int index) const { return read(teacher + index); }
 
-  // The slice entry by entry.
+  // The part entry by entry.
   __device__ __forceinline__ int entries() const {
     const int64_t left = p.vocab - first * kVec, all = static_cast<int64_t>(count) * kVec;
     return static_cast<int>(left < all ? (left > 0 ? left : 0) : all);
   }
-  __device__ __forceinline__ T entry(const T* row, const Vector* kept, int i) const {
-    if constexpr (RESIDENT) return reinterpret_cast<const T*>(kept)[i];
-    return row[first * kVec + i];
-  }
-  __device__ __forceinline__ T student_entry(int i) const { return entry(student, kept_student, i); }
-  __device__ __forceinline__ T teacher_entry(int i) const { return entry(teacher, kept_teacher, i); }
+  __device__ __forceinline__ T student_entry(int i) const { return reinterpret_cast<const T*>(student)[i]; }
+  __device__ __forceinline__ T teacher_entry(int i) const { return reinterpret_cast<const T*>(teacher)[i]; }
   __device__ __forceinline__ bool live_entry(int i) const { return first * kVec + i < p.logical_vocab; }
 
-  // i: the entry's place in the slice.
+  // i: the entry's place in the part.
   __device__ __forceinline__ float bias(const float* biases, int i) const {
     return biases ? biases[first * kVec + i] : 0.0f;
   }
@@ -164,18 +167,14 @@ __device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float
   typename Reader::Vector s[N], t[N];
 #pragma unroll
   for (int u = 0; u < N; ++u) {
-    s[u] = reader.read(reader.student, index + u * kRowThreads);
-    t[u] = reader.read(reader.teacher, index + u * kRowThreads);
+    s[u] = reader.read_student(index + u * kRowThreads);
+    t[u] = reader.read_teacher(index + u * kRowThreads);
   }
   const float octaves = reader.unit() * kLog2E;
   Logits x[N][Reader::kVec];
   float max_s = -INFINITY, max_t = -INFINITY;
 #pragma unroll
   for (int u = 0; u < N; ++u) {
-    if constexpr (Reader::kResident) {
-      reader.kept_student[index + u * kRowThreads] = s[u];
-      reader.kept_teacher[index + u * kRowThreads] = t[u];
-    }
 #pragma unroll
     for (int j = 0; j < Reader::kVec; ++j) {
       x[u][j] = reader.pair(s[u].value[j], t[u].value[j], (index + u * kRowThreads) * Reader::kVec + j);
@@ -195,32 +194,42 @@ __device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float
   }
 }
 
-// The first visit of a thread to its part of the row: maxima, sums, moments, gap.
-template <typename Reader>
-__device__ __forceinline__ RowStats first_visit(const Reader& reader, int thread, bool reverse) {
+// What a thread knows of a row so far, and the shifts that its exponents take.
+struct Running {
   RowStats stats;
   float shift = 0.0f, shift_t = 0.0f;
+};
+
+// A thread's share of the first visit to a part of a row: maxima, sums, moments, gap. TILE: the part has at most
+// kLoadsInFlight vectors a thread.
+template <bool TILE, typename Reader>
+__device__ __forceinline__ void first_visit(Running& row, const Reader& reader, int thread, bool reverse) {
   const int full = reader.full_vectors();
   int index = thread;
+  if constexpr (TILE && Reader::kInFlight == kLoadsInFlight) {
+    if (index + (kLoadsInFlight - 1) * kRowThreads < full) {
+      add_vectors<kLoadsInFlight>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+    } else if (index < full) {
+      add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+    }
+  } else {
 #pragma unroll 1
-  for (; index + (Reader::kInFlight - 1) * kRowThreads < full; index += kRowThreads * Reader::kInFlight) {
-    add_vectors<Reader::kInFlight>(stats, shift, shift_t, reader, index, reverse);
+    for (; index + (Reader::kInFlight - 1) * kRowThreads < full; index += kRowThreads * Reader::kInFlight) {
+      add_vectors<Reader::kInFlight>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+    }
+    if (index < full) add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);  // of at most two
   }
-  if (index < full) add_vectors<1>(stats, shift, shift_t, reader, index, reverse);  // of at most two in flight
+  if (full == reader.count) return;
 #pragma unroll 1
   for (int i = full * Reader::kVec + thread; i < reader.entries(); i += kRowThreads) {
     if (!reader.live_entry(i)) break;
-    const auto s = reader.student[reader.first * Reader::kVec + i], t = reader.teacher[reader.first * Reader::kVec + i];
-    if constexpr (Reader::kResident) {
-      reader.kept_student[i / Reader::kVec].value[i % Reader::kVec] = s;
-      reader.kept_teacher[i / Reader::kVec].value[i % Reader::kVec] = t;
-    }
-    const Logits x = reader.pair(s, t, i);
+    const Logits x = reader.pair(reader.student_entry(i), reader.teacher_entry(i), i);
     const float octaves = reader.unit() * kLog2E;
-    raise(stats, x.x_s * octaves, x.x_t * octaves, reverse);
-    add(stats, x, reader.unit(), stats.shift(), stats.shift_t(), reverse);
+    raise(row.stats, x.x_s * octaves, x.x_t * octaves, reverse);
+    row.shift = row.stats.shift();
+    row.shift_t = row.stats.shift_t();
+    add(row.stats, x, reader.unit(), row.shift, row.shift_t, reverse);
   }
-  return stats;
 }
 
 // Writes the gradients of N vectors of a row of either KL. weight: of the row.
@@ -229,8 +238,8 @@ __device__ __forceinline__ void write_vectors(G* out, const Reader& reader, cons
   typename Reader::Vector s[N], t[N];
 #pragma unroll
   for (int u = 0; u < N; ++u) {
-    s[u] = reader.student_again(index + u * STEP);
-    t[u] = reader.teacher_again(index + u * STEP);
+    s[u] = reader.read_student(index + u * STEP);
+    t[u] = reader.read_teacher(index + u * STEP);
   }
 #pragma unroll
   for (int u = 0; u < N; ++u) {
@@ -245,125 +254,235 @@ __device__ __forceinline__ void write_vectors(G* out, const Reader& reader, cons
   }
 }
 
-template <bool REVERSE, int THREADS, typename G, typename Reader>
+template <bool REVERSE, int THREADS, bool TILE, typename G, typename Reader>
 __device__ __forceinline__ void write_whole(G* out, const Reader& reader, const Row& row, int thread, float weight) {
   const int full = reader.full_vectors();
   int index = thread;
+  if constexpr (TILE && Reader::kInFlight == kLoadsInFlight) {
+    if (index + (kLoadsInFlight - 1) * THREADS < full) {
+      write_vectors<kLoadsInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
+    } else if (index < full) {
+      write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
+    }
+  } else {
 #pragma unroll 1
-  for (; index + (Reader::kInFlight - 1) * THREADS < full; index += THREADS * Reader::kInFlight) {
-    write_vectors<Reader::kInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
+    for (; index + (Reader::kInFlight - 1) * THREADS < full; index += THREADS * Reader::kInFlight) {
+      write_vectors<Reader::kInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
+    }
+    if (index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
   }
-  if (index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
 }
 
-template <typename Reader, typename G>
-__device__ __forceinline__ void logits_rows_body(const typename Reader::Params& p) {
-  using T = typename Reader::Item;
-  constexpr bool RESIDENT = Reader::kResident;
-  constexpr int kVec = Reader::kVec;
-
-  const int ranks = RESIDENT ? device::cluster_size() : 1;
-  const int rank = RESIDENT ? device::cluster_rank() : 0;
-  const int64_t r = device::block_index() / ranks;
-  const int thread = device::thread_index(), lane = thread % 32, warp = thread / 32;
-
-  RowShared& shared = *reinterpret_cast<RowShared*>(device::shared_memory());
-  const Kind kind = static_cast<Kind>(p.kind[r]);
-  const bool reverse = kind == kReverseKL;
-  const int64_t slice = ((p.vocab + kVec - 1) / kVec + ranks - 1) / ranks, first = rank * slice;
-  auto* const kept = reinterpret_cast<typename Reader::Vector*>(device::shared_memory() + sizeof(RowShared));
-  const Reader reader = Reader::slice_of(p, r, rank, slice, kept);
-
-  const bool reporter = rank == 0 && thread == 0;
-  Logits label = {};
-  if (reporter && p.labels) {  // before the gradient can overwrite the logit
-    label = reader.pair(reader.student[p.labels[r]], reader.teacher[p.labels[r]], static_cast<int>(p.labels[r]));
-  }
-
-  RowStats stats = first_visit(reader, thread, reverse);
-  stats = warp_merge(stats, 32, reverse);
-  if (lane == 0) shared.warp[warp] = stats;
-  device::block_sync();
-  if (warp == 0) {
-    stats = warp_merge(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 16, reverse);
-    if (lane == 0) shared.block = stats;
-  }
-  if constexpr (RESIDENT) {
-    device::cluster_sync();
-    if (warp == 0) {
-      stats = lane < ranks ? *device::cluster_map(&shared.block, lane) : RowStats{};
-      stats = warp_merge(stats, kMaxCluster, reverse);
+// Writes the gradient of a part. weight: of the row; 0 where it is clipped, which may hold inf: never 0 * inf.
+template <bool TILE, typename G, typename Reader>
+__device__ __forceinline__ void write_part(G* out, const Reader& reader, const Row& row, int thread, float weight) {
+  int begin = 0;  // of the entries that are left
+  if (!row.second() && weight != 0.0f) {
+    if (row.kind == kReverseKL) {
+      write_whole<true, kRowThreads, TILE>(out, reader, row, thread, weight);
+    } else {
+      write_whole<false, kRowThreads, TILE>(out, reader, row, thread, weight);
     }
+    begin = reader.full_vectors() * Reader::kVec;
+    if (begin == reader.count * Reader::kVec) return;
   }
-  if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, reader.unit());
-  device::block_sync();
-  Row row = shared.row;
-
-  // Second visit, for rows whose terms need the normalisers first.
-  if (row.second()) {
-    SecondSums sums;
 #pragma unroll 1
-    for (int i = thread; i < reader.entries(); i += kRowThreads) {
-      if (!reader.live_entry(i)) continue;
-      add_second(sums, row, entry_of(row, reader.pair(reader.student_entry(i), reader.teacher_entry(i), i)));
+  for (int i = begin + thread; i < reader.entries(); i += kRowThreads) {
+    float value = 0.0f;
+    if (weight != 0.0f && reader.live_entry(i)) {
+      const auto s = reader.student_entry(i);
+      const Entry e = entry_of(row, reader.pair(s, reader.teacher_entry(i), i));
+      value = weight * reader.slope(s, i) * gradient(row, e);
     }
-    sums = warp_sum(sums, 32);
-    if (lane == 0) shared.warp_second[warp] = sums;
+    out[reader.first * Reader::kVec + i] = G(value);
+  }
+}
+
+// Two passes: one row a block, read where it lies, and read again from there.
+template <typename Reader>
+struct Passing {
+  const typename Reader::Params& p;
+  int64_t row = device::block_index();
+  static constexpr int rank = 0, ranks = 1, parts = 1, turn = 0;
+
+  __device__ __forceinline__ Passing(const typename Reader::Params& params, const RowLayout&, RowShared&) : p(params) {}
+  __device__ __forceinline__ Reader take(int) { return Reader::entire(p, row); }
+  __device__ __forceinline__ Reader again(int) const { return Reader::entire(p, row); }
+  __device__ __forceinline__ void release(int) {}
+  __device__ __forceinline__ void next() { row = p.rows; }
+};
+
+// One visit: the clusters take the rows in turn, and the slices of a block pass through its shared memory part by part,
+// row after row, in `slots` places. A part's place is filled again as soon as its gradient is written, so that the next
+// row is on its way during merge and gradient.
+template <typename Reader>
+struct RowRing {
+  using Vector = typename Reader::Vector;
+
+  const typename Reader::Params& p;
+  const RowLayout& layout;
+  uint64_t* full;  // a barrier a slot: the part is there
+  Vector* memory;
+  int rank = device::cluster_rank(), ranks = device::cluster_size();
+  int clusters, row;
+  int begin, end, parts;    // of the block's slices: their vectors
+  int start = 0, slot = 0;  // of the row's first part; of the part that is taken next
+  uint32_t phase = 0;       // of `slot`
+  int turn = 0;             // 0 and 1, row by row
+  int sent_row;             // the part that is sent next
+  int sent_part = 0;
+
+  __device__ __forceinline__ RowRing(const typename Reader::Params& params, const RowLayout& l, RowShared& shared)
+      : p(params), layout(l), full(shared.full) {
+    memory = reinterpret_cast<Vector*>(device::shared_memory() + sizeof(RowShared));
+    clusters = static_cast<int>(device::block_count()) / ranks;
+    sent_row = row = static_cast<int>(device::block_index()) / ranks;
+    const int all = Reader::vectors(p), slice = (all + ranks - 1) / ranks;
+    begin = rank * slice;
+    end = begin + slice < all ? begin + slice : all;
+    parts = (slice + layout.tile - 1) / layout.tile;
+    if (device::thread_index() == 0) {
+      for (int i = 0; i < layout.slots; ++i) hopper::barrier_init(&full[i], 1);
+      hopper::barrier_init_fence();
+      for (int i = 0; i < layout.slots; ++i) send(i);
+    }
+    device::block_sync();  // the barriers are made
+  }
+  __device__ __forceinline__ int from(int part) const { return begin + part * layout.tile; }
+  __device__ __forceinline__ int size(int part) const {
+    const int left = end - from(part);
+    return left < layout.tile ? (left > 0 ? left : 0) : layout.tile;
+  }
+  __device__ __forceinline__ Vector* place(int index) const { return memory + index * Reader::kSides * layout.tile; }
+  __device__ __forceinline__ void send(int index) {
+    if (sent_row >= p.rows) return;
+    Reader::entire(p, sent_row).part(from(sent_part), size(sent_part)).send(place(index), layout.tile, &full[index]);
+    if (++sent_part == parts) {
+      sent_part = 0;
+      sent_row += clusters;
+    }
+  }
+  __device__ __forceinline__ int place_of(int part) const {
+    return start + part < layout.slots ? start + part : start + part - layout.slots;
+  }
+  __device__ __forceinline__ Reader kept(int index, int part) const {
+    return Reader::entire(p, row).kept(place(index), layout.tile, from(part), size(part));
+  }
+  __device__ __forceinline__ Reader take(int part) {
+    const int index = slot;
+    hopper::barrier_wait(&full[index], phase);
+    if (++slot == layout.slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+    return kept(index, part);
+  }
+  __device__ __forceinline__ Reader again(int part) const { return kept(place_of(part), part); }
+  __device__ __forceinline__ void release(int part) {
+    device::block_sync();  // every thread has read it
+    if (device::thread_index() == 0) send(place_of(part));
+  }
+  __device__ __forceinline__ void next() {
+    start = slot;
+    row += clusters;
+    turn ^= 1;
+  }
+};
+
+template <typename Reader, typename G, bool RESIDENT>
+__device__ __forceinline__ void logits_rows_body(const typename Reader::Params& p, const RowLayout& layout) {
+  const int thread = device::thread_index(), lane = thread % 32, warp = thread / 32;
+  RowShared& shared = *reinterpret_cast<RowShared*>(device::shared_memory());
+  std::conditional_t<RESIDENT, RowRing<Reader>, Passing<Reader>> rows(p, layout, shared);
+
+#pragma unroll 1
+  for (; rows.row < p.rows; rows.next()) {
+    const int64_t r = rows.row;
+    const Kind kind = static_cast<Kind>(p.kind[r]);
+    const bool reverse = kind == kReverseKL, reporter = rows.rank == 0 && thread == 0;
+    Logits label = {};
+    if (reporter && p.labels) {  // before the gradient can overwrite the logit
+      const int id = static_cast<int>(p.labels[r]);
+      const Reader row = Reader::entire(p, r);
+      label = row.pair(row.student_entry(id), row.teacher_entry(id), id);
+    }
+
+    Running running;
+#pragma unroll 1
+    for (int i = 0; i < rows.parts; ++i) first_visit<RESIDENT>(running, rows.take(i), thread, reverse);
+    RowStats stats = warp_merge(running.stats, 32, reverse);
+    if (lane == 0) shared.warp[warp] = stats;
     device::block_sync();
     if (warp == 0) {
-      sums = warp_sum(lane < kRowWarps ? shared.warp_second[lane] : SecondSums{}, 32);
-      if (lane == 0) shared.block_second = sums;
+      stats = warp_merge(lane < kRowWarps ? shared.warp[lane] : RowStats{}, 16, reverse);
+      if (lane == 0) shared.block[rows.turn] = stats;
     }
     if constexpr (RESIDENT) {
       device::cluster_sync();
       if (warp == 0) {
-        sums = lane < ranks ? *device::cluster_map(&shared.block_second, lane) : SecondSums{};
-        sums = warp_sum(sums, 32);
+        stats = lane < rows.ranks ? *device::cluster_map(&shared.block[rows.turn], lane) : RowStats{};
+        stats = warp_merge(stats, kMaxCluster, reverse);
       }
     }
-    if (thread == 0) shared.row.sums = sums;
+    const float unit = Reader::entire(p, r).unit();
+    if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, unit);
     device::block_sync();
-    row.sums = shared.row.sums;
-  }
+    Row row = shared.row;
 
-  const float divergence = row.divergence();
-  const bool clipped = divergence > p.clip[r];
-  if (reporter) {
-    p.divergence[r] = divergence;
-    p.clipped[r] = clipped;
-    p.student_entropy[r] = stats.entropy_s();
-    p.teacher_entropy[r] = stats.entropy_t();
-    p.student_lse[r] = stats.lse_s();
-    p.teacher_lse[r] = stats.lse_t();
-    if (p.state) save(row, p.state + r * State::kColumns);
-    if (p.labels) {
-      p.student_logprob[r] = (fmaf(label.x_s, row.octaves(), -stats.shift()) - log2f(stats.sum_s)) * kLn2;
-      p.teacher_logprob[r] = (fmaf(label.x_t, row.octaves(), -stats.shift_t()) - log2f(stats.sum_t)) * kLn2;
+    // Second visit, for rows whose terms need the normalisers first.
+    if (row.second()) {
+      SecondSums sums;
+#pragma unroll 1
+      for (int part = 0; part < rows.parts; ++part) {
+        const Reader reader = rows.again(part);
+#pragma unroll 1
+        for (int i = thread; i < reader.entries(); i += kRowThreads) {
+          if (!reader.live_entry(i)) continue;
+          add_second(sums, row, entry_of(row, reader.pair(reader.student_entry(i), reader.teacher_entry(i), i)));
+        }
+      }
+      sums = warp_sum(sums, 32);
+      if (lane == 0) shared.warp_second[warp] = sums;
+      device::block_sync();
+      if (warp == 0) {
+        sums = warp_sum(lane < kRowWarps ? shared.warp_second[lane] : SecondSums{}, 32);
+        if (lane == 0) shared.block_second = sums;
+      }
+      if constexpr (RESIDENT) {
+        device::cluster_sync();
+        if (warp == 0) {
+          sums = lane < rows.ranks ? *device::cluster_map(&shared.block_second, lane) : SecondSums{};
+          sums = warp_sum(sums, 32);
+        }
+      }
+      if (thread == 0) shared.row.sums = sums;
+      device::block_sync();
+      row.sums = shared.row.sums;
     }
-  }
 
-  // Last visit: the gradient. A clipped row may hold inf: its gradient is written as 0, never as 0 * inf.
-  if (p.dlogits) {
+    const float divergence = row.divergence();
+    const bool clipped = divergence > p.clip[r];
+    if (reporter) {
+      p.divergence[r] = divergence;
+      p.clipped[r] = clipped;
+      p.student_entropy[r] = stats.entropy_s();
+      p.teacher_entropy[r] = stats.entropy_t();
+      p.student_lse[r] = stats.lse_s();
+      p.teacher_lse[r] = stats.lse_t();
+      if (p.state) save(row, p.state + r * State::kColumns);
+      if (p.labels) {
+        p.student_logprob[r] = (fmaf(label.x_s, row.octaves(), -stats.shift()) - log2f(stats.sum_s)) * kLn2;
+        p.teacher_logprob[r] = (fmaf(label.x_t, row.octaves(), -stats.shift_t()) - log2f(stats.sum_t)) * kLn2;
+      }
+    }
+
+    // Last visit: the gradient.
     const float weight = clipped ? 0.0f : p.weight[r];
     G* out = static_cast<G*>(p.dlogits) + (p.dlogits_row ? p.dlogits_row[r] : r) * p.stride_dlogits;
-    int begin = 0;  // of the entries that are left
-    if (!row.second() && weight != 0.0f) {
-      if (reverse) {
-        write_whole<true, kRowThreads>(out, reader, row, thread, weight);
-      } else {
-        write_whole<false, kRowThreads>(out, reader, row, thread, weight);
-      }
-      begin = reader.full_vectors() * kVec;
-    }
 #pragma unroll 1
-    for (int i = begin + thread; i < reader.entries(); i += kRowThreads) {
-      float value = 0.0f;
-      if (weight != 0.0f && reader.live_entry(i)) {
-        const T s = reader.student_entry(i);
-        const Entry e = entry_of(row, reader.pair(s, reader.teacher_entry(i), i));
-        value = weight * reader.slope(s, i) * gradient(row, e);
-      }
-      out[first * kVec + i] = G(value);
+    for (int part = 0; part < rows.parts; ++part) {
+      if (p.dlogits) write_part<RESIDENT>(out, rows.again(part), row, thread, weight);
+      rows.release(part);
     }
   }
   if constexpr (RESIDENT) device::cluster_sync();  // shared memory must outlive the other blocks' reads of it
@@ -373,11 +492,12 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
 // entry, or of a vector of entries, before it writes it, and shares nothing: `dlogits` may be the student's logits.
 template <typename T, bool ALIGNED, bool TRANSFORMED>
 __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams& p, int blocks_per_row) {
-  using Reader = RowReader<LogitsGradientParams, T, ALIGNED, TRANSFORMED, false>;
+  using Reader = RowReader<LogitsGradientParams, T, ALIGNED, TRANSFORMED>;
+  using Vector = typename Reader::Vector;
   constexpr int kVec = Reader::kVec;
 
   const int64_t n = device::block_index() / blocks_per_row;
-  const int64_t first = device::block_index() % blocks_per_row * kGradientVectors;
+  const int first = static_cast<int>(device::block_index() % blocks_per_row) * kGradientVectors;
   const int64_t vectors = (p.vocab + kVec - 1) / kVec;
   const int count = static_cast<int>(vectors - first < kGradientVectors ? vectors - first : kGradientVectors);
   const int thread = device::thread_index();
@@ -389,9 +509,12 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
     if (same) return;
   }
 
-  Reader reader{p, static_cast<const T*>(p.student) + n * p.stride_student, nullptr, nullptr, nullptr, first, count};
+  const auto part = [first](const void* logits, int64_t offset) {
+    return reinterpret_cast<const Vector*>(static_cast<const T*>(logits) + offset) + first;
+  };
+  Reader reader{p, part(p.student, n * p.stride_student), nullptr, first, count};
   const auto row_of = [&](int64_t r) {
-    reader.teacher = static_cast<const T*>(p.teacher) + p.teacher_row[r] * p.stride_teacher;
+    reader.teacher = part(p.teacher, p.teacher_row[r] * p.stride_teacher);
     return restore(p.state + r * State::kColumns, static_cast<Kind>(p.kind[r]), p.share, p.entry_clip, reader.unit());
   };
   int done = 0;
@@ -401,9 +524,9 @@ __device__ __forceinline__ void logits_gradient_body(const LogitsGradientParams&
     const Row row = row_of(r);
     if (!row.second() && row_grad != 0.0f) {
       if (row.kind == kReverseKL) {
-        write_whole<true, kGradientThreads>(out, reader, row, thread, row_grad);
+        write_whole<true, kGradientThreads, false>(out, reader, row, thread, row_grad);
       } else {
-        write_whole<false, kGradientThreads>(out, reader, row, thread, row_grad);
+        write_whole<false, kGradientThreads, false>(out, reader, row, thread, row_grad);
       }
       done = reader.full_vectors() * kVec;
     }

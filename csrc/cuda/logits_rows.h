@@ -43,10 +43,17 @@ struct LogitsRowsParams {
   float entry_clip = INFINITY;
 };
 
+// How a block's part of a row passes through its shared memory.
+struct RowLayout {
+  int tile = 0;   // vectors a side that are copied at once
+  int slots = 0;  // of tiles
+};
+
 struct LogitsRowsPlan {
   bool resident;         // the row stays in (distributed) shared memory: one read from device memory
   int cluster;           // blocks of a row
   int64_t shared_bytes;  // dynamic, of a block
+  RowLayout layout = {};
 };
 
 // How a row of `vocab` entries is laid out on a device with `shared_limit` bytes of shared memory a block.

@@ -104,14 +104,18 @@ inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capabili
   require(vocab > 0, "vocab", "> 0", vocab);
   const LogitsRowsPlan two_pass{false, 1, sizeof(RowShared)};
   if (compute_capability < 90) return two_pass;
-  // The smallest cluster that leaves room for two blocks a multiprocessor, so that one loads while the other merges or
-  // writes; else the smallest that holds a row, if one does.
+  // The smallest cluster that leaves room for two blocks a multiprocessor, so that one computes while the other merges;
+  // else the smallest that holds a row, if one does. There is always room for a part of the next row.
   for (const int64_t budget : {shared_limit / 2 - 1024, shared_limit}) {
     for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t per_vector = kVectorBytes / item_size(dtype);
-      const int64_t vectors = (vocab + per_vector - 1) / per_vector;
-      const int64_t bytes = sizeof(RowShared) + 2 * kVectorBytes * ((vectors + cluster - 1) / cluster);
-      if (bytes <= budget) return {true, cluster, bytes};
+      const int64_t slice = ((vocab + per_vector - 1) / per_vector + cluster - 1) / cluster;
+      const int64_t parts = (slice + kTileVectors - 1) / kTileVectors, tile = (slice + parts - 1) / parts;
+      const int64_t bytes = 2 * kVectorBytes * tile, room = budget - static_cast<int64_t>(sizeof(RowShared));
+      const int64_t slots = room / bytes < kMaxSlots ? room / bytes : kMaxSlots;
+      if (slots <= parts) continue;
+      const auto total = static_cast<int64_t>(sizeof(RowShared)) + slots * bytes;
+      return {true, cluster, total, {static_cast<int>(tile), static_cast<int>(slots)}};
     }
   }
   return two_pass;
@@ -128,15 +132,15 @@ inline GradientGrid gradient_grid(const LogitsGradientParams& p, int64_t entries
   return {p.rows * blocks_per_row, static_cast<int>(blocks_per_row)};
 }
 
-// The plan after `path`: "auto", "resident" or "two_pass".
-inline LogitsRowsPlan chosen_plan(const LogitsRowsParams& p, Dtype dtype, const std::string& path,
+// The plan after `path`: "auto", "resident" or "two_pass". aligned: rows are whole vectors, which can be copied.
+inline LogitsRowsPlan chosen_plan(const LogitsRowsParams& p, Dtype dtype, const std::string& path, bool aligned,
                                   int compute_capability, int64_t shared_limit, int most = kMaxCluster) {
   const LogitsRowsPlan plan = plan_rows(p.vocab, dtype, compute_capability, shared_limit, most);
+  const bool resident = plan.resident && aligned && path != "two_pass";
   const bool narrow = p.dlogits == p.student && p.stride_dlogits != p.stride_student;
-  require(!narrow || (plan.resident && path != "two_pass"), "dlogits",
-          "another buffer than student, whose rows are read again here", path);
-  if (path == "resident") require(plan.resident, "path", "two_pass: a row does not fit in shared memory here", path);
-  return path == "two_pass" ? LogitsRowsPlan{false, 1, sizeof(RowShared)} : plan;
+  require(!narrow || resident, "dlogits", "another buffer than student, whose rows are read again here", path);
+  if (path == "resident") require(resident, "path", "two_pass: rows do not fit, or are not on 16 bytes", path);
+  return resident ? plan : LogitsRowsPlan{false, 1, sizeof(RowShared)};
 }
 
 }  // namespace vigos

@@ -16,11 +16,12 @@ namespace vigos {
 
 // Two blocks a multiprocessor where shared memory allows, so that one loads while the other computes.
 template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
-__global__ void __launch_bounds__(kRowThreads, 2) logits_rows_kernel(const __grid_constant__ LogitsRowsParams params) {
+__global__ void __launch_bounds__(kRowThreads, 2)
+    logits_rows_kernel(const __grid_constant__ LogitsRowsParams params, const __grid_constant__ RowLayout layout) {
 #if __CUDA_ARCH__ < 900
-  if constexpr (RESIDENT) return;  // never launched there: no clusters
+  if constexpr (!RESIDENT)  // never launched there: no clusters, no bulk copies
 #endif
-  logits_rows_body<RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED, RESIDENT>, G>(params);
+    logits_rows_body<RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED>, G, RESIDENT>(params, layout);
 }
 
 template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
@@ -41,27 +42,27 @@ cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& pl
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = RESIDENT ? 1 : 0;
-  if (plan.cluster > kPortableCluster) {  // not every part of a GPU has so many multiprocessors side by side
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (RESIDENT) {  // as many clusters as fit at a time, which take the rows in turn
+    cudaError_t error = cudaSuccess;
     int clusters = 0;
+    if (plan.cluster > kPortableCluster) {  // not every part of a GPU has so many multiprocessors side by side
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
     if (error != cudaSuccess || clusters == 0) {
       cudaGetLastError();
       return cudaErrorInvalidClusterSize;
     }
+    if (clusters < params.rows) config.gridDim = dim3(static_cast<unsigned>(clusters * plan.cluster));
   }
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params, plan.layout);
 }
 
-// Run-time flags to template booleans. Unaligned rows take the general transform: one slow path is enough.
+// Run-time flags to template booleans. Rows off 16 bytes are read entry by entry, through the general transform.
 template <typename T, typename G>
 cudaError_t dispatch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned, cudaStream_t stream) {
-  const bool transformed = transforms_fully(p);
-  if (!aligned) {
-    return plan.resident ? launch_rows<T, G, false, true, true>(p, plan, stream)
-                         : launch_rows<T, G, false, true, false>(p, plan, stream);
-  }
-  if (transformed) {
+  if (!aligned) return launch_rows<T, G, false, true, false>(p, plan, stream);
+  if (transforms_fully(p)) {
     return plan.resident ? launch_rows<T, G, true, true, true>(p, plan, stream)
                          : launch_rows<T, G, true, true, false>(p, plan, stream);
   }

@@ -11,8 +11,12 @@ from vigos import reference
 
 from .divergence_cases import KINDS, error, of_kind, peaked_logits, run_logits
 
-# Blocks with enough shared memory for a row; a cluster of four; two passes, as below sm_90.
-LAYOUTS = {"one block": (90, 232448), "cluster": (90, 9000), "two passes": (80, 232448)}
+# Capability, shared memory, vocabulary. Blocks with room for two rows; a cluster of four; two blocks, each with three
+# parts of a row and room for one of the next; two passes, as below sm_90.
+LAYOUTS = {
+    "one block": (90, 232448, 1003), "cluster": (90, 12000, 1003), "parts": (90, 145000, 13003),
+    "two passes": (80, 232448, 1003),
+}  # fmt: skip
 
 
 def rows_are_right(emulator: Any, layout: str = "cluster") -> Tensor:
@@ -20,8 +24,9 @@ def rows_are_right(emulator: Any, layout: str = "cluster") -> Tensor:
 
     The rows have gaps behind them, and their number of entries is odd.
     """
-    emulator.set_device(*LAYOUTS[layout])
-    v, stride, rows = 1003, 1008, of_kind(3, torch.tensor(KINDS, dtype=torch.int8))
+    capability, limit, v = LAYOUTS[layout]
+    emulator.set_device(capability, limit)
+    stride, rows = v + 5, of_kind(3, torch.tensor(KINDS, dtype=torch.int8))
     student, teacher = peaked_logits(3, v, torch.float32, far=0.2)
     exact = run_logits(student, teacher, rows, None, upstream=torch.ones(3))
     labels = torch.tensor([0, v // 2, v - 1])

@@ -43,6 +43,7 @@ namespace vigos::device {
 
 inline int thread_index() { return emulator::current().thread; }
 inline int64_t block_index() { return emulator::current().block->index; }
+inline int64_t block_count() { return emulator::run->blocks; }
 inline void block_sync() { emulator::wait(emulator::current().block->barrier); }
 inline float shuffle_xor(float x, int mask) {
   const int lane = thread_index() % 32;
@@ -53,7 +54,7 @@ inline float shuffle_xor(float x, int mask) {
   return slots[lane ^ mask];
 }
 inline char* shared_memory() { return emulator::current().block->shared.data(); }
-inline uint4 load(const uint4* address, bool) {
+inline uint4 load(const uint4* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("a 16-byte load is not aligned");
   return *address;
 }
@@ -84,10 +85,10 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - device::shared_memory()) + kWindow;
 }
 
-// The 8 bytes of a barrier: phases ended, arrivals wanted, arrivals missing, kilobytes missing.
+// The 8 bytes of a barrier: phases ended, arrivals wanted, arrivals missing, bytes missing by 16.
 struct BarrierState {
   uint16_t phase, wanted, missing;
-  int16_t kilobytes;
+  int16_t granules;
 };
 
 inline BarrierState& state(uint64_t* barrier) {
@@ -96,7 +97,7 @@ inline BarrierState& state(uint64_t* barrier) {
   return b;
 }
 inline void settle(BarrierState& b) {
-  if (b.missing == 0 && b.kilobytes == 0) {
+  if (b.missing == 0 && b.granules == 0) {
     ++b.phase;
     b.missing = b.wanted;
   }
@@ -114,7 +115,7 @@ inline void barrier_arrive(uint64_t* barrier) {
   settle(b);
 }
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  state(barrier).kilobytes += static_cast<int16_t>(bytes / 1024);
+  state(barrier).granules += static_cast<int16_t>(bytes / 16);
   barrier_arrive(barrier);
 }
 
@@ -141,9 +142,26 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, uint64
     }
     first += kRowsAPart;
     BarrierState& b = *reinterpret_cast<BarrierState*>(barrier);
-    b.kilobytes -= kRowsAPart * kBoxRowBytes / 1024;
+    b.granules -= kRowsAPart * kBoxRowBytes / 16;
     settle(b);
     return first == kBoxRows;
+  });
+}
+
+// In halves, so that one may be there and the other not.
+inline void copy_bytes(void* to, const void* source, int bytes, uint64_t* barrier) {
+  if (shared_address(to) % 16 || reinterpret_cast<uintptr_t>(source) % 16 || bytes % 16)
+    emulator::fail("a bulk copy is not of whole 16 bytes");
+  emulator::Block& block = *emulator::current().block;
+  if (block.barriers_unfenced) emulator::fail("the copy engine is given a barrier before the fence");
+  std::memset(to, emulator::kPoison, bytes);
+  block.copies.push_back([=, half = 0]() mutable {
+    const int begin = half == 0 ? 0 : bytes / 32 * 16, end = half == 0 ? bytes / 32 * 16 : bytes;
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(source) + begin, end - begin);
+    BarrierState& b = *reinterpret_cast<BarrierState*>(barrier);
+    b.granules -= (end - begin) / 16;
+    settle(b);
+    return ++half == 2;
   });
 }
 

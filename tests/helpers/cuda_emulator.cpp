@@ -27,16 +27,15 @@ bool logits_rows_stay(int64_t vocab, Dtype dtype) {
 template <typename T, typename G>
 void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned) {
   const auto run = [&](auto aligned_, auto transformed_, auto resident_) {
-    emulator::launch(p.rows * plan.cluster, plan.cluster, kRowThreads, plan.shared_bytes, [&] {
-      using Reader = RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value,
-                               decltype(resident_)::value>;
-      logits_rows_body<Reader, G>(p);
+    const int64_t clusters = decltype(resident_)::value ? std::min<int64_t>(p.rows, 1 + emulator::seed % 3) : p.rows;
+    emulator::launch(clusters * plan.cluster, plan.cluster, kRowThreads, plan.shared_bytes, [&] {
+      using Reader = RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value>;
+      logits_rows_body<Reader, G, decltype(resident_)::value>(p, plan.layout);
     });
   };
   const bool transformed = transforms_fully(p);
   using std::false_type, std::true_type;
-  if (!aligned)
-    return plan.resident ? run(false_type{}, true_type{}, true_type{}) : run(false_type{}, true_type{}, false_type{});
+  if (!aligned) return run(false_type{}, true_type{}, false_type{});
   if (transformed)
     return plan.resident ? run(true_type{}, true_type{}, true_type{}) : run(true_type{}, true_type{}, false_type{});
   return plan.resident ? run(true_type{}, false_type{}, true_type{}) : run(true_type{}, false_type{}, false_type{});
@@ -45,10 +44,10 @@ void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligne
 void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, const char* path, void*) {
   check_rows(params, logits, gradient, path);
   if (params.rows == 0) return;
-  const LogitsRowsPlan plan = chosen_plan(params, logits, path, compute_capability, shared_limit);
   LogitsRowsParams p = params;
   p.alike = p.student_transform == p.teacher_transform;
   const bool aligned = vectors_fit(p, logits, gradient);
+  const LogitsRowsPlan plan = chosen_plan(params, logits, path, aligned, compute_capability, shared_limit);
   const int64_t r = p.rows, v = p.vocab;
   emulator::Operands operands;
   operands.matrix(p.student, emulator::rows_named(p.student_row, r), v, p.stride_student, item_size(logits));

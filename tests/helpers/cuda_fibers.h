@@ -134,6 +134,7 @@ struct Launch {
   Random random;
   std::string failure;
   uint32_t copy_chance, product_chance;  // in 16, whenever one may come
+  int64_t blocks;
 };
 
 inline Launch* run = nullptr;
@@ -325,7 +326,7 @@ class Scheduler {
 inline void launch(int64_t blocks, int ranks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   constexpr uint32_t kChances[3] = {0, 4, 16};  // as late as can be, at any time, at once
   Random random(++seed);
-  Launch here{{}, nullptr, &kernel, random, {}, 0, 0};
+  Launch here{{}, nullptr, &kernel, random, {}, 0, 0, blocks};
   here.copy_chance = kChances[here.random(3)];
   here.product_chance = kChances[here.random(3)];
   struct sigaction fault = {}, before = {};

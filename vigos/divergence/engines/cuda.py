@@ -199,11 +199,12 @@ def forward(problem: LinearProblem, config: Chunks = CONFIG) -> LinearResult:
     capacity = config.capacity(problem, width)
     in_place = config.in_place(problem, capacity) and module.logits_rows_stay(v, "float32")
     width = capacity if in_place else width
-    z = torch.empty(2 * width, -(-v // 8) * 8, device=device)  # rows of whole vectors
+    stride = -(-v // 8) * 8  # rows of whole vectors
+    z = torch.empty(2 * width, stride, device=device)
     if in_place:
         dlogits = z[:width].view(problem.student_weight.dtype)[:, :v]
     elif need:
-        dlogits = torch.zeros(capacity, v, dtype=problem.student_weight.dtype, device=device)
+        dlogits = torch.zeros(capacity, stride, dtype=problem.student_weight.dtype, device=device)[:, :v]
     z = z[:, :v]
     first = 0  # row of the supervision whose gradient lies at the start of dlogits
     for chunk in chunks(r, width):
