@@ -80,7 +80,7 @@ MUTATIONS = (
     Mutation("no sync before the merge of second sums", ROWS,
              "device::block_sync();\n      if (warp == 0) {\n        sums"),
     Mutation("no sync after second sums are written", ROWS, "device::block_sync();\n      row.sums = shared"),
-    Mutation("a vector goes over the row's end", ROWS, "logical_vocab / kVec -", "logical_vocab / kVec + @ -"),
+    Mutation("a vector goes over the row's end", ROWS, ") / kVec - first;", ") / kVec + @ - first;"),
     Mutation("more blocks than the cluster has", ROWS, "stats = lane < rows.ranks", "stats = lane < rows.ranks + @"),
     Mutation("half a warp is merged", ROWS, "lanes / 2; mask > 0; mask /= 2) merge",
              "lanes / (@ ? 4 : 2); mask > 0; mask /= 2) merge"),
