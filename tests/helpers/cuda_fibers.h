@@ -163,7 +163,7 @@ inline void yield_until(std::function<bool()> ready) {
 
 // Now and then, for so long that other blocks come as far as they can.
 inline void nap() {
-  if (run->random(1024) != 0) return;
+  if (run->random(256) != 0) return;
   const uint64_t until = run->now + 512;
   run->latest = until;
   yield_until([until] { return run->now >= until; });
