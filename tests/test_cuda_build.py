@@ -144,7 +144,7 @@ def test_hopper_kernel_instructions(built: Callable[[str], Path]) -> None:
 def test_row_kernel_instructions(built: Callable[[str], Path]) -> None:
     bodies = functions(cuobjdump(built("sm_90a"), "logits_rows_bf16_bf16", "-sass", "-arch", "sm_90a"))
     (body,) = (body for name, body in bodies.items() if "logits_rows_kernel" in name and "Lb1ELb0ELb1E" in name)
-    assert body.count("UBLKCP") == 4, "bulk copies of both sides, at the start and into a place that is free"
+    assert "UBLKCP" in body, "bulk copies of the logits"
     assert re.search(r"LDS(\.\w+)*\.128", body), "16-byte loads of the logits"
     assert "SYNCS.PHASECHK" in body, "a wait for a copy"
     assert re.search(r"STG\.E(\.\w+)*\.128", body), "16-byte stores of the gradient"
