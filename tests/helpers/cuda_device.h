@@ -60,10 +60,7 @@ inline uint4 load(const uint4* address) {
 }
 inline int cluster_rank() { return emulator::current().block->rank; }
 inline int cluster_size() { return static_cast<int>(emulator::current().block->cluster->blocks.size()); }
-inline void cluster_sync() {
-  emulator::wait(emulator::current().block->cluster->barrier);
-  emulator::nap();
-}
+inline void cluster_sync() { emulator::wait_for_cluster(*emulator::current().block); }
 template <typename T>
 const T* cluster_map(T* shared, int rank) {
   if (rank < 0 || rank >= cluster_size()) emulator::fail("the cluster has no block of that rank");

@@ -109,6 +109,8 @@ struct Block {
   int rank, left;
   bool slow;  // the other blocks run sixteen times as often
   bool barriers_unfenced = false;
+  unsigned passed = 0;  // barriers of the cluster
+  uint64_t awake = 0;
   std::vector<std::function<bool()>> copies;  // of the copy engine: each call writes a part; true with the last
 };
 
@@ -135,7 +137,7 @@ struct Launch {
   std::string failure;
   uint32_t copy_chance, product_chance;  // in 16, whenever one may come
   int64_t blocks;
-  uint64_t now = 0, latest = 0;  // turns of the scheduler; when the last of those who nap wakes up
+  uint64_t now = 0, latest = 0;  // turns of the scheduler; when the last of those that rest is awake
 };
 
 inline Launch* run = nullptr;
@@ -161,14 +163,6 @@ inline void yield_until(std::function<bool()> ready) {
   yield();
 }
 
-// Now and then, for so long that other blocks come as far as they can.
-inline void nap() {
-  if (run->random(256) != 0) return;
-  const uint64_t until = run->now + 512;
-  run->latest = until;
-  yield_until([until] { return run->now >= until; });
-}
-
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
@@ -176,6 +170,18 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
   }
   yield_until([&barrier, generation] { return barrier.generation != generation; });
+}
+
+// Some blocks rest after a barrier of the cluster, for so long that the others come as far as they can.
+inline void wait_for_cluster(Block& block) {
+  Barrier& barrier = block.cluster->barrier;
+  wait(barrier);
+  if (block.passed != barrier.generation) {
+    block.passed = barrier.generation;
+    block.awake = chance(4) ? run->now + 512 : 0;
+    run->latest = std::max(run->latest, block.awake);
+  }
+  yield_until([&block] { return run->now >= block.awake; });
 }
 
 inline void entry() {
