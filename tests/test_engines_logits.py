@@ -232,6 +232,18 @@ def test_gradient_of_the_loss_comes_with_it(engine, layout):
         assert leaf.grad.isnan().any()
 
 
+@pytest.mark.parametrize("layout", EIGHT)
+def test_the_gradient_is_given_away_as_it_was_written(layout):
+    """One tensor of the logits' size from forward to backward, and no copy of it."""
+    student, teacher, rows = weighted(layout)
+    leaf, held = EIGHT[layout][1](student).detach().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        out = vigos.logits_divergence(leaf, EIGHT[layout][1](teacher), supervision=rows, impl="reference")
+    (given,) = torch.autograd.grad(out.loss, leaf)
+    (written,) = (x for x in held if x.data_ptr() == given.data_ptr())
+    assert written.numel() == given.numel() == 8 * 65
+
+
 def test_a_half_precision_gradient_is_rounded_once(engine):
     """Under an upstream that is no power of two it is what it is without a gradient from forward."""
     student, teacher, rows = weighted("rows", torch.bfloat16)
