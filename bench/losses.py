@@ -15,6 +15,8 @@ from torch import Tensor
 
 import vigos
 from vigos import reference
+from vigos.divergence.engines import cuda
+from vigos.divergence.engines.products import Chunks
 from vigos.divergence.supervision import FORWARD_KL, JSD, REVERSE_KL, Supervision
 
 KINDS = {"forward": FORWARD_KL, "reverse": REVERSE_KL, "jsd": JSD}
@@ -78,6 +80,16 @@ def ours(impl: str, x: Inputs, student: Tensor, head: Tensor) -> Tensor:
         target = {"contrast": x.contrast, "plausibility": x.plausibility}
         rows, teacher = replace(rows, control_row=at + len(teacher), **target), torch.cat([teacher, x.control])
     return vigos.linear_divergence(student, head, teacher, supervision=rows, impl=impl).loss
+
+
+def fp32_logits(x: Inputs, student: Tensor, head: Tensor) -> Tensor:
+    """`ours("cuda")`, with logits in fp32 also where the engine would store pairs."""
+    forward = cuda.forward
+    cuda.forward = partial(forward, config=Chunks(stored_pairs=False))  # type: ignore[assignment]
+    try:
+        return ours("cuda", x, student, head)
+    finally:
+        cuda.forward = forward
 
 
 def from_logits(z_s: Tensor, z_t: Tensor, kind: str) -> Tensor:
@@ -167,7 +179,7 @@ CPU: dict[str, Loss] = {
 }  # fmt: skip
 CUDA: dict[str, Loss] = {
     **{f"vigos {impl}": partial(ours, impl) for impl in ("triton", "cuda")},
-    "vigos reference": partial(ours, "reference"),
+    "vigos cuda, fp32 logits": fp32_logits, "vigos reference": partial(ours, "reference"),
     "PyTorch": naive, "torch.compile": compiled, "TRL": trl, "Liger": liger, "Liger Triton": liger_triton,
 }  # fmt: skip
 

@@ -33,10 +33,10 @@ namespace vigos {
 // As in vigos/divergence/supervision.py.
 enum Kind : signed char { kForwardKL = 0, kReverseKL = 1, kJSD = 2 };
 
-// As in vigos/divergence/engines/problem.py.
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// As in vigos/divergence/engines/problem.py; kStoredPair: both sides' logits of an entry, see cuda/linear_hopper.h.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kStoredPair = 3 };
 
-inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kStoredPair ? 4 : 2; }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kFloor = -200.0f;  // octaves down, where 2^x is 0: 0 * -inf is NaN

@@ -288,7 +288,9 @@ SMALL = "--cases small --repeats 1 --only"
 STEPS: dict[str, Callable[[Check], None]] = {
     "build": build,
     "first": first,
-    "cuda": _bench("cuda", "divergence", 90, f"{TARGET} 'vigos cuda'", f"{SMALL} 'vigos cpu'"),
+    "cuda": _bench(
+        "cuda", "divergence", 90, f"{TARGET} 'vigos cuda' 'vigos cuda, fp32 logits'", f"{SMALL} 'vigos cpu'"
+    ),
     "rows": _bench(
         "rows", "logits_rows", 60, "--vocab 151936 --dtypes bfloat16",
         "--rows 16 --vocab 2000 --repeats 1 --dtypes float32",

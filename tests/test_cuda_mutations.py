@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers.cuda_cases import projections_are_right, rows_are_right
+from helpers.cuda_cases import pairs_are_right, product_is_right, rows_are_right
 from helpers.cuda_emulation import ROOT, build
 from helpers.engines import put_under
 
@@ -52,23 +52,37 @@ MUTATIONS = (
     Mutation("steps of K half as long", LINEAR, "(student + 32 * i)", "(student + (@ ? 16 : 32) * i)"),
     Mutation("a tile is added to the one before", LINEAR, "k > 0 || i > 0;", "@ || k > 0 || i > 0;"),
     # Barriers and copies.
-    Mutation("no sync after the barriers are made", LINEAR, "device::block_sync();\n\n  if (thread < 128)"),
+    Mutation("no sync after the barriers are made", LINEAR, "device::cluster_sync();  // both blocks'"),
+    Mutation("the other block's barriers are not waited for", LINEAR, "device::cluster_sync();  // both blocks'",
+             "@ ? device::block_sync() : device::cluster_sync();  // both blocks'"),
     Mutation("no fence after the barriers are made", LINEAR, "hopper::barrier_init_fence();"),
     Mutation("the consumer waits for another phase", LINEAR, "phase);\n    const", "phase ^ @);\n    const"),
     Mutation("the phase does not turn", LINEAR, "phase ^= 1;", "phase ^= !@;"),
     Mutation("the consumer does not wait", LINEAR, "hopper::barrier_wait(&full", "if (!@) hopper::barrier_wait(&full"),
     Mutation("the producer does not wait", LINEAR, "hopper::barrier_wait(&empty[ring.stage], ring.phase ^ 1);"),
-    Mutation("seven arrivals for eight", LINEAR, "4 * kConsumers)", "4 * kConsumers - @)"),
-    Mutation("a tile's bytes are not announced", LINEAR, "Shared::kStageBytes);\n      hopper::copy",
-             "Shared::kStageBytes - @ * kTileBytes);\n      hopper::copy"),
-    Mutation("the stage in use is freed", LINEAR, "[before]);\n    before", "[@ ? ring.stage : before]);\n    before"),
-    Mutation("a tile's last stage is not freed", LINEAR, "if (lane == 0) hopper::barrier_arrive(&empty[before]);\n}"),
+    Mutation("an arrival too few", LINEAR, "4 * kConsumers)", "4 * kConsumers - @)"),
+    Mutation("a stage's bytes are not announced", LINEAR, "Shared::kStageBytes);\n    //",
+             "Shared::kStageBytes - @ * kTileBytes);\n    //"),
+    Mutation("the stage in use is freed", LINEAR, "[before], lane);\n    before",
+             "[@ ? ring.stage : before], lane);\n    before"),
+    Mutation("a tile's last stage is not freed", LINEAR, "release(&empty[before], lane);\n}"),
     Mutation("tiles are not aligned", LINEAR, "(1024 - hopper::", "(@ ? 0 : 1024 - hopper::"),
-    # Edges of the projections.
-    Mutation("rows past the last are written", LINEAR, "if (index[h] >= p.rows) continue;"),
-    Mutation("rows past the last are read", LINEAR, "exists = index[h] <", "exists = @ || index[h] <"),
-    Mutation("a pair of columns at an odd edge", LINEAR, "if (column + 1 <", "if (@ || column + 1 <"),
-    Mutation("padding of the vocabulary counts", LINEAR, "+ i % 2 < limit;", "+ i % 2 < limit + 2 * @;"),
+    # Clusters of the product.
+    Mutation("the other block is not told of a free stage", LINEAR,
+             "lane < kClusterTiles)", "lane < kClusterTiles - @)"),
+    Mutation("rows go to one block", LINEAR, "(1 << kClusterTiles) - 1)", "@ ? 1 : (1 << kClusterTiles) - 1)"),
+    Mutation("both blocks send to one place", LINEAR, "dest + rank *", "dest + (@ ? 0 : rank) *"),
+    Mutation("both blocks take one tile", LINEAR, "kClusterTiles + rank)", "kClusterTiles + (@ ? 0 : rank))"),
+    Mutation("no cluster sync at the product's exit", LINEAR, "device::cluster_sync();  // a block must"),
+    # Edges of the product.
+    Mutation("rows past the last are written", LINEAR, "if (r >= p.rows) continue;"),
+    Mutation("a tile past the last is written", LINEAR, "if (place.tile * kTileN >= p.vocab) continue;"),
+    Mutation("padding of the vocabulary is a top", LINEAR, "if (left >= kTileN)", "if (@ || left >= kTileN)"),
+    Mutation("half of a row's lanes have a top", LINEAR, "shuffle_xor(top, 2)", "shuffle_xor(top, @ ? 1 : 2)"),
+    # Rows of stored pairs.
+    Mutation("the top of another tile", ROWS, "(first + index)", "((@ ? 0 : first) + index)"),
+    Mutation("an entry's top is another's", ROWS, "(first * kVec + i) / kTileN", "(first * kVec + i + 4 * @) / kTileN"),
+    Mutation("pairs' bytes are not announced", ROWS, "expect(barrier, bytes)", "expect(barrier, bytes - 16 * @)"),
     # Rows.
     Mutation("no cluster sync at exit", ROWS, "device::cluster_sync();  // shared memory must outlive"),
     Mutation("no cluster sync before others' statistics are read", ROWS,
@@ -135,12 +149,12 @@ def test_every_fault_is_seen(request: pytest.FixtureRequest, monkeypatch: pytest
     put_under(monkeypatch, emulator)
     switch = ctypes.c_int.in_dll(ctypes.CDLL(str(emulator.__file__)), "vigos_mutation")
     of_rows = [rows_are_right, functools.partial(rows_are_right, layout="parts")]
-    assert why_seen(emulator, [*of_rows, projections_are_right], seeds=3) is None
+    assert why_seen(emulator, [*of_rows, product_is_right, pairs_are_right], seeds=3) is None
     missed = []
     for i, mutation in enumerate(MUTATIONS, 1):
         switch.value = i
-        found_by = of_rows if mutation.file in (ROWS, HOST) else [projections_are_right]
-        reason = why_seen(emulator, found_by, seeds=5)
+        checks = [*of_rows, pairs_are_right] if mutation.file in (ROWS, HOST) else [product_is_right]
+        reason = why_seen(emulator, checks, seeds=5)
         print(f"{mutation.name}: {reason}")
         if reason is None:
             missed.append(mutation.name)

@@ -3,14 +3,24 @@
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_fp16.h>
 
 namespace vigos::device {
+
+using half = __half;
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ int64_t block_count() { return gridDim.x; }
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// The address is kept in registers and not computed again at each use.
+template <typename T>
+__device__ __forceinline__ T* known(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
 
 // Dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ char* shared_memory() {

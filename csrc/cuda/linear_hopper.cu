@@ -1,5 +1,5 @@
-// Tensor maps and launches of the fused projections. wgmma exists for sm_90a alone: code for other architectures is
-// empty and refused before a launch.
+// Tensor maps and launch of the product. wgmma exists for sm_90a alone: code for other architectures is empty and
+// refused before a launch.
 #include <cuda_runtime.h>
 
 #include "linear_hopper_host.h"
@@ -7,19 +7,12 @@
 namespace vigos {
 namespace {
 
-template <bool SHARED_HEAD, HopperMode MODE>
+template <bool SHARED_HEAD, bool BFLOAT>
 __global__ void __launch_bounds__(kHopperThreads, 1)
-    linear_hopper_kernel(const __grid_constant__ LinearHopperParams params, const __grid_constant__ HopperMaps maps) {
+    pair_product_kernel(const __grid_constant__ PairProductParams params, const __grid_constant__ HopperMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  linear_hopper_body<SHARED_HEAD, MODE>(params, maps);
+  pair_product_body<SHARED_HEAD, BFLOAT>(params, maps);
 #endif
-}
-
-constexpr int kMergeThreads = 128;
-
-__global__ void __launch_bounds__(kMergeThreads) linear_merge_kernel(const __grid_constant__ LinearHopperParams p) {
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (r < p.rows) linear_merge_body(p, r);
 }
 
 // The driver's encoder, found through the runtime: the extension does not link to libcuda.
@@ -34,7 +27,8 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// bf16 (rows, columns); boxes of kTileM rows (= kTileN) by kTileK columns, 128-byte swizzle, zeros outside.
+// 16-bit (rows, columns), of either float: they are only copied. Boxes of kTileM rows (= kTileN) by kTileK columns,
+// 128-byte swizzle, zeros outside.
 CUtensorMap tensor_map(const char* name, const void* pointer, int64_t rows, int64_t columns, int64_t stride) {
   static_assert(kTileM == kTileN && kTileK * 2 == 128);
   static const auto encode = encoder();
@@ -51,15 +45,16 @@ CUtensorMap tensor_map(const char* name, const void* pointer, int64_t rows, int6
   return map;
 }
 
-template <bool SHARED_HEAD, HopperMode MODE>
-void launch(const LinearHopperParams& p, cudaStream_t stream) {
-  int device = 0, major = 0, minor = 0;
+template <bool SHARED_HEAD, bool BFLOAT>
+void launch(PairProductParams p, cudaStream_t stream) {
+  int device = 0, major = 0, minor = 0, multiprocessors = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
   if (major != 9 || minor != 0) {
-    throw std::runtime_error("the fused projections need compute capability 9.0, this GPU has " +
-                             std::to_string(major) + "." + std::to_string(minor));
+    throw std::runtime_error("pair_product needs compute capability 9.0, this GPU has " + std::to_string(major) + "." +
+                             std::to_string(minor));
   }
   HopperMaps maps;
   maps.student_hidden = tensor_map("student_hidden", p.student_hidden, p.rows, p.d, p.stride_student_hidden);
@@ -68,34 +63,34 @@ void launch(const LinearHopperParams& p, cudaStream_t stream) {
   maps.teacher_weight = SHARED_HEAD
                             ? maps.student_weight
                             : tensor_map("teacher_weight", p.teacher_weight, p.vocab, p.d_t, p.stride_teacher_weight);
-  const auto kernel = linear_hopper_kernel<SHARED_HEAD, MODE>;
+  const auto kernel = pair_product_kernel<SHARED_HEAD, BFLOAT>;
   constexpr int kBytes = HopperShared<SHARED_HEAD>::kBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
-  const int64_t row_tiles = (p.rows + kTileM - 1) / kTileM;
-  kernel<<<static_cast<unsigned>(row_tiles * p.splits), kHopperThreads, kBytes, stream>>>(p, maps);
-  check_cuda(cudaGetLastError(), "launch of linear_hopper");
+  p.clusters = product_clusters(p, multiprocessors);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kClusterTiles, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.clusters * kClusterTiles));
+  config.blockDim = dim3(kHopperThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p, maps), "launch of pair_product");
 }
 
 }  // namespace
 
-LinearHopperPlan linear_hopper_plan(int64_t rows, int64_t vocab, int multiprocessors) {
-  return plan_linear(rows, vocab, multiprocessors);
-}
-
-void linear_statistics(const LinearHopperParams& p, void* stream) {
-  check_statistics(p);
+void pair_product(const PairProductParams& p, Dtype dtype, void* stream) {
+  check_pair_product(p, dtype);
   if (p.rows == 0) return;
   const auto on = static_cast<cudaStream_t>(stream);
-  p.teacher_weight ? launch<false, HopperMode::kStatistics>(p, on) : launch<true, HopperMode::kStatistics>(p, on);
-  linear_merge_kernel<<<static_cast<unsigned>((p.rows + kMergeThreads - 1) / kMergeThreads), kMergeThreads, 0, on>>>(p);
-  check_cuda(cudaGetLastError(), "launch of linear_merge");
-}
-
-void linear_gradient(const LinearHopperParams& p, void* stream) {
-  check_linear_gradient(p);
-  if (p.rows == 0) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  p.teacher_weight ? launch<false, HopperMode::kGradient>(p, on) : launch<true, HopperMode::kGradient>(p, on);
+  if (dtype == Dtype::kBFloat16) {
+    p.teacher_weight ? launch<false, true>(p, on) : launch<true, true>(p, on);
+  } else {
+    p.teacher_weight ? launch<false, false>(p, on) : launch<true, false>(p, on);
+  }
 }
 
 }  // namespace vigos

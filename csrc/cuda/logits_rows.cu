@@ -39,6 +39,10 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto launch = [&](int most) {
     const LogitsRowsPlan plan = chosen_plan(params, logits, path, aligned, capability, limit, most);
+    if (logits == Dtype::kStoredPair) {
+      return gradient == Dtype::kBFloat16 ? dispatch_pairs<__nv_bfloat16>(p, plan, cuda_stream)
+                                          : dispatch_pairs<__half>(p, plan, cuda_stream);
+    }
     if (logits == Dtype::kBFloat16) return dispatch_rows<__nv_bfloat16, __nv_bfloat16>(p, plan, aligned, cuda_stream);
     if (logits == Dtype::kFloat16) return dispatch_rows<__half, __half>(p, plan, aligned, cuda_stream);
     if (gradient == Dtype::kBFloat16) return dispatch_rows<float, __nv_bfloat16>(p, plan, aligned, cuda_stream);

@@ -1,6 +1,7 @@
 // Divergence, statistics and gradient of supervised rows whose logits exist.
 //
-//   in   student, teacher: R gathered rows of V logits, fp32 / fp16 / bf16       out  eight numbers a row, dlogits
+//   in   student, teacher: R gathered rows of V logits, fp32 / fp16 / bf16; or pairs of fp16 from linear_hopper.h
+//   out  eight numbers a row, dlogits
 // Traffic: resident 2 V reads + V writes a row (the floor); two-pass 4 V reads (the second mostly from L2) + V writes.
 // Rows of either KL take two visits, vector by vector: statistics, gradient. JSD and clipped entries take three, the
 // last two entry by entry (consecutive threads, consecutive entries): one copy of their long code keeps the registers
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "linear_hopper.h"
 #include "logits_rows.h"
 #if defined(__CUDACC__)
 #include "device.cuh"
@@ -86,7 +88,9 @@ struct RowReader {
   static constexpr int kVec = ALIGNED ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
   static constexpr int kInFlight = TRANSFORMED ? 1 : kLoadsInFlight;  // the general transform needs the registers
   static constexpr int kSides = 2;                                    // that are copied to shared memory
+  static constexpr int kTileLoads = kLoadsInFlight;                   // of a thread and side, in a part at most
   using Vector = Pack<T, kVec>;
+  using TeacherVector = Vector;
 
   const P& p;
   const Vector* student;  // of the part
@@ -132,7 +136,8 @@ struct RowReader {
     return v;
   }
   __device__ __forceinline__ Vector read_student(int index) const { return read(student + index); }
-  __device__ __forceinline__ Vector read_teacher(int index) const { return read(teacher + index); }
+  // Vector `index + step`; the step is known to the compiler.
+  __device__ __forceinline__ Vector read_teacher(int index, int step) const { return read(teacher + index + step); }
 
   // The part entry by entry.
   __device__ __forceinline__ int entries() const {
@@ -153,6 +158,13 @@ struct RowReader {
     return transformed_pair(x_s, bias(p.student_bias, i), x_t, bias(p.teacher_bias, i), p.student_transform,
                             p.teacher_transform, p.alike);
   }
+  // No entry of a vector is above it, and one of the row reaches it.
+  __device__ __forceinline__ float teacher_bound(const TeacherVector&, const Logits (&x)[kVec]) const {
+    float max_t = x[0].x_t;
+#pragma unroll
+    for (int j = 1; j < kVec; ++j) max_t = fmaxf(max_t, x[j].x_t);
+    return max_t;
+  }
   __device__ __forceinline__ float unit() const { return TRANSFORMED ? 1.0f : p.student_transform.alpha; }
   __device__ __forceinline__ float slope(T raw, int i) const {
     if constexpr (!TRANSFORMED) return p.student_transform.alpha;
@@ -160,15 +172,74 @@ struct RowReader {
   }
 };
 
+// An entry as pair_product leaves it: z_t less the largest z_t of its row in the tile, and z_s - z_t.
+struct alignas(4) StoredPair {
+  device::half below, gap;
+};
+
+// Stored pairs in the student's place, the tiles' tops in the teacher's: 4 bytes for an entry of both sides. x_t = top
+// + below, x_s = x_t + gap, and the gap is as exact as it was stored.
+template <typename P>
+struct PairReader : RowReader<P, StoredPair, true, false> {
+  using Rows = RowReader<P, StoredPair, true, false>;
+  using Rows::count, Rows::first, Rows::kVec, Rows::p, Rows::student;
+  using typename Rows::Vector;
+  static constexpr int kSides = 1, kTileLoads = 2 * kLoadsInFlight, kInFlight = kTileLoads;
+
+  const float* tops;  // of the row, in device memory
+
+  // Of a vector, whose entries are all of one tile.
+  struct TeacherVector {
+    struct Top {
+      float x;
+      __device__ __forceinline__ float operator[](int) const { return x; }
+    } value;
+  };
+
+  static __device__ __forceinline__ PairReader entire(const P& p, int64_t r) {
+    static_assert(sizeof(StoredPair) == sizeof(float));  // a teacher's row begins where a row of tops does
+    const Rows rows = Rows::entire(p, r);
+    return {rows, device::known(reinterpret_cast<const float*>(rows.teacher))};
+  }
+  __device__ __forceinline__ PairReader part(int from, int size) const {
+    return {{p, student + from, nullptr, from, size}, tops};
+  }
+  __device__ __forceinline__ PairReader kept(const Vector* slot, int, int from, int size) const {
+    return {{p, slot, nullptr, from, size}, tops};
+  }
+  __device__ __forceinline__ void send(Vector* slot, int, uint64_t* barrier) const {
+    const int bytes = count * kVectorBytes;
+    hopper::barrier_arrive_expect(barrier, bytes);
+    if (bytes > 0) hopper::copy_bytes(slot, student, bytes, barrier);
+  }
+  __device__ __forceinline__ TeacherVector read_teacher(int index, int step) const {
+    constexpr int kTopVectors = kTileN / kVec;
+    static_assert(kRowThreads % kTopVectors == 0);
+    return {{tops[static_cast<unsigned>(first + index) / kTopVectors + step / kTopVectors]}};
+  }
+  __device__ __forceinline__ float teacher_entry(int i) const {
+    return tops[static_cast<unsigned>(first * kVec + i) / kTileN];
+  }
+  __device__ __forceinline__ Logits pair(StoredPair stored, float top, int) const {
+    const float x_t = top + static_cast<float>(stored.below), gap = static_cast<float>(stored.gap);
+    return {x_t + gap, x_t, gap};
+  }
+  __device__ __forceinline__ float teacher_bound(const TeacherVector& t, const Logits (&)[kVec]) const {
+    return t.value.x;
+  }
+  __device__ __forceinline__ float slope(StoredPair, int) const { return p.student_transform.alpha; }
+};
+
 // Adds N vectors of both sides, loaded before the first of them is used: one look at the maxima for all of them.
 template <int N, typename Reader>
 __device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float& shift_t, const Reader& reader,
                                             int index, bool reverse) {
-  typename Reader::Vector s[N], t[N];
+  typename Reader::Vector s[N];
+  typename Reader::TeacherVector t[N];
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     s[u] = reader.read_student(index + u * kRowThreads);
-    t[u] = reader.read_teacher(index + u * kRowThreads);
+    t[u] = reader.read_teacher(index, u * kRowThreads);
   }
   const float octaves = reader.unit() * kLog2E;
   Logits x[N][Reader::kVec];
@@ -179,8 +250,8 @@ __device__ __forceinline__ void add_vectors(RowStats& stats, float& shift, float
     for (int j = 0; j < Reader::kVec; ++j) {
       x[u][j] = reader.pair(s[u].value[j], t[u].value[j], (index + u * kRowThreads) * Reader::kVec + j);
       max_s = fmaxf(max_s, x[u][j].x_s);
-      max_t = fmaxf(max_t, x[u][j].x_t);
     }
+    max_t = fmaxf(max_t, reader.teacher_bound(t[u], x[u]));
   }
   if (!covers(stats, max_s * octaves, max_t * octaves)) {
     raise(stats, max_s * octaves, max_t * octaves, reverse);
@@ -206,18 +277,26 @@ template <bool TILE, typename Reader>
 __device__ __forceinline__ void first_visit(Running& row, const Reader& reader, int thread, bool reverse) {
   const int full = reader.full_vectors();
   int index = thread;
-  if constexpr (TILE && Reader::kInFlight == kLoadsInFlight) {
-    if (index + (kLoadsInFlight - 1) * kRowThreads < full) {
-      add_vectors<kLoadsInFlight>(row.stats, row.shift, row.shift_t, reader, index, reverse);
-    } else if (index < full) {
-      add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+  if constexpr (TILE && Reader::kInFlight == Reader::kTileLoads) {
+    if (index + (Reader::kTileLoads - 1) * kRowThreads < full) {
+      add_vectors<Reader::kTileLoads>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+    } else {
+      constexpr int kFew = Reader::kTileLoads / 2;
+#pragma unroll 1
+      for (; index + (kFew - 1) * kRowThreads < full; index += kRowThreads * kFew) {
+        add_vectors<kFew>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+      }
+      if (kFew > 1 && index < full) add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);
     }
   } else {
 #pragma unroll 1
     for (; index + (Reader::kInFlight - 1) * kRowThreads < full; index += kRowThreads * Reader::kInFlight) {
       add_vectors<Reader::kInFlight>(row.stats, row.shift, row.shift_t, reader, index, reverse);
     }
-    if (index < full) add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);  // of at most two
+#pragma unroll 1
+    for (; index < full; index += kRowThreads) {
+      add_vectors<1>(row.stats, row.shift, row.shift_t, reader, index, reverse);
+    }
   }
   if (full == reader.count) return;
 #pragma unroll 1
@@ -235,11 +314,12 @@ __device__ __forceinline__ void first_visit(Running& row, const Reader& reader, 
 // Writes the gradients of N vectors of a row of either KL. weight: of the row.
 template <int N, bool REVERSE, int STEP, typename G, typename Reader>
 __device__ __forceinline__ void write_vectors(G* out, const Reader& reader, const Row& row, int index, float weight) {
-  typename Reader::Vector s[N], t[N];
+  typename Reader::Vector s[N];
+  typename Reader::TeacherVector t[N];
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     s[u] = reader.read_student(index + u * STEP);
-    t[u] = reader.read_teacher(index + u * STEP);
+    t[u] = reader.read_teacher(index, u * STEP);
   }
 #pragma unroll
   for (int u = 0; u < N; ++u) {
@@ -258,18 +338,24 @@ template <bool REVERSE, int THREADS, bool TILE, typename G, typename Reader>
 __device__ __forceinline__ void write_whole(G* out, const Reader& reader, const Row& row, int thread, float weight) {
   const int full = reader.full_vectors();
   int index = thread;
-  if constexpr (TILE && Reader::kInFlight == kLoadsInFlight) {
-    if (index + (kLoadsInFlight - 1) * THREADS < full) {
-      write_vectors<kLoadsInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
-    } else if (index < full) {
-      write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
+  if constexpr (TILE && Reader::kInFlight == Reader::kTileLoads) {
+    if (index + (Reader::kTileLoads - 1) * THREADS < full) {
+      write_vectors<Reader::kTileLoads, REVERSE, THREADS>(out, reader, row, index, weight);
+    } else {
+      constexpr int kFew = Reader::kTileLoads / 2;
+#pragma unroll 1
+      for (; index + (kFew - 1) * THREADS < full; index += THREADS * kFew) {
+        write_vectors<kFew, REVERSE, THREADS>(out, reader, row, index, weight);
+      }
+      if (kFew > 1 && index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
     }
   } else {
 #pragma unroll 1
     for (; index + (Reader::kInFlight - 1) * THREADS < full; index += THREADS * Reader::kInFlight) {
       write_vectors<Reader::kInFlight, REVERSE, THREADS>(out, reader, row, index, weight);
     }
-    if (index < full) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
+#pragma unroll 1
+    for (; index < full; index += THREADS) write_vectors<1, REVERSE, THREADS>(out, reader, row, index, weight);
   }
 }
 
@@ -306,8 +392,8 @@ struct Passing {
   static constexpr int rank = 0, ranks = 1, parts = 1, turn = 0;
 
   __device__ __forceinline__ Passing(const typename Reader::Params& params, const RowLayout&, RowShared&) : p(params) {}
-  __device__ __forceinline__ Reader take(int) { return Reader::entire(p, row); }
-  __device__ __forceinline__ Reader again(int) const { return Reader::entire(p, row); }
+  __device__ __forceinline__ Reader take(const Reader& entire, int) { return entire; }
+  __device__ __forceinline__ Reader again(const Reader& entire, int) const { return entire; }
   __device__ __forceinline__ void release(int) {}
   __device__ __forceinline__ void next() { row = p.rows; }
 };
@@ -365,19 +451,21 @@ struct RowRing {
   __device__ __forceinline__ int place_of(int part) const {
     return start + part < layout.slots ? start + part : start + part - layout.slots;
   }
-  __device__ __forceinline__ Reader kept(int index, int part) const {
-    return Reader::entire(p, row).kept(place(index), layout.tile, from(part), size(part));
+  __device__ __forceinline__ Reader kept(const Reader& entire, int index, int part) const {
+    return entire.kept(place(index), layout.tile, from(part), size(part));
   }
-  __device__ __forceinline__ Reader take(int part) {
+  __device__ __forceinline__ Reader take(const Reader& entire, int part) {
     const int index = slot;
     hopper::barrier_wait(&full[index], phase);
     if (++slot == layout.slots) {
       slot = 0;
       phase ^= 1;
     }
-    return kept(index, part);
+    return kept(entire, index, part);
   }
-  __device__ __forceinline__ Reader again(int part) const { return kept(place_of(part), part); }
+  __device__ __forceinline__ Reader again(const Reader& entire, int part) const {
+    return kept(entire, place_of(part), part);
+  }
   __device__ __forceinline__ void release(int part) {
     device::block_sync();  // every thread has read it
     if (device::thread_index() == 0) send(place_of(part));
@@ -400,16 +488,16 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
     const int64_t r = rows.row;
     const Kind kind = static_cast<Kind>(p.kind[r]);
     const bool reverse = kind == kReverseKL, reporter = rows.rank == 0 && thread == 0;
+    const Reader entire = Reader::entire(p, r);
     Logits label = {};
     if (reporter && p.labels) {  // before the gradient can overwrite the logit
       const int id = static_cast<int>(p.labels[r]);
-      const Reader row = Reader::entire(p, r);
-      label = row.pair(row.student_entry(id), row.teacher_entry(id), id);
+      label = entire.pair(entire.student_entry(id), entire.teacher_entry(id), id);
     }
 
     Running running;
 #pragma unroll 1
-    for (int i = 0; i < rows.parts; ++i) first_visit<RESIDENT>(running, rows.take(i), thread, reverse);
+    for (int i = 0; i < rows.parts; ++i) first_visit<RESIDENT>(running, rows.take(entire, i), thread, reverse);
     RowStats stats = warp_merge(running.stats, 32, reverse);
     if (lane == 0) shared.warp[warp] = stats;
     device::block_sync();
@@ -424,8 +512,7 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
         stats = warp_merge(stats, kMaxCluster, reverse);
       }
     }
-    const float unit = Reader::entire(p, r).unit();
-    if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, unit);
+    if (thread == 0) shared.row = finish(stats, kind, p.share, p.entry_clip, entire.unit());
     device::block_sync();
     Row row = shared.row;
 
@@ -434,7 +521,7 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
       SecondSums sums;
 #pragma unroll 1
       for (int part = 0; part < rows.parts; ++part) {
-        const Reader reader = rows.again(part);
+        const Reader reader = rows.again(entire, part);
 #pragma unroll 1
         for (int i = thread; i < reader.entries(); i += kRowThreads) {
           if (!reader.live_entry(i)) continue;
@@ -481,7 +568,7 @@ __device__ __forceinline__ void logits_rows_body(const typename Reader::Params& 
     G* out = static_cast<G*>(p.dlogits) + (p.dlogits_row ? p.dlogits_row[r] : r) * p.stride_dlogits;
 #pragma unroll 1
     for (int part = 0; part < rows.parts; ++part) {
-      if (p.dlogits) write_part<RESIDENT>(out, rows.again(part), row, thread, weight);
+      if (p.dlogits) write_part<RESIDENT>(out, rows.again(entire, part), row, thread, weight);
       rows.release(part);
     }
   }

@@ -13,9 +13,29 @@ inline void check_transform(const Transform& f, const char* name) {
   require(f.alpha > 0.0f, name, "a transform with alpha > 0", std::to_string(f.alpha));
 }
 
+// Whether rows need the general code: biases, a softcap, or sides that differ.
+template <typename P>
+bool transforms_fully(const P& p) {
+  return p.student_bias || p.teacher_bias || p.student_transform.inner > 0.0f ||
+         !(p.student_transform == p.teacher_transform);
+}
+
+// 16-byte loads of both sides, and stores of as many gradients.
+template <typename P>
+bool vectors_fit(const P& p, Dtype logits, Dtype gradient) {
+  const int64_t count = kVectorBytes / item_size(logits);
+  const bool teacher = aligned_to(p.teacher, kVectorBytes) && p.stride_teacher % count == 0;
+  return aligned_to(p.student, kVectorBytes) && aligned_to(p.dlogits, count * item_size(gradient)) &&
+         p.stride_student % count == 0 && (!p.dlogits || p.stride_dlogits % count == 0) &&
+         (teacher || logits == Dtype::kStoredPair);
+}
+
 inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, const std::string& path) {
   require(path == "auto" || path == "resident" || path == "two_pass", "path", "auto, resident or two_pass", path);
-  require(logits == Dtype::kFloat32 || logits == gradient, "gradient_dtype", "the logits' dtype, or any for float32",
+  const bool pairs = logits == Dtype::kStoredPair;
+  require(gradient != Dtype::kStoredPair && (!pairs || gradient != Dtype::kFloat32) &&
+              (pairs || logits == Dtype::kFloat32 || logits == gradient),
+          "gradient_dtype", "the logits' dtype, any for float32, of 16 bits for stored pairs",
           static_cast<int64_t>(gradient));
   require(p.vocab > 0, "vocab", "> 0", p.vocab);
   require(p.rows >= 0, "rows", ">= 0", p.rows);
@@ -26,10 +46,17 @@ inline void check_rows(const LogitsRowsParams& p, Dtype logits, Dtype gradient, 
   require(p.rows <= INT32_MAX / kMaxCluster, "rows", "at most 2**31 / 16 a launch", p.rows);
   require(p.vocab <= INT32_MAX, "vocab", "below 2**31", p.vocab);
   require(p.stride_student >= p.vocab, "stride_student", "at least vocab", p.stride_student);
-  require(p.stride_teacher >= p.vocab, "stride_teacher", "at least vocab", p.stride_teacher);
+  require(p.stride_teacher >= (pairs ? (p.vocab + kTileN - 1) / kTileN : p.vocab), "stride_teacher",
+          pairs ? "at least vocab / 128" : "at least vocab", p.stride_teacher);
   require_aligned("student", p.student, item_size(logits));
   require_aligned("teacher", p.teacher, item_size(logits));
   require_aligned("dlogits", p.dlogits, item_size(gradient));
+  if (pairs) {
+    require(vectors_fit(p, logits, gradient), "student",
+            "stored pairs, and dlogits rows, on whole vectors of 4 entries", "others");
+    require(!transforms_fully(p), "student_transform", "the teacher's, without bias or softcap, for stored pairs",
+            "another");
+  }
   if (p.rows == 0) return;
   require_pointer("student", p.student);
   require_pointer("teacher", p.teacher);
@@ -84,21 +111,6 @@ inline void check_gradient(const LogitsGradientParams& p, Dtype logits) {
           "stride_student where the gradient goes in place of the logits", p.stride_dlogits);
 }
 
-// Whether rows need the general code: biases, a softcap, or sides that differ.
-template <typename P>
-bool transforms_fully(const P& p) {
-  return p.student_bias || p.teacher_bias || p.student_transform.inner > 0.0f || !p.alike;
-}
-
-// 16-byte loads of both sides, and stores of as many gradients.
-template <typename P>
-bool vectors_fit(const P& p, Dtype logits, Dtype gradient) {
-  const int64_t count = kVectorBytes / item_size(logits);
-  return aligned_to(p.student, kVectorBytes) && aligned_to(p.teacher, kVectorBytes) &&
-         aligned_to(p.dlogits, count * item_size(gradient)) && p.stride_student % count == 0 &&
-         p.stride_teacher % count == 0 && (!p.dlogits || p.stride_dlogits % count == 0);
-}
-
 inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capability, int64_t shared_limit,
                                 int most = kMaxCluster) {
   require(vocab > 0, "vocab", "> 0", vocab);
@@ -109,9 +121,12 @@ inline LogitsRowsPlan plan_rows(int64_t vocab, Dtype dtype, int compute_capabili
   for (const int64_t budget : {shared_limit / 2 - 1024, shared_limit}) {
     for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t per_vector = kVectorBytes / item_size(dtype);
+      const int64_t sides = dtype == Dtype::kStoredPair ? 1 : 2;
       const int64_t slice = ((vocab + per_vector - 1) / per_vector + cluster - 1) / cluster;
-      const int64_t parts = (slice + kTileVectors - 1) / kTileVectors, tile = (slice + parts - 1) / parts;
-      const int64_t bytes = 2 * kVectorBytes * tile, room = budget - static_cast<int64_t>(sizeof(RowShared));
+      // Of stored pairs, whole turns of all threads; elsewhere parts alike, of which more fit.
+      const int64_t turn = (sides == 1 ? 2 : 1) * kTileVectors, parts = (slice + turn - 1) / turn;
+      const int64_t tile = sides == 1 && parts > 1 ? turn : (slice + parts - 1) / parts;
+      const int64_t bytes = sides * kVectorBytes * tile, room = budget - static_cast<int64_t>(sizeof(RowShared));
       const int64_t slots = room / bytes < kMaxSlots ? room / bytes : kMaxSlots;
       if (slots <= parts) continue;
       const auto total = static_cast<int64_t>(sizeof(RowShared)) + slots * bytes;

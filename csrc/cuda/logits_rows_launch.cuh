@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device.cuh"
 #include "logits_rows.cuh"
@@ -15,18 +16,18 @@
 namespace vigos {
 
 // Two blocks a multiprocessor where shared memory allows, so that one loads while the other computes.
-template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
+template <typename Reader, typename G, bool RESIDENT>
 __global__ void __launch_bounds__(kRowThreads, 2)
     logits_rows_kernel(const __grid_constant__ LogitsRowsParams params, const __grid_constant__ RowLayout layout) {
 #if __CUDA_ARCH__ < 900
   if constexpr (!RESIDENT)  // never launched there: no clusters, no bulk copies
 #endif
-    logits_rows_body<RowReader<LogitsRowsParams, T, ALIGNED, TRANSFORMED>, G, RESIDENT>(params, layout);
+    logits_rows_body<Reader, G, RESIDENT>(params, layout);
 }
 
-template <typename T, typename G, bool ALIGNED, bool TRANSFORMED, bool RESIDENT>
+template <typename Reader, typename G, bool RESIDENT>
 cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& plan, cudaStream_t stream) {
-  const auto kernel = logits_rows_kernel<T, G, ALIGNED, TRANSFORMED, RESIDENT>;
+  const auto kernel = logits_rows_kernel<Reader, G, RESIDENT>;
   if (plan.shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
@@ -58,16 +59,29 @@ cudaError_t launch_rows(const LogitsRowsParams& params, const LogitsRowsPlan& pl
   return cudaLaunchKernelEx(&config, kernel, params, plan.layout);
 }
 
+template <typename Reader, typename G>
+cudaError_t launch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, cudaStream_t stream) {
+  if constexpr (Reader::kVec > 1) {  // others are not copied in whole vectors
+    if (plan.resident) return launch_rows<Reader, G, true>(p, plan, stream);
+  }
+  return launch_rows<Reader, G, false>(p, plan, stream);
+}
+
 // Run-time flags to template booleans. Rows off 16 bytes are read entry by entry, through the general transform.
 template <typename T, typename G>
 cudaError_t dispatch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned, cudaStream_t stream) {
-  if (!aligned) return launch_rows<T, G, false, true, false>(p, plan, stream);
-  if (transforms_fully(p)) {
-    return plan.resident ? launch_rows<T, G, true, true, true>(p, plan, stream)
-                         : launch_rows<T, G, true, true, false>(p, plan, stream);
-  }
-  return plan.resident ? launch_rows<T, G, true, false, true>(p, plan, stream)
-                       : launch_rows<T, G, true, false, false>(p, plan, stream);
+  const auto run = [&](auto aligned_, auto transformed_) {
+    return launch_rows<RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value>, G>(
+        p, plan, stream);
+  };
+  using std::false_type, std::true_type;
+  if (!aligned) return run(false_type{}, true_type{});
+  return transforms_fully(p) ? run(true_type{}, true_type{}) : run(true_type{}, false_type{});
+}
+
+template <typename G>
+cudaError_t dispatch_pairs(const LogitsRowsParams& p, const LogitsRowsPlan& plan, cudaStream_t stream) {
+  return launch_rows<PairReader<LogitsRowsParams>, G>(p, plan, stream);
 }
 
 template <typename T, bool ALIGNED, bool TRANSFORMED>
@@ -93,6 +107,8 @@ cudaError_t dispatch_gradient(const LogitsGradientParams& p, bool aligned, cudaS
 extern template cudaError_t dispatch_gradient<float>(const LogitsGradientParams&, bool, cudaStream_t);
 extern template cudaError_t dispatch_gradient<__nv_bfloat16>(const LogitsGradientParams&, bool, cudaStream_t);
 extern template cudaError_t dispatch_gradient<__half>(const LogitsGradientParams&, bool, cudaStream_t);
+extern template cudaError_t dispatch_pairs<__nv_bfloat16>(const LogitsRowsParams&, const LogitsRowsPlan&, cudaStream_t);
+extern template cudaError_t dispatch_pairs<__half>(const LogitsRowsParams&, const LogitsRowsPlan&, cudaStream_t);
 extern template cudaError_t dispatch_rows<float, float>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,
                                                         cudaStream_t);
 extern template cudaError_t dispatch_rows<float, __nv_bfloat16>(const LogitsRowsParams&, const LogitsRowsPlan&, bool,

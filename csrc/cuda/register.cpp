@@ -10,6 +10,7 @@
 #include <string>
 #include <type_traits>
 
+#include "linear_hopper.h"
 #include "logits_rows.h"
 
 namespace py = pybind11;
@@ -28,7 +29,9 @@ Dtype dtype_of(const std::string& name, const char* argument) {
   if (name == "float32") return Dtype::kFloat32;
   if (name == "float16") return Dtype::kFloat16;
   if (name == "bfloat16") return Dtype::kBFloat16;
-  throw std::invalid_argument(std::string(argument) + " must be float32, float16 or bfloat16, got " + name);
+  if (name == "stored_pair") return Dtype::kStoredPair;
+  throw std::invalid_argument(std::string(argument) + " must be float32, float16, bfloat16 or stored_pair, got " +
+                              name);
 }
 
 using Constants = std::array<float, 3>;  // alpha, inner, height
@@ -143,6 +146,27 @@ void register_cuda(py::module_& parent) {
     VIGOS_FIELD(share);
     VIGOS_FIELD(entry_clip);
   }
+  {
+    using P = PairProductParams;
+    auto c = params<P>(m, "PairProductParams");
+    VIGOS_FIELD(student_hidden);
+    VIGOS_FIELD(teacher_hidden);
+    VIGOS_FIELD(student_weight);
+    VIGOS_FIELD(teacher_weight);
+    VIGOS_FIELD(pairs);
+    VIGOS_FIELD(tops);
+    VIGOS_FIELD(stride_student_hidden);
+    VIGOS_FIELD(stride_teacher_hidden);
+    VIGOS_FIELD(stride_student_weight);
+    VIGOS_FIELD(stride_teacher_weight);
+    VIGOS_FIELD(stride_pairs);
+    VIGOS_FIELD(stride_tops);
+    VIGOS_FIELD(d);
+    VIGOS_FIELD(d_t);
+    VIGOS_FIELD(rows);
+    VIGOS_FIELD(vocab);
+    VIGOS_FIELD(logical_vocab);
+  }
 #undef VIGOS_FIELD
 
   m.def(
@@ -162,6 +186,13 @@ void register_cuda(py::module_& parent) {
       },
       py::arg("params"), py::kw_only(), py::arg("dtype"), py::arg("stream") = 0,
       "The gradient of `rows` student rows from saved states.");
+  m.def(
+      "pair_product",
+      [](const PairProductParams& p, const std::string& dtype, Address stream) {
+        pair_product(p, dtype_of(dtype, "dtype"), pointer<void>(stream));
+      },
+      py::arg("params"), py::kw_only(), py::arg("dtype"), py::arg("stream") = 0,
+      "Logits of both sides as pairs of fp16 numbers, on compute capability 9.0: see linear_hopper.h.");
 }
 
 }  // namespace vigos

@@ -37,9 +37,9 @@ using float16 = _Float16;
 
 }  // namespace emulator
 
-using __nv_bfloat16 = emulator::bfloat16;
-
 namespace vigos::device {
+
+using half = emulator::float16;
 
 inline int thread_index() { return emulator::current().thread; }
 inline int64_t block_index() { return emulator::current().block->index; }
@@ -52,6 +52,10 @@ inline float shuffle_xor(float x, int mask) {
   slots[lane] = x;
   emulator::wait(warp.barrier);
   return slots[lane ^ mask];
+}
+template <typename T>
+T* known(T* address) {
+  return address;
 }
 inline char* shared_memory() { return emulator::current().block->shared.data(); }
 inline uint4 load(const uint4* address) {
@@ -75,9 +79,9 @@ namespace vigos::hopper {
 constexpr uint32_t kWindow = 1024 + 16;  // the address of a block's first byte: no tile's alignment by itself
 constexpr int kBoxRows = 128, kBoxRowBytes = 128;
 
-// Rows of bf16; a box of it is 128 rows of 64 entries, written with the swizzle of 128 bytes.
+// Rows of 16-bit numbers; a box of it is 128 rows of 64 entries, written with the swizzle of 128 bytes.
 struct TensorMap {
-  const emulator::bfloat16* data;
+  const uint16_t* data;
   int64_t rows, columns, stride;
 };
 
@@ -114,6 +118,12 @@ inline void barrier_arrive(uint64_t* barrier) {
   --b.missing;
   settle(b);
 }
+// What block `rank` of the cluster has in the place of something of this block's.
+template <typename T>
+T* peer(T* mine, int rank) {
+  return const_cast<T*>(device::cluster_map(mine, rank));
+}
+inline void barrier_arrive_at(uint64_t* barrier, int rank) { barrier_arrive(peer(barrier, rank)); }
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   state(barrier).granules += static_cast<int16_t>(bytes / 16);
   barrier_arrive(barrier);
@@ -126,18 +136,19 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
   return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4);
 }
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
-  if (shared_address(to) % 1024) emulator::fail("a tile does not start on 1,024 bytes");
-  emulator::Block& block = *emulator::current().block;
-  if (block.barriers_unfenced) emulator::fail("the copy engine is given a barrier before the fence");
+inline void copy_box_to(emulator::Block& block, char* to, const TensorMap* map, int column, int row,
+                        uint64_t* barrier) {
+  if (emulator::current().block->barriers_unfenced) {
+    emulator::fail("the copy engine is given a barrier before the fence");
+  }
   std::memset(to, emulator::kPoison, kBoxRows * kBoxRowBytes);
   constexpr int kRowsAPart = 32;
-  block.copies.push_back([=, char_to = static_cast<char*>(to), first = 0]() mutable {
+  block.copies.push_back([=, first = 0]() mutable {
     for (int i = first; i < first + kRowsAPart; ++i) {
       for (int j = 0; j < 64; ++j) {
         const bool inside = row + i < map->rows && column + j < map->columns;
-        const auto x = inside ? map->data[(row + i) * map->stride + column + j] : emulator::bfloat16(0.0f);
-        std::memcpy(char_to + swizzled(kBoxRowBytes * i + 2 * j, kBoxRowBytes), &x, 2);
+        const uint16_t x = inside ? map->data[(row + i) * map->stride + column + j] : uint16_t{0};
+        std::memcpy(to + swizzled(kBoxRowBytes * i + 2 * j, kBoxRowBytes), &x, 2);
       }
     }
     first += kRowsAPart;
@@ -146,6 +157,21 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, uint64
     settle(b);
     return first == kBoxRows;
   });
+}
+
+inline void copy_box_to_all(void* to, const TensorMap* map, int column, int row, uint64_t* barrier, int blocks) {
+  if (shared_address(to) % 1024) emulator::fail("a tile does not start on 1,024 bytes");
+  emulator::Cluster& cluster = *emulator::current().block->cluster;
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    char* const there = peer(static_cast<char*>(to), rank);
+    if (cluster.blocks[rank].left == 0) emulator::fail("a box is sent to a block that has ended");
+    state(peer(barrier, rank));
+    copy_box_to(cluster.blocks[rank], there, map, column, row, peer(barrier, rank));
+  }
+}
+inline void copy_box(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
+  copy_box_to_all(to, map, column, row, barrier, 1 << device::cluster_rank());
 }
 
 // In halves, so that one may be there and the other not.
@@ -166,7 +192,8 @@ inline void copy_bytes(void* to, const void* source, int bytes, uint64_t* barrie
 }
 
 // 16 entries along K of a row of an operand, found as the PTX manual decodes a descriptor (K-major).
-inline void operand(uint64_t descriptor, int row, float (&out)[16]) {
+template <typename T>
+void operand(uint64_t descriptor, int row, float (&out)[16]) {
   const auto bytes = [descriptor](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32), mode = descriptor >> 62;
   if (descriptor >> 49 & 7) emulator::fail("a base offset, which this emulation does not know");
@@ -176,19 +203,20 @@ inline void operand(uint64_t descriptor, int row, float (&out)[16]) {
     const uint32_t along = mode == 0 ? half * leading : 16 * half;
     const uint32_t at = swizzled(start + row / 8 * stride + row % 8 * row_bytes + along, row_bytes) - kWindow;
     if (at + 16 > shared.bytes()) emulator::fail("a descriptor points out of shared memory");
-    emulator::bfloat16 entries[8];
+    T entries[8];
     std::memcpy(entries, shared.data() + at, 16);
     for (int k = 0; k < 8; ++k) out[8 * half + k] = static_cast<float>(entries[k]);
   }
 }
 
 // A thread's part of d (64, 128) = a (64, 16) b (128, 16)^T + d; which, says hopper.cuh.
-inline void multiply(const emulator::Product& product, std::array<float, 64>& d) {
+template <typename T>
+void multiply(const emulator::Product& product, std::array<float, 64>& d) {
   const int t = device::thread_index() % 128;
   float a[2][16], b[16];
-  for (int h = 0; h < 2; ++h) operand(product.a, 16 * (t / 32) + t % 32 / 4 + 8 * h, a[h]);
+  for (int h = 0; h < 2; ++h) operand<T>(product.a, 16 * (t / 32) + t % 32 / 4 + 8 * h, a[h]);
   for (int j = 0; j < 32; ++j) {
-    operand(product.b, 8 * (j / 2) + 2 * (t % 4) + j % 2, b);
+    operand<T>(product.b, 8 * (j / 2) + 2 * (t % 4) + j % 2, b);
     for (int h = 0; h < 2; ++h) {
       float& sum = d[j / 2 * 4 + 2 * h + j % 2];
       if (!product.accumulate) sum = 0.0f;
@@ -202,7 +230,8 @@ inline void run_products(int group) {
   emulator::Products& products = emulator::current().products;
   for (emulator::Product& product : products.queue) {
     if (product.group >= group || product.done) continue;
-    multiply(product, products.in_flight.at(product.d));
+    std::array<float, 64>& d = products.in_flight.at(product.d);
+    product.bfloat ? multiply<emulator::bfloat16>(product, d) : multiply<emulator::float16>(product, d);
     product.done = true;
   }
 }
@@ -232,7 +261,8 @@ void wgmma_wait() {
 }
 inline void wgmma_pin(float (&)[64]) {}
 
-inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+template <bool BFLOAT>
+void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   emulator::Products& products = emulator::current().products;
   const auto [accumulators, first] = products.in_flight.try_emplace(d);
   if (first) {
@@ -240,8 +270,18 @@ inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumu
     std::memcpy(accumulators->second.data(), d, sizeof d);
     for (float& x : d) x = NAN;
   }
-  products.queue.push_back({d, a, b, accumulate, products.group});
+  products.queue.push_back({d, a, b, accumulate, BFLOAT, products.group});
   if (emulator::chance(emulator::run->product_chance)) run_products(INT32_MAX);
+}
+
+inline uint32_t half_pair(float first, float second) {
+  const auto half = [](float x) {
+    const auto y = static_cast<emulator::float16>(x != x ? x : std::fmin(std::fmax(x, -65504.0f), 65504.0f));
+    uint16_t bits;
+    std::memcpy(&bits, &y, 2);
+    return static_cast<uint32_t>(bits);
+  };
+  return half(first) | half(second) << 16;
 }
 
 template <int COUNT>

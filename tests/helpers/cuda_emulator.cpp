@@ -15,6 +15,7 @@ namespace vigos {
 // What the emulated device claims to be; set from Python, so that small rows take large clusters.
 int compute_capability = 90;
 int64_t shared_limit = 232448;
+constexpr int multiprocessors = 4;  // two clusters, which have several tiles each
 
 LogitsRowsPlan logits_rows_plan(int64_t vocab, Dtype dtype, int capability, int64_t limit) {
   return plan_rows(vocab, dtype, capability, limit);
@@ -24,21 +25,33 @@ bool logits_rows_stay(int64_t vocab, Dtype dtype) {
   return plan_rows(vocab, dtype, compute_capability, shared_limit, kPortableCluster).resident;
 }
 
+template <typename Reader, typename G>
+void launch_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan) {
+  const auto run = [&](auto resident_) {
+    constexpr bool kResident = decltype(resident_)::value;
+    const int64_t clusters = kResident ? std::min<int64_t>(p.rows, 1 + emulator::seed % 3) : p.rows;
+    emulator::launch(clusters * plan.cluster, plan.cluster, kRowThreads, plan.shared_bytes,
+                     [&] { logits_rows_body<Reader, G, kResident>(p, plan.layout); });
+  };
+  if constexpr (Reader::kVec > 1) {
+    if (plan.resident) return run(std::true_type{});
+  }
+  run(std::false_type{});
+}
+
+template <typename G>
+void run_pairs(const LogitsRowsParams& p, const LogitsRowsPlan& plan) {
+  launch_rows<PairReader<LogitsRowsParams>, G>(p, plan);
+}
+
 template <typename T, typename G>
 void run_rows(const LogitsRowsParams& p, const LogitsRowsPlan& plan, bool aligned) {
-  const auto run = [&](auto aligned_, auto transformed_, auto resident_) {
-    const int64_t clusters = decltype(resident_)::value ? std::min<int64_t>(p.rows, 1 + emulator::seed % 3) : p.rows;
-    emulator::launch(clusters * plan.cluster, plan.cluster, kRowThreads, plan.shared_bytes, [&] {
-      using Reader = RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value>;
-      logits_rows_body<Reader, G, decltype(resident_)::value>(p, plan.layout);
-    });
+  const auto run = [&](auto aligned_, auto transformed_) {
+    launch_rows<RowReader<LogitsRowsParams, T, decltype(aligned_)::value, decltype(transformed_)::value>, G>(p, plan);
   };
-  const bool transformed = transforms_fully(p);
   using std::false_type, std::true_type;
-  if (!aligned) return run(false_type{}, true_type{}, false_type{});
-  if (transformed)
-    return plan.resident ? run(true_type{}, true_type{}, true_type{}) : run(true_type{}, true_type{}, false_type{});
-  return plan.resident ? run(true_type{}, false_type{}, true_type{}) : run(true_type{}, false_type{}, false_type{});
+  if (!aligned) return run(false_type{}, true_type{});
+  transforms_fully(p) ? run(true_type{}, true_type{}) : run(true_type{}, false_type{});
 }
 
 void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, const char* path, void*) {
@@ -51,7 +64,8 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   const int64_t r = p.rows, v = p.vocab;
   emulator::Operands operands;
   operands.matrix(p.student, emulator::rows_named(p.student_row, r), v, p.stride_student, item_size(logits));
-  operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), v, p.stride_teacher, item_size(logits));
+  const int64_t across = logits == Dtype::kStoredPair ? (v + kTileN - 1) / kTileN : v;
+  operands.matrix(p.teacher, emulator::rows_named(p.teacher_row, r), across, p.stride_teacher, item_size(logits));
   operands.matrix(p.dlogits, emulator::rows_named(p.dlogits_row, r), v, p.stride_dlogits, item_size(gradient));
   for (const int64_t** of : {&p.student_row, &p.teacher_row, &p.dlogits_row, &p.labels}) operands.array(*of, r);
   for (const float** of : {&p.weight, &p.clip}) operands.array(*of, r);
@@ -64,10 +78,12 @@ void logits_rows(const LogitsRowsParams& params, Dtype logits, Dtype gradient, c
   operands.array(p.clipped, r);
   operands.array(p.state, r * State::kColumns);
 #if defined(VIGOS_EMULATED_FEW)  // compiles faster
-  run_rows<float, float>(p, plan, aligned);
+  logits == Dtype::kStoredPair ? run_pairs<emulator::bfloat16>(p, plan) : run_rows<float, float>(p, plan, aligned);
 #else
   using emulator::bfloat16, emulator::float16;
-  if (logits == Dtype::kBFloat16) {
+  if (logits == Dtype::kStoredPair) {
+    gradient == Dtype::kBFloat16 ? run_pairs<bfloat16>(p, plan) : run_pairs<float16>(p, plan);
+  } else if (logits == Dtype::kBFloat16) {
     run_rows<bfloat16, bfloat16>(p, plan, aligned);
   } else if (logits == Dtype::kFloat16) {
     run_rows<float16, float16>(p, plan, aligned);
@@ -127,48 +143,38 @@ void logits_gradient(const LogitsGradientParams& params, Dtype logits, void*) {
   operands.give_back();
 }
 
-template <bool SHARED_HEAD, HopperMode MODE>
-void run_linear(const LinearHopperParams& p) {
+template <bool SHARED_HEAD, bool BFLOAT>
+void run_product(PairProductParams p) {
   static_assert(kTileM == hopper::kBoxRows && kTileN == hopper::kBoxRows && 2 * kTileK == hopper::kBoxRowBytes);
   const auto map = [](const void* data, int64_t rows, int64_t columns, int64_t stride) {
-    return hopper::TensorMap{static_cast<const emulator::bfloat16*>(data), rows, columns, stride};
+    return hopper::TensorMap{static_cast<const uint16_t*>(data), rows, columns, stride};
   };
   const HopperMaps maps{map(p.student_hidden, p.rows, p.d, p.stride_student_hidden),
                         map(p.teacher_hidden, p.rows, p.d_t, p.stride_teacher_hidden),
                         map(p.student_weight, p.vocab, p.d, p.stride_student_weight),
                         map(p.teacher_weight, p.vocab, p.d_t, p.stride_teacher_weight)};
-  const int64_t row_tiles = (p.rows + kTileM - 1) / kTileM;
-  emulator::launch(row_tiles * p.splits, 1, kHopperThreads, HopperShared<SHARED_HEAD>::kBytes,
-                   [&] { linear_hopper_body<SHARED_HEAD, MODE>(p, maps); });
+  p.clusters = product_clusters(p, multiprocessors);
+  emulator::launch(p.clusters * kClusterTiles, kClusterTiles, kHopperThreads, HopperShared<SHARED_HEAD>::kBytes,
+                   [&] { pair_product_body<SHARED_HEAD, BFLOAT>(p, maps); });
 }
 
-// Statistics, their merge, and with dlogits the gradient.
-void linear_hopper(const LinearHopperParams& params) {
-  check_statistics(params);
-  if (params.dlogits) check_linear_gradient(params);
-  LinearHopperParams p = params;
+void pair_product(const PairProductParams& params, Dtype dtype, void*) {
+  check_pair_product(params, dtype);
+  if (params.rows == 0) return;
+  PairProductParams p = params;
   const int64_t r = p.rows, v = p.vocab;
   emulator::Operands operands;
   operands.matrix(p.student_hidden, r, p.d, p.stride_student_hidden, 2);
   operands.matrix(p.teacher_hidden, r, p.d_t, p.stride_teacher_hidden, 2);
   operands.matrix(p.student_weight, v, p.d, p.stride_student_weight, 2);
   operands.matrix(p.teacher_weight, v, p.d_t, p.stride_teacher_weight, 2);
-  operands.matrix(p.dlogits, r, v, p.stride_dlogits, 2);
-  for (float** of : {&p.divergence, &p.student_entropy, &p.teacher_entropy, &p.student_lse, &p.teacher_lse,
-                     &p.student_logprob, &p.teacher_logprob}) {
-    operands.array(*of, r);
+  operands.matrix(p.pairs, r, vocab_tiles(p) * kTileN, p.stride_pairs, 4);
+  operands.matrix(p.tops, r, vocab_tiles(p), p.stride_tops, 4);
+  if (dtype == Dtype::kBFloat16) {
+    p.teacher_weight ? run_product<false, true>(p) : run_product<true, true>(p);
+  } else {
+    p.teacher_weight ? run_product<false, false>(p) : run_product<true, false>(p);
   }
-  for (const float** of : {&p.clip, &p.live}) operands.array(*of, r);
-  operands.array(p.kind, r);
-  operands.array(p.labels, r);
-  operands.array(p.clipped, r);
-  operands.array(p.label_logits, 2 * r);
-  operands.array(p.partial, kRunningFields * p.splits * r);
-  operands.array(p.state, r * State::kColumns);
-  constexpr auto kStatistics = HopperMode::kStatistics, kGradient = HopperMode::kGradient;
-  p.teacher_weight ? run_linear<false, kStatistics>(p) : run_linear<true, kStatistics>(p);
-  for (int64_t i = 0; i < r; ++i) linear_merge_body(p, i);
-  if (p.dlogits) p.teacher_weight ? run_linear<false, kGradient>(p) : run_linear<true, kGradient>(p);
   operands.give_back();
 }
 
@@ -197,54 +203,8 @@ void entries_of_a_row(const float* z_s, const float* z_t, int64_t n, int kind, f
 
 namespace py = pybind11;
 
-// Addresses and sizes by the names of the struct's members.
-void linear_hopper(const py::dict& fields, float alpha) {
-  vigos::LinearHopperParams p;
-  const auto number = [&fields](const char* name) {
-    return fields.contains(name) ? fields[name].cast<int64_t>() : int64_t{0};
-  };
-#define VIGOS_POINTER(name) p.name = reinterpret_cast<decltype(p.name)>(number(#name))
-#define VIGOS_NUMBER(name) p.name = static_cast<decltype(p.name)>(number(#name))
-  VIGOS_POINTER(student_hidden);
-  VIGOS_POINTER(teacher_hidden);
-  VIGOS_POINTER(student_weight);
-  VIGOS_POINTER(teacher_weight);
-  VIGOS_POINTER(kind);
-  VIGOS_POINTER(partial);
-  VIGOS_POINTER(labels);
-  VIGOS_POINTER(label_logits);
-  VIGOS_POINTER(clip);
-  VIGOS_POINTER(divergence);
-  VIGOS_POINTER(clipped);
-  VIGOS_POINTER(student_entropy);
-  VIGOS_POINTER(teacher_entropy);
-  VIGOS_POINTER(student_lse);
-  VIGOS_POINTER(teacher_lse);
-  VIGOS_POINTER(student_logprob);
-  VIGOS_POINTER(teacher_logprob);
-  VIGOS_POINTER(state);
-  VIGOS_POINTER(live);
-  VIGOS_POINTER(dlogits);
-  VIGOS_NUMBER(stride_student_hidden);
-  VIGOS_NUMBER(stride_teacher_hidden);
-  VIGOS_NUMBER(stride_student_weight);
-  VIGOS_NUMBER(stride_teacher_weight);
-  VIGOS_NUMBER(d);
-  VIGOS_NUMBER(d_t);
-  VIGOS_NUMBER(rows);
-  VIGOS_NUMBER(vocab);
-  VIGOS_NUMBER(logical_vocab);
-  VIGOS_NUMBER(splits);
-  VIGOS_NUMBER(stride_dlogits);
-#undef VIGOS_POINTER
-#undef VIGOS_NUMBER
-  p.alpha = alpha;
-  vigos::linear_hopper(p);
-}
-
 PYBIND11_MODULE(cuda_emulator, m) {
   vigos::register_cuda(m);
-  m.def("linear_hopper", linear_hopper);
   m.def("set_seed", [](uint64_t seed) { emulator::seed = seed; });
   m.def("entries_of_a_row",
         [](uintptr_t z_s, uintptr_t z_t, int64_t n, int kind, float share, float clip, uintptr_t out) {

@@ -86,7 +86,7 @@ struct Warp {
 struct Product {
   float* d;
   uint64_t a, b;
-  bool accumulate;
+  bool accumulate, bfloat;
   int group;  // of products that were committed together
   bool done = false;
 };

@@ -100,6 +100,7 @@ def put_under(monkeypatch: pytest.MonkeyPatch, emulator: Any) -> None:
     """Make an emulator what impl="cuda" runs on."""
     monkeypatch.setattr(cuda, "_module", lambda: emulator.cuda)
     monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
+    monkeypatch.setattr(cuda, "_has_wgmma", lambda device: True)
     emulator.set_device(90, 232448)
     emulator.set_seed(0)
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # SASS instructions a pair at most, by what a kernel does; the copy's rate leaves about 58 for fp32 logits (132
 # multiprocessors, 4 a clock, 1.85 GHz, 4.3 TB/s).
-BUDGET = {"statistics": 36.0, "gradient": 36.0}
+# Of an epilogue: a tile, a thread.
+BUDGET = {"statistics": 36.0, "gradient": 36.0, "epilogue": 600.0}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def disassemble_bytes(cubin: bytes) -> dict[str, list[Instruction]]:
         return disassemble(Path(file.name))
 
 
-def _ways(code: list[Instruction], last: int | None) -> dict[tuple[int, int], int]:
-    """(bytes loaded, exponentials) -> fewest instructions from the first of `code` to address `last`, or to an end."""
+def _ways(code: list[Instruction], last: int | None, counted: str = "") -> dict[tuple[int, int], int]:
+    """(bytes loaded, exponentials) -> fewest instructions from the first of `code` to address `last`, or to an end.
+
+    counted: an operation whose number takes the place of the bytes.
+    """
     at = {x.address: i for i, x in enumerate(code)}
     ways: list[dict[tuple[int, int], int]] = [{} for _ in code]
     ways[0] = {(0, 0): 0}
@@ -94,7 +98,7 @@ def _ways(code: list[Instruction], last: int | None) -> dict[tuple[int, int], in
             onward.append(at[x.target])
         finishes = x.address == last if last is not None else x.operation.startswith("EXIT")
         for (loaded, exps), count in ways[i].items():
-            state = loaded + x.loaded, exps + ("MUFU.EX2" in x.text)
+            state = loaded + (x.operation == counted if counted else x.loaded), exps + ("MUFU.EX2" in x.text)
             for into in [done] * finishes + [ways[j] for j in onward]:
                 into[state] = min(count + 1, into.get(state, 1 << 30))
         ways[i] = {}
@@ -143,18 +147,31 @@ def of_cuda(functions: dict[str, list[Instruction]]) -> dict[str, dict[str, floa
     """Instructions a pair in the kernels of an object file whose rows are aligned, by what they do."""
     found: dict[str, dict[str, float]] = {}
     for name, code in functions.items():
-        shape = re.search(r"(logits_rows|logits_gradient)_kernelI(\w+?)((?:Lb[01]E)+)E", name)
-        if shape is None or not shape[3].startswith("Lb1ELb0E"):  # unaligned, or transformed: one slow path
-            continue
-        itemsize = 4 if shape[2].startswith("f") else 2
-        if shape[1] == "logits_gradient":
-            found["logits_gradient"] = {"gradient": of_loops(code, itemsize, stores=True)}
-        else:
-            kernel = f"logits_rows {'resident' if shape[3].endswith('Lb1E') else 'two_pass'}"
+        # Rows on whole vectors and not transformed; the others are one slow path.
+        if shape := re.search(r"logits_gradient_kernelI(\w+?)Lb1ELb0EE", name):
+            found["logits_gradient"] = {"gradient": of_loops(code, 4 if shape[1] == "f" else 2, stores=True)}
+        elif shape := re.search(r"(Row|Pair)ReaderINS_16LogitsRowsParamsE(?:(\w+?)Lb1ELb0E)?EE\w*?Lb([01])EEEv", name):
+            # A stored pair's 4 bytes are both sides' entry.
+            itemsize = 4 if shape[2] == "f" else 2
+            kernel = f"{'logits_rows' if shape[1] == 'Row' else 'pair_rows'} {('two_pass', 'resident')[int(shape[3])]}"
             found[kernel] = {
                 "statistics": of_loops(code, itemsize, stores=False), "gradient": of_loops(code, itemsize, stores=True)
             }  # fmt: skip
+        elif "pair_product_kernel" in name:
+            found["pair_product" + " two heads" * ("ILb0E" in name)] = {"epilogue": of_epilogue(code)}
     return found
+
+
+def of_epilogue(code: list[Instruction]) -> float:
+    """Instructions of a thread from a tile's last product to where the next tile begins, a whole tile being stored."""
+    last = max(i for i, x in enumerate(code) if "HGMMA" in x.text)
+    wait = next(
+        i for i in range(last, len(code)) if "WARPGROUP.DEPBAR" in code[i].text and code[i].text.endswith("0x0")
+    )
+    end = next(x.address for x in code[wait:] if x.target is not None and x.target < code[last].address)
+    stored = _ways(code[wait:], end, counted="STG.E.64")
+    most = max(stores for stores, _ in stored)
+    return float(min(count for (stores, _), count in stored.items() if stores == most))
 
 
 def of_triton(kernel: str, cubin: bytes, itemsize: int) -> dict[str, float]:
@@ -193,7 +210,7 @@ def table() -> dict[str, dict[str, float]]:
         if line["pair"]:
             found[f"{line['kernel']} {line['logits']}"] = line["pair"]
     if shutil.which("nvcc"):
-        for source in ("logits_rows_f32_bf16", "logits_rows_bf16_bf16"):
+        for source in ("logits_rows_f32_bf16", "logits_rows_bf16_bf16", "logits_rows_pair_bf16", "linear_hopper"):
             for kernel, counts in of_cuda(disassemble(compiled(source))).items():
                 found[f"{kernel} {source.removeprefix('logits_rows_')}"] = counts
     return found

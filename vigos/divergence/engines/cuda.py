@@ -4,7 +4,9 @@ The row kernel (`csrc/cuda/logits_rows.cuh`) reads each row of logits once: on s
 in distributed shared memory, takes the statistics, and writes the gradient from there; elsewhere it reads it twice.
 
     linear   logits (2 C, V) fp32 of both sides -> statistics, dlogits in their dtype: over the student's logits,
-             C = 512, where a row stays in shared memory; else of two chunks (2 C, V), C = 256 -> drow = dlogits @ W
+             C = 512, where a row stays in shared memory; else of two chunks (2 C, V), C = 256 -> drow = dlogits @ W.
+             On sm_90, where `stores_pairs` holds, a product of our own (csrc/cuda/linear_hopper.cuh) leaves both
+             logits of an entry in the 4 bytes of one: C = 512
     logits   statistics, the state of each row and, where it is asked for, its gradient at the weights; backward writes
              the rows whose upstream is another, or all of dlogits (N, V), in place of the logits if asked
 
@@ -36,6 +38,7 @@ from vigos.divergence.engines.problem import (
 from vigos.divergence.engines.products import Chunks, add_head_gradient, backproject, padded, project
 
 CONFIG = Chunks()
+TILE = 128  # entries of the vocabulary; kTileN in csrc/cuda/linear_hopper.h
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,7 +104,7 @@ def logits_why_not(problem: LogitsProblem) -> str | None:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "stored_pair" if dtype == torch.int32 else str(dtype).removeprefix("torch.")
 
 
 def _stream(device: torch.device) -> int:
@@ -118,8 +121,8 @@ def _rows_of(x: Tensor) -> Tensor:
 
 
 def _stride(x: Tensor) -> int:
-    """Return the elements from row to row; a single row's stride means nothing and may be anything."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+    """Return the elements from row to row; a single row's stride may be anything, and counts if it can be one."""
+    return x.stride(0) if x.shape[0] > 1 or x.stride(0) >= x.shape[1] else x.shape[1]
 
 
 def _address(x: Tensor | None) -> int:
@@ -135,15 +138,16 @@ def _scalars(rows: Rows, v: int) -> dict[str, object]:
 
 
 def _run_rows(
-    rows: Rows, student: Tensor, teacher: Tensor, statistics: Statistics, *, student_row: Tensor | None = None,
-    teacher_row: Tensor | None = None, bias: tuple[Tensor | None, Tensor | None] = (None, None),
-    dlogits: Tensor | None = None, dlogits_row: Tensor | None = None, weight: Tensor | None = None,
-    state: Tensor | None = None,
+    rows: LinearProblem | LogitsProblem, student: Tensor, teacher: Tensor, statistics: Statistics, *,
+    student_row: Tensor | None = None, teacher_row: Tensor | None = None, dlogits: Tensor | None = None,
+    dlogits_row: Tensor | None = None, weight: Tensor | None = None, state: Tensor | None = None,
+    bias: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:  # fmt: skip
     """Launch over `rows.n_rows` rows: row r is student[student_row[r]] (or student[r]), and dlogits likewise.
 
-    student, teacher (·, V) of one dtype with unit column stride; dlogits (·, V) times `weight` (R,), unweighted without
-    it, 0 where `live_rows` is False; state (R, STATE); statistics are written.
+    student, teacher (·, V) of one dtype with unit column stride, or stored pairs as int32 and the tiles' largest z_t;
+    dlogits (·, V) times `weight` (R,), unweighted without it, 0 where `live_rows` is False; state (R, STATE);
+    statistics are written.
     """
     module = _module()
     assert module is not None
@@ -163,10 +167,43 @@ def _run_rows(
             rows=rows.n_rows, stride_student=_stride(student), stride_teacher=_stride(teacher),
             stride_dlogits=0 if dlogits is None else _stride(dlogits), **_scalars(rows, student.shape[1]),
         )  # fmt: skip
-        gradient_dtype = student.dtype if dlogits is None else dlogits.dtype
+        gradient_dtype = dlogits.dtype if dlogits is not None else rows.dtype
         module.logits_rows(
             params, dtype=_name(student.dtype), gradient_dtype=_name(gradient_dtype), stream=_stream(student.device)
         )
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    """Return whether this GPU, and the code that was built for it, have Hopper's products."""
+    module = _module()
+    return (
+        module is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and not {"90a", "90a-real"}.isdisjoint(module.architectures.split())
+    )
+
+
+def stores_pairs(problem: LinearProblem, config: Chunks = CONFIG) -> bool:
+    """Return whether logits are kept as fp16 (z_t - its tile's largest) and fp16 (z_s - z_t), in 4 bytes an entry.
+
+    Kinds, weights, both clips, labels, temperature, scale, padding and a head of the teacher's own go either way. Kept
+    in fp32 are: operands that are not of one 16-bit dtype or that the copy engine cannot address, biases, softcaps,
+    sides with different transforms, and everything on another GPU than of compute capability 9.0.
+    """
+    heads = [problem.student_weight, problem.teacher_weight]
+    operands = [x for x in (problem.student_hidden, problem.teacher_hidden, *heads) if x is not None]
+    return (
+        config.stored_pairs
+        and _has_wgmma(problem.device)
+        and operands[0].dtype in (torch.float16, torch.bfloat16)
+        and all(x.dtype == operands[0].dtype and x.shape[1] % 8 == 0 for x in operands)
+        and all(x is None or (_addressable(x) and _stride(x) % 8 == 0 and x.data_ptr() % 16 == 0) for x in heads)
+        and problem.student_bias is None
+        and problem.teacher_bias is None
+        and problem.student_transform.softcap is None
+        and problem.alike
+    )
 
 
 # --- from hidden states ----------------------------------------------------------------------------------------------
@@ -196,26 +233,37 @@ def forward(problem: LinearProblem, config: Chunks = CONFIG) -> LinearResult:
     bias = [None if b is None else b.float().contiguous() for b in (problem.student_bias, problem.teacher_bias)]
     width, dlogits, module = config.width(problem), None, _module()
     assert module is not None
-    capacity = config.capacity(problem, width)
-    in_place = config.in_place(problem, capacity) and module.logits_rows_stay(v, "float32")
-    width = capacity if in_place else width
-    stride = -(-v // 8) * 8  # rows of whole vectors
-    z = torch.empty(2 * width, stride, device=device)
+    capacity, dtype = config.capacity(problem, width), problem.student_weight.dtype
+    pairs = stores_pairs(problem, config)
+    stay = module.logits_rows_stay(v, "stored_pair" if pairs else "float32")
+    in_place = stay and config.in_place(problem, capacity, 4 if pairs else 8)
+    width = capacity if in_place else min(2 * width, capacity) if pairs else width
+    capacity -= capacity % width
+    columns = -(-v // TILE) * TILE  # rows of whole tiles and vectors
+    if pairs:
+        z_s = torch.empty(width, columns, dtype=torch.int32, device=device)
+        z_t = torch.empty(width, columns // TILE, device=device)
+    else:
+        z = torch.empty(2 * width, columns, device=device)
+        z_s, z_t = z[:width], z[width:, :v]
     if in_place:
-        dlogits = z[:width].view(problem.student_weight.dtype)[:, :v]
+        dlogits = z_s.view(dtype)[:, :v]
     elif need:
-        dlogits = torch.zeros(capacity, stride, dtype=problem.student_weight.dtype, device=device)[:, :v]
-    z = z[:, :v]
+        dlogits = torch.zeros(capacity, columns, dtype=dtype, device=device)[:, :v]
     first = 0  # row of the supervision whose gradient lies at the start of dlogits
     for chunk in chunks(r, width):
-        # Every chunk is as wide as the first, its last row repeated: the GEMM's shape decides how it rounds.
+        # Every chunk is as wide as the first, its last row repeated: the GEMM's shape decides how it rounds. Ours sums
+        # each row alike.
         student, teacher = (
-            hidden[padded(index[chunk], width)]
+            hidden[index[chunk] if pairs else padded(index[chunk], width)]
             for hidden, index in (
                 (problem.student_hidden, problem.student_row), (problem.teacher_hidden, problem.teacher_row),
             )
         )  # fmt: skip
-        project(problem, student, teacher, z, config)
+        if pairs:
+            _project_pairs(problem, student, teacher, z_s, z_t)
+        else:
+            project(problem, student, teacher, z[:, :v], config)
         labels = None if problem.labels is None else problem.labels[chunk]
         part = replace(
             problem, student_row=problem.student_row[chunk], teacher_row=problem.teacher_row[chunk],
@@ -223,13 +271,31 @@ def forward(problem: LinearProblem, config: Chunks = CONFIG) -> LinearResult:
         )  # fmt: skip
         places = slice(chunk.start - first, chunk.stop - first)
         _run_rows(
-            part, z[:width], z[width:], _slice(statistics, chunk), bias=(bias[0], bias[1]),
+            part, z_s[:, :v], z_t, _slice(statistics, chunk), bias=(bias[0], bias[1]),
             dlogits=None if dlogits is None else dlogits[places],
         )  # fmt: skip
         if dlogits is not None and (places.stop == capacity or chunk.stop == r):
             _multiply(problem, result, dlogits, slice(first, chunk.stop), config)
             first = chunk.stop
     return result
+
+
+def _project_pairs(problem: LinearProblem, student: Tensor, teacher: Tensor, pairs: Tensor, tops: Tensor) -> None:
+    """Write the logits of `student` (n, D) and `teacher` (n, D_t) to pairs[:n] (·, V), the tiles' largest to `tops`."""
+    module = _module()
+    assert module is not None
+    head, other = problem.student_weight, problem.teacher_weight
+    v, d = head.shape
+    with torch.cuda.device_of(student):
+        params = module.PairProductParams(
+            student_hidden=student.data_ptr(), teacher_hidden=teacher.data_ptr(), student_weight=head.data_ptr(),
+            teacher_weight=_address(other), pairs=pairs.data_ptr(), tops=tops.data_ptr(), d=d, d_t=teacher.shape[1],
+            rows=student.shape[0], vocab=v, logical_vocab=problem.local_vocab(v), stride_student_hidden=d,
+            stride_teacher_hidden=teacher.shape[1], stride_student_weight=_stride(head),
+            stride_teacher_weight=0 if other is None else _stride(other), stride_pairs=_stride(pairs),
+            stride_tops=_stride(tops),
+        )  # fmt: skip
+        module.pair_product(params, dtype=_name(student.dtype), stream=_stream(student.device))
 
 
 def _multiply(problem: LinearProblem, result: LinearResult, dlogits: Tensor, rows: slice, config: Chunks) -> None:

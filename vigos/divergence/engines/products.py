@@ -27,6 +27,7 @@ class Chunks:
         waiting_with_head: the same where the head has a gradient, which every such product reads and writes.
         in_place_bytes: where the gradients that wait for a product may take their logits' place, those are one chunk if
             it fits beside the rows' hidden gradients: 512 rows at D 2,048, V 151,936.
+        stored_pairs: keep logits as pairs of 16-bit numbers where the engine `cuda` can: twice the rows of a chunk.
         slab_elements: elements of a product that are converted or accumulated at a time where no kernel takes the
             operands as they are.
     """
@@ -35,6 +36,7 @@ class Chunks:
     waiting_chunks: int = 2
     waiting_with_head: int = 4
     in_place_bytes: int = 700_000_000
+    stored_pairs: bool = True
     slab_elements: int = 16 << 20
 
     def width(self, problem: LinearProblem) -> int:
@@ -50,11 +52,11 @@ class Chunks:
         waiting = self.waiting_with_head if head else self.waiting_chunks
         return min(waiting, -(-problem.n_rows // width)) * width
 
-    def in_place(self, problem: LinearProblem, rows: int) -> bool:
-        """Return whether `rows` rows, those that would wait, are one chunk whose gradients go over its logits."""
+    def in_place(self, problem: LinearProblem, rows: int, entry_bytes: int = 8) -> bool:
+        """Return whether gradients of `rows` rows go over their logits, an entry's of both sides in `entry_bytes`."""
         v, d = problem.student_weight.shape
         only_hidden = problem.need_dhidden and not (problem.need_dweight or problem.need_dbias)
-        return only_hidden and 8 * rows * v + 4 * problem.n_rows * d <= self.in_place_bytes
+        return only_hidden and entry_bytes * rows * v + 4 * problem.n_rows * d <= self.in_place_bytes
 
 
 def padded(index: Tensor, width: int) -> Tensor:
