@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import json
@@ -269,6 +270,31 @@ def test_a_shell_completes_commands_and_options(words, wanted):
     script = "import sys; sys.argv = ['vigos']; from vigos.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True)
     assert done.stdout.split() == [wanted], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "use", "wanted"),
+    [
+        ("transformers", "vigos.ViGOSTrainer", "vigos.ViGOSTrainer needs transformers: .*train"),
+        ("requests", "vigos.evaluate", "vigos.evaluate needs requests: .*train"),
+        ("typer", "importlib.import_module('vigos.cli')", "the vigos command needs typer: .*train"),
+        ("jinja2", "importlib.import_module('vigos.report.page').render([])", "jinja2: .*report"),
+    ],
+    ids=lambda word: word.split("(")[0],
+)
+def test_what_is_not_installed_is_named_with_its_extra(missing, use, wanted, monkeypatch):
+    import vigos
+
+    for name in ("cli", "train.trainer", "system.http", "eval.evaluate", "eval.judge", "rollout.server"):
+        parent, _, leaf = f"vigos.{name}".rpartition(".")
+        if loaded := sys.modules.get(f"{parent}.{leaf}"):
+            monkeypatch.setattr(sys.modules[parent], leaf, loaded)  # put back, as the next line's is
+            monkeypatch.delitem(sys.modules, f"{parent}.{leaf}")
+    for name in ("ViGOSTrainer", "evaluate"):
+        monkeypatch.delitem(vars(vigos), name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises((ImportError, ValueError, SystemExit), match=rf"{wanted}\]'$"):
+        eval(use, {"vigos": vigos, "importlib": importlib})
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_imported(tmp_path):
