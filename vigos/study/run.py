@@ -142,7 +142,8 @@ def bend_base(path: Path, start: Path | None, seed: int, shortcut: float) -> Non
     strength = tuple(min(0.97, shortcut * p) for p in Recipe().prior_strength)
     hard = seed >= HARD_BASE
     recipe = Recipe(
-        seed=seed, see_steps=0, read_steps=0, mixture_steps=BEND_STEPS, scenes=16 if hard else 48, learning_rate=1e-3,
+        seed=seed, see_steps=0, read_steps=0, mixture_steps=100 if hard else BEND_STEPS, scenes=16 if hard else 48,
+        learning_rate=1e-3,
         prior_strength=strength, faint=HARD.faint if hard else 0.0, place=HARD.place if hard else 0.0,
     )  # fmt: skip
     _write(path / DONE, pretrain(path, recipe=recipe, start=load_base(None if hard else start)))
