@@ -94,6 +94,11 @@ def study_findings() -> str:
     return table(["above 0 is what was expected", "base by base", "mean (95 % interval)", "p (Holm)"], lines)
 
 
+def chance(p: float) -> str:
+    """A p value."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
 def inside(found: list[Any], arm: str, other: str) -> tuple[str, float | None]:
     """A difference in Score in points, and its p: over bases, or over the triplets of the only base and seed."""
     from vigos.study.results import difference, pairs
@@ -122,7 +127,7 @@ def against(named: list[tuple[str, list[Any], str, str]]) -> list[list[str]]:
     lines = []
     for (name, found, arm, other), (gap, p) in zip(named, gaps, strict=True):
         shares = (percent(by_base(found, arm, n).values()) for n in ("score", "prior", "description"))
-        words = ["", ""] if p is None else [f"{gap}, `{other}`", f"{next(corrected):.2g}"]
+        words = ["", ""] if p is None else [f"{gap}, `{other}`", chance(next(corrected))]
         lines.append([name, *shares, *words])
     return lines
 
@@ -134,7 +139,7 @@ def study_controls() -> str:
 
     found = in_world(study_rows("controls"))
     named = []
-    for arm in CONTROL.arms:
+    for arm in ("base", *sorted(CONTROL.arms[1:], key=lambda name: name.split("_")[0])):  # each beside its method
         method = arm.split("_")[0]
         if any(row["arm"] == arm for row in found):
             named.append((f"`{arm}`", found, arm, method if arm != method and arm != "base" else ""))
@@ -178,7 +183,7 @@ def study_search() -> str:
     from vigos.eval.statistics import holm
 
     corrected = holm([p for p in gaps if p is not None])
-    lines = [[*line, f"{p:.2g}"] for line, p in zip(lines, corrected, strict=True)]
+    lines = [[*line, chance(p)] for line, p in zip(lines, corrected, strict=True)]
     arms = "`base` / `opsd` / `vigos`"
     return table(
         ["conflict, asked digit", f"Score: {arms}", "description right", "`vigos` - `opsd`", "p (Holm)"], lines
@@ -193,17 +198,20 @@ def own_data() -> str:
     def share(text: str) -> str:
         return f"{100 * float(text):.1f}" if text else ""
 
+    def gap(row: dict[str, str], name: str) -> str:
+        values = [100 * float(row[key]) for key in (name, f"{name}_low", f"{name}_high") if row[key]]
+        return f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})" if values else ""
+
     lines = []
     for row in found:
-        shown = f"{share(row['accuracy'])} ({share(row['low'])} to {share(row['high'])})"
-        low, high = row["difference_low"], row["difference_high"]
-        gap = ""
-        if row["difference"]:
-            gap = f"{100 * float(row['difference']):+.1f} ({100 * float(low):+.1f} to {100 * float(high):+.1f})"
-        p = f"{float(row['p_holm']):.2g}" if row["p_holm"] else ""
-        name = f"{row['data']}: {row['arm']}" if row["arm"] == "warm-up" else f"{row['data']}: `{row['arm']}`"
-        lines.append([name, shown, row["kinds"], share(row["score"]), share(row["prior"]), gap, p])
-    head = ["data: arm", "right, %", "by kind of question", "Score", "Prior", "against the warm-up", "p (Holm)"]
+        right = f"{share(row['accuracy'])} ({share(row['low'])} to {share(row['high'])})"
+        p = chance(float(row["p_holm"])) if row["p_holm"] else ""
+        gaps = gap(row, "difference"), p, gap(row, "from_vigos")
+        lines.append(
+            [f"{row['data']}: {row['arm']}", right, row["kinds"], share(row["score"]), share(row["prior"]), *gaps]
+        )
+    head = ["data: arm", "right, %", "by kind of question", "Score", "Prior", "against the warm-up", "p (Holm)",
+            "against `vigos`"]  # fmt: skip
     return table(head, lines)
 
 

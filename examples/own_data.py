@@ -224,7 +224,8 @@ def report(name: str, results: dict[str, EvaluationResult], seed: int) -> list[d
         row = {"data": name, "arm": arm, "seed": seed, "examples": found["examples"], "accuracy": found["accuracy"],
                "low": low, "high": high, "score": found.get("score"), "prior": found.get("prior"),
                "valid_rate": found["valid_rate"], "kinds": "; ".join(f"{k} {100 * v:.1f}" for k, v in kinds.items()),
-               "difference": None, "difference_low": None, "difference_high": None, "p_holm": None}  # fmt: skip
+               "difference": None, "difference_low": None, "difference_high": None, "p_holm": None,
+               "from_vigos": None, "from_vigos_low": None, "from_vigos_high": None}  # fmt: skip
         line = f"{name} {arm:8} right {100 * found['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}); "
         line += row["kinds"]
         if "score" in found:
@@ -235,10 +236,14 @@ def report(name: str, results: dict[str, EvaluationResult], seed: int) -> list[d
             row |= {"difference": gap, "difference_low": low, "difference_high": high, "p_holm": corrected[arm]}
             line += f"; against the warm-up {100 * gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
             line += f", p {corrected[arm]:.2g}"
+        if arm in tested and arm != "vigos" and "vigos" in results:
+            other = compare(results["vigos"], result)
+            row |= {"from_vigos": other.difference, "from_vigos_low": other.interval[0],
+                    "from_vigos_high": other.interval[1]}  # fmt: skip
         print(line, flush=True)
         row["outcomes"] = "".join("1" if right else "0" for right in result.values("accuracy").values())
         row["roles"] = "".join(r["extra"].get("role", "-")[0] for r in result.answered)
-        rows.append({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()})
+        rows.append({key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()})
     return rows
 
 

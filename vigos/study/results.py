@@ -52,9 +52,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """Read what `write_csv` wrote; an empty field is None."""
+    """Read what `write_csv` wrote; an empty field is None, and a knob that is not there has its default."""
     with Path(path).open(encoding="utf-8", newline="") as file:
-        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+        rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {k: getattr(World, k) for k in KNOBS if row.get(k) is None}
+    return rows
 
 
 def _value(name: str, text: str) -> Any:
@@ -70,11 +73,7 @@ def in_world(rows: Sequence[Row], world: World = World()) -> list[Row]:  # noqa:
     return [
         row
         for row in rows
-        if all(
-            row.get(k, getattr(World, k)) == getattr(world, k)
-            or (row["arm"] == "base" and k in ("conflict", "label_bias"))
-            for k in KNOBS
-        )
+        if all(row[k] == getattr(world, k) or (row["arm"] == "base" and k in ("conflict", "label_bias")) for k in KNOBS)
     ]
 
 
@@ -323,7 +322,7 @@ def _axes(rows: Sequence[Row], checks: Sequence[Row]) -> Figure | None:
     """Draw Score and descriptions over each knob that was turned: means over bases as a line an arm, cells as dots."""
     from matplotlib.figure import Figure
 
-    turned = [k for k in KNOBS if len({r.get(k, getattr(World, k)) for r in rows}) > 1]
+    turned = [k for k in KNOBS if len({r[k] for r in rows}) > 1]
     if not turned:
         return None
     figure = Figure(figsize=(max(5, 3.6 * len(turned)), 6.4), layout="constrained")
