@@ -134,3 +134,28 @@ def test_what_is_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_has_wgmma", lambda device: False)
     kept(case(5, 16, 40), True)
     assert seen.pop() is False
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({}, "float32", "dtype must be float16 or bfloat16, got float32"),
+        ({"d": 12, "d_t": 12}, "float16", "student_hidden must be of a width that is a multiple of 8"),
+        ({"d_t": 24}, "float16", "d_t must be d where the head is shared, got 24"),
+        ({"stride_student_weight": 20}, "float16", "student_weight must be of a row stride that is a multiple of 8"),
+        ({"teacher_hidden": 4104}, "float16", "teacher_hidden must be aligned to 16 bytes, got address 4104"),
+        ({"logical_vocab": 131}, "float16", r"logical_vocab must be in \[1, 130\], got 131"),
+        ({"stride_pairs": 130}, "float16", "stride_pairs must be a multiple of 4, at least vocab rounded up to 128"),
+        ({"stride_tops": 1}, "float16", "stride_tops must be at least vocab / 128, got 1"),
+        ({"tops": 0}, "float16", "tops must be a device pointer, got null"),
+    ],
+)  # fmt: skip
+def test_the_product_refuses(emulator: ModuleType, change: dict[str, int], dtype: str, message: str) -> None:
+    """Before anything is launched: none of these addresses is one."""
+    fields = {
+        "student_hidden": 4096, "teacher_hidden": 4096, "student_weight": 4096, "pairs": 4096, "tops": 4096, "d": 16,
+        "d_t": 16, "rows": 2, "vocab": 130, "logical_vocab": 130, "stride_student_hidden": 16,
+        "stride_teacher_hidden": 16, "stride_student_weight": 16, "stride_pairs": 256, "stride_tops": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        emulator.cuda.pair_product(emulator.cuda.PairProductParams(**fields | change), dtype=dtype)

@@ -84,7 +84,7 @@ def test_gradients_over_their_logits(emulator: ModuleType, dtype: torch.dtype) -
         ours = []
         for room in (700_000_000, 0):
             with pytest.MonkeyPatch.context() as patch:
-                configure(patch, "cuda", Chunks(chunk_bytes=1, waiting_chunks=1, in_place_bytes=room))
+                configure(patch, "cuda", Chunks(1, waiting_chunks=1, in_place_bytes=room, stored_pairs=False))
                 ours.append(run(c, "cuda", dtype, train_head=False))
         assert_same(*ours)
 

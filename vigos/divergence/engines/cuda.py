@@ -10,8 +10,9 @@ in distributed shared memory, takes the statistics, and writes the gradient from
     logits   statistics, the state of each row and, where it is asked for, its gradient at the weights; backward writes
              the rows whose upstream is another, or all of dlogits (N, V), in place of the logits if asked
 
-Memory of the linear path at V = 151,936: 8 * 512 * V bytes beside the results, or (8 + 2 itemsize) * 256 * V. Nothing
-here has been run on a GPU yet: the engine is reached by `impl="cuda"` alone, never by "auto".
+Memory of the linear path at V = 151,936: 8 * 512 * V bytes beside the results, or (8 + 2 itemsize) * 256 * V; half of
+the first where pairs are stored. Nothing here has been run on a GPU yet: the engine is reached by `impl="cuda"` alone,
+never by "auto".
 """
 
 from __future__ import annotations
