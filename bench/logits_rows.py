@@ -3,9 +3,9 @@
     python bench/logits_rows.py --device cuda
     python bench/logits_rows.py --device cpu --rows 64 --vocab 8000     # the script itself, on any machine
 
-The floor of loss and gradient reads both rows once and writes the gradient once, 3 N V items: what the engines `cuda`
-and, from a cache, `cpu` do in forward. `triton` visits the rows again in backward, 5 N V, and so does every engine in
-rows whose upstream is not their weight. A copy of one matrix, timed in the same run, gives the bandwidth. Peaked rows,
+The floor of loss and gradient reads both rows once and writes the gradient once, 3 N V items: what the engine `cuda`
+does in forward. The others visit the rows again in backward, 5 N V, and so does `cuda` in rows whose upstream is not
+their weight. A copy of one matrix, timed in the same run, gives the bandwidth. Peaked rows,
 teacher near the student, forward KL; the error is that of the gradient against float64 on a few rows. A number is
 printed after its gradient was checked.
 """

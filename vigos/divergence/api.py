@@ -172,9 +172,9 @@ def logits_divergence(
             sums are float32 (float64 for float64). Slices of a larger tensor are read where they lie.
         inplace: backward writes the gradient over `student_logits`, which saves their size. Their values are gone then,
             a second backward raises, each student row may be supervised once, and expanded logits are refused. Not
-            under torch.compile. Without it the engines `cpu`, `cuda` and `reference` write the gradient of `loss` in
-            forward, one reading of the logits less, where at least half of the student's rows are supervised, each
-            once; of pairs whose upstream is another, backward computes it again.
+            under torch.compile. Without it the engine `cuda` writes the gradient of `loss` in forward, which saves one
+            reading of the logits, where at least half of the student's rows are supervised, each once; that of pairs
+            with another upstream is computed again in backward.
         process_group: each rank passes consecutive columns of the vocabulary, and the same of everything else.
         Everything else as in `linear_divergence`; with a contrast or a cut the targets take R x V floats. A scale or a
         softcap is the caller's: these are logits as softmax reads them, but for the temperature.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.call import Call
-from vigos.divergence.engines import first
 from vigos.divergence.logits_op import (
     logits,
     logits_backward_inplace_op,
@@ -78,8 +77,7 @@ class _Strided(torch.autograd.Function):
         matrix, index = as_matrix(student)
         rows_s, n = index.to(rows[0].device)[rows[0]], student.shape[:-1].numel()
         need = ctx.needs_input_grad[0] and not inplace
-        elsewhere = first(call.impl, student.device) != "cpu"  # which writes a gradient where it read the row
-        ctx.written = need and elsewhere and writes_in_forward(call, student.device, rows[0], n)
+        ctx.written = need and writes_in_forward(call, student.device, rows[0], n)
         into = (rows[0], n) if ctx.written else (None, 0)
         out = logits(matrix, teacher, (rows_s, *rows[1:]), labels, call, inplace, *into)
         ctx.call, ctx.inplace = call, inplace

@@ -38,7 +38,6 @@ from vigos.divergence.engines.problem import (
     Rows,
     Statistics,
     all_reduce,
-    changed_pairs,
     chunk_width,
     chunks,
     live_rows,
@@ -433,19 +432,12 @@ def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsRes
         labels = None if problem.labels is None else problem.labels[chunk_slice]
         measured, state[chunk_slice, :KNOWN] = _measure(problem, pair, problem.kind[chunk_slice], labels)
         _store(statistics, chunk_slice, measured)
-        if problem.dlogits is not None and problem.dlogits_row is not None:
-            kind, weight, clip = (x[chunk_slice] for x in (problem.kind, problem.weight, problem.clip))
-            live = live_rows(replace(problem, weight=weight, clip=clip), measured.divergence)
-            dlogits = _dlogits(problem, pair, kind, state[chunk_slice]) * weight[:, None]
-            rows = problem.dlogits_row[chunk_slice]
-            problem.dlogits[rows] = dlogits.masked_fill(~live[:, None], 0.0).to(problem.dlogits.dtype)
     return LogitsResult(statistics, state)
 
 
 def logits_backward(
-    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, kept: Tensor | None = None,
-    config: Config = CONFIG,
-) -> Tensor:  # fmt: skip
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, config: Config = CONFIG
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype: row_grad[r] * d divergence[r] / d student_logits, summed over pairs.
 
     `out` may be the student's logits, if no row of them is supervised twice. Rows with row_grad 0 are not read.
@@ -454,12 +446,9 @@ def logits_backward(
     in_place = out is not None and out.data_ptr() == problem.student_logits.data_ptr()
     if out is None:
         out = torch.empty_like(problem.student_logits, memory_format=torch.contiguous_format)
-    active = (row_grad != 0).nonzero().squeeze(1)
-    if kept is not None:
-        changed, active = changed_pairs(problem, row_grad, kept)
-        out[changed] = 0
-    elif not in_place:
+    if not in_place:
         out.zero_()
+    active = (row_grad != 0).nonzero().squeeze(1)
     for chunk_slice in chunks(active.shape[0], max(1, config.on(problem.device) // v)):
         r = active[chunk_slice]
         pair = _logits_pair(problem, problem.student_row[r], problem.teacher_row[r])

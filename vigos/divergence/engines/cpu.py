@@ -36,7 +36,6 @@ from vigos.divergence.engines.problem import (
     Rows,
     Statistics,
     all_reduce,
-    changed_pairs,
     chunk_width,
     chunks,
 )
@@ -332,9 +331,6 @@ def _label_logits(
 # --- logits that exist -----------------------------------------------------------------------------------------------
 
 
-_CACHED_BYTES = 8 << 20  # of rows of both sides
-
-
 def _rows_of(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return (a matrix that C++ can read, row index into it): `x` itself or a copy of the rows."""
     if _readable(x):
@@ -343,22 +339,20 @@ def _rows_of(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_blocks(problem: LogitsProblem, rows: Tensor, config: Config) -> list[Tensor]:
-    """Return `rows` as one block, or in blocks small enough to be copied, or to be in a cache for their gradient."""
+    """Return `rows` as one block, or in blocks small enough to be copied."""
     tensors = (problem.student_logits, problem.teacher_logits)
     if all(_readable(x) for x in tensors):
-        if problem.dlogits is None:
-            return [rows]
-        return list(rows.split(max(_threads(), _CACHED_BYTES // sum(x.shape[1] * x.itemsize for x in tensors))))
+        return [rows]
     return list(rows.split(max(1, config.chunk_bytes // (8 * tensors[0].shape[1]))))
 
 
 def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsResult:
-    """Compute the statistics of every row, and its gradient if asked; it is read again from a cache."""
+    """Compute the statistics of every row; a row is read twice, the second time from a cache."""
     c = _c()
     r, v = problem.n_rows, problem.local_vocab(problem.student_logits.shape[1])
     out = torch.empty(r, KNOWN + 5, dtype=torch.float64)  # what is known, divergence, entropies, lse
     transform, options = _Transforms(problem), c.Options(problem.share, problem.entry_clip)
-    kind, state = problem.kind.int(), torch.zeros(r, STATE)
+    kind = problem.kind.int()
     for rows in _row_blocks(problem, torch.arange(r), config):
         student, student_row = _rows_of(problem.student_logits, problem.student_row[rows])
         teacher, teacher_row = _rows_of(problem.teacher_logits, problem.teacher_row[rows])
@@ -368,11 +362,8 @@ def logits_forward(problem: LogitsProblem, config: Config = CONFIG) -> LogitsRes
             _matrix(student), _matrix(teacher), student_row.data_ptr(), teacher_row.data_ptr(), kinds.data_ptr(),
             len(rows), v, transform.native, options, part.data_ptr(), _threads(),
         )  # fmt: skip
-        state[rows, :KNOWN] = part[:, :KNOWN].float()
-        if problem.dlogits is not None:
-            live = (problem.weight[rows] != 0) & ~(part[:, KNOWN].float() > problem.clip[rows])
-            _write(problem, state, problem.weight, rows[live], problem.dlogits, config)
-            problem.dlogits[problem.student_row[rows[~live]]] = 0
+    state = torch.zeros(r, STATE)
+    state[:, :KNOWN] = out[:, :KNOWN]
     statistics = out[:, KNOWN:].T
     logprobs: list[Tensor | None] = [None, None]
     if problem.labels is not None:
@@ -400,31 +391,16 @@ def _rounds(index: Tensor) -> list[Tensor]:
 
 
 def logits_backward(
-    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, kept: Tensor | None = None,
-    config: Config = CONFIG,
-) -> Tensor:  # fmt: skip
+    problem: LogitsProblem, state: Tensor, row_grad: Tensor, *, out: Tensor | None = None, config: Config = CONFIG
+) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype. `out` may be the student's logits; row_grad 0: not read."""
+    c = _c()
     logits = problem.student_logits
     target = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     if not _readable(target):  # in place over logits that the kernel cannot write
         target.copy_(logits_backward(problem, state, row_grad, config=config))
         return target
-    quiet = torch.ones(logits.shape[0], dtype=torch.bool)
     active = (row_grad != 0).nonzero().squeeze(1)
-    if kept is not None:
-        changed, active = changed_pairs(problem, row_grad, kept)
-        quiet = torch.zeros_like(quiet).index_fill_(0, changed, True)
-    _write(problem, state, row_grad, active, target, config)
-    quiet[problem.student_row[active]] = False
-    target[quiet] = 0
-    return target
-
-
-def _write(
-    problem: LogitsProblem, state: Tensor, row_grad: Tensor, active: Tensor, target: Tensor, config: Config
-) -> None:
-    """Write the gradients of the student rows of some pairs, `active`, to the rows of `target`."""
-    c, logits = _c(), problem.student_logits
     transform, options = _Transforms(problem), c.Options(problem.share, problem.entry_clip)
     v = problem.local_vocab(logits.shape[1])
     for i, round_ in enumerate(_rounds(problem.student_row[active])):
@@ -448,3 +424,7 @@ def _write(
                 target[problem.student_row[rows]] += written
             elif copied:
                 target[problem.student_row[rows]] = written
+    quiet = torch.ones(logits.shape[0], dtype=torch.bool)
+    quiet[problem.student_row[active]] = False
+    target[quiet] = 0
+    return target

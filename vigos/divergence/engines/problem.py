@@ -260,12 +260,6 @@ def live_rows(rows: Rows, divergence: Tensor) -> Tensor:
     return (rows.weight != 0) & ~(divergence > rows.clip)
 
 
-def changed_pairs(rows: Rows, row_grad: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (student rows whose gradient under `kept` (R,) is another, their pairs with one under `row_grad`)."""
-    changed = rows.student_row[row_grad != kept].unique()
-    return changed, (torch.isin(rows.student_row, changed) & (row_grad != 0)).nonzero().squeeze(1)
-
-
 def chunk_width(n: int, most: int, multiple: int = 16) -> int:
     """Return one width for all chunks of `n` rows: at most about `most`, a multiple of `multiple`, as even as it gets.
 
