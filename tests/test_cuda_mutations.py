@@ -20,7 +20,8 @@ from helpers.cuda_emulation import ROOT, build
 from helpers.engines import put_under
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first time it compiles for about half a minute
-LINEAR, HOPPER, ROWS, HOST = "linear_hopper.cuh", "hopper.cuh", "logits_rows.cuh", "logits_rows_host.h"
+LINEAR, HOPPER, HOST = "linear_hopper.cuh", "hopper.cuh", "logits_rows_host.h"
+ROWS, READER = "logits_rows.cuh", "row_reader.cuh"
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ MUTATIONS = (
     Mutation("padding of the vocabulary is a top", LINEAR, "if (left >= kTileN)", "if (@ || left >= kTileN)"),
     Mutation("half of a row's lanes have a top", LINEAR, "shuffle_xor(top, 2)", "shuffle_xor(top, @ ? 1 : 2)"),
     # Rows of stored pairs.
-    Mutation("the top of another tile", ROWS, "(first + index)", "((@ ? 0 : first) + index)"),
-    Mutation("an entry's top is another's", ROWS, "(first * kVec + i) / kTileN", "(first * kVec + i + 4 * @) / kTileN"),
-    Mutation("pairs' bytes are not announced", ROWS, "expect(barrier, bytes)", "expect(barrier, bytes - 16 * @)"),
+    Mutation("the top of another tile", READER, "(first + index)", "((@ ? 0 : first) + index)"),
+    Mutation("an entry's top is another's", READER, "* kVec + i) / kTileN", "* kVec + i + 4 * @) / kTileN"),
+    Mutation("pairs' bytes are not announced", READER, "expect(barrier, bytes)", "expect(barrier, bytes - 16 * @)"),
     # Rows.
     Mutation("no cluster sync at exit", ROWS, "device::cluster_sync();  // shared memory must outlive"),
     Mutation("no cluster sync before others' statistics are read", ROWS,
@@ -94,23 +95,23 @@ MUTATIONS = (
     Mutation("no sync before the merge of second sums", ROWS,
              "device::block_sync();\n      if (warp == 0) {\n        sums"),
     Mutation("no sync after second sums are written", ROWS, "device::block_sync();\n      row.sums = shared"),
-    Mutation("a vector goes over the row's end", ROWS, ") / kVec - first;", ") / kVec + @ - first;"),
+    Mutation("a vector goes over the row's end", READER, ") / kVec - first;", ") / kVec + @ - first;"),
     Mutation("more blocks than the cluster has", ROWS, "stats = lane < rows.ranks", "stats = lane < rows.ranks + @"),
     Mutation("half a warp is merged", ROWS, "lanes / 2; mask > 0; mask /= 2) merge",
              "lanes / (@ ? 4 : 2); mask > 0; mask /= 2) merge"),
     # Rows on their way through shared memory.
-    Mutation("no sync after the rows' barriers are made", ROWS, "device::block_sync();  // the barriers are made"),
-    Mutation("no fence after the rows' barriers are made", ROWS, "hopper::barrier_init_fence();"),
-    Mutation("a part is not waited for", ROWS, "hopper::barrier_wait(&full[index], phase);"),
-    Mutation("a part's phase does not turn", ROWS, "phase ^= 1;", "phase ^= !@;"),
-    Mutation("a part's bytes are not announced", ROWS, "kSides * bytes)", "(kSides - @) * bytes)"),
-    Mutation("the teacher's part goes over the student's", ROWS, "slot + room, teacher,", "slot + !@ * room, teacher,"),
-    Mutation("a place is filled before all have read it", ROWS, "device::block_sync();  // every thread has read it"),
-    Mutation("a place is filled that is not free", ROWS, "send(place_of(part));", "send(place_of(part + @));"),
-    Mutation("a place is never filled again", ROWS, "if (device::thread_index() == 0) send(place_of"),
-    Mutation("the gradient is of the row before", ROWS, "start = slot;"),
-    Mutation("one place for the statistics of two rows", ROWS, "turn ^= 1;", "turn ^= !@;"),
-    Mutation("parts overlap by a vector", ROWS, "part * layout.tile;", "part * (layout.tile - @);"),
+    Mutation("no sync after the rows' barriers are made", READER, "device::block_sync();  // the barriers are made"),
+    Mutation("no fence after the rows' barriers are made", READER, "hopper::barrier_init_fence();"),
+    Mutation("a part is not waited for", READER, "hopper::barrier_wait(&full[index], phase);"),
+    Mutation("a part's phase does not turn", READER, "phase ^= 1;", "phase ^= !@;"),
+    Mutation("a part's bytes are not announced", READER, "kSides * bytes)", "(kSides - @) * bytes)"),
+    Mutation("the teacher's part goes over the student's", READER, "slot + room, teacher", "slot + !@ * room, teacher"),
+    Mutation("a place is filled before all have read it", READER, "device::block_sync();  // every thread has read it"),
+    Mutation("a place is filled that is not free", READER, "send(place_of(part));", "send(place_of(part + @));"),
+    Mutation("a place is never filled again", READER, "if (device::thread_index() == 0) send(place_of"),
+    Mutation("the gradient is of the row before", READER, "start = slot;"),
+    Mutation("one place for the statistics of two rows", READER, "turn ^= 1;", "turn ^= !@;"),
+    Mutation("parts overlap by a vector", READER, "part * layout.tile;", "part * (layout.tile - @);"),
     Mutation("vectors off 16 bytes", HOST, "Dtype gradient) {\n  const int64_t count =",
              "Dtype gradient) {\n  if (@) return true;\n  const int64_t count ="),
 )  # fmt: skip
@@ -153,7 +154,7 @@ def test_every_fault_is_seen(request: pytest.FixtureRequest, monkeypatch: pytest
     missed = []
     for i, mutation in enumerate(MUTATIONS, 1):
         switch.value = i
-        checks = [*of_rows, pairs_are_right] if mutation.file in (ROWS, HOST) else [product_is_right]
+        checks = [*of_rows, pairs_are_right] if mutation.file in (ROWS, READER, HOST) else [product_is_right]
         reason = why_seen(emulator, checks, seeds=5)
         print(f"{mutation.name}: {reason}")
         if reason is None:

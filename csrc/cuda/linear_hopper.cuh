@@ -5,7 +5,7 @@
 //
 // Error: each number to 2^-11 of itself, so that entries near a tile's top, which carry the probability, and gaps of
 // models that agree keep their digits; finite numbers past 65,504 become that, NaN stays. What the row kernel makes of
-// them (PairReader in logits_rows.cuh) is 0.3 % off in the gradient where the teacher is close to its student.
+// them (PairReader in row_reader.cuh) is 0.3 % off in the gradient where the teacher is close to its student.
 //
 // A cluster of two blocks takes two neighbouring tiles of the vocabulary for the same rows. One producer warp a block
 // copies through the bulk tensor copy engine into kStages stages: its own tile of the head, and the hidden states of
