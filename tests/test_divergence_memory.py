@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.divergence_cases import of_kind
 
+import vigos
+from vigos.divergence.engines import cpu
 from vigos.divergence.engines.problem import LinearProblem, LogitTransform
 from vigos.divergence.engines.products import Chunks
 
@@ -61,7 +64,7 @@ def logits(student, teacher, impl, trainable):
         torch.autograd.grad(vigos.logits_divergence(s, t, impl=impl, inplace=True).loss, s)
     return peak.bytes
 
-ours(every_student[:64], every_teacher[:64], "cpu", True)  # imports and pools
+ours(every_student, every_teacher, "cpu", True)  # imports, pools, and a chunk's memory, which is kept
 ours(every_student[:64], every_teacher[:64], "reference", True)
 growth = {}
 for name, run, impl, trainable in (
@@ -88,6 +91,28 @@ def test_no_engine_holds_every_logit():
     assert growth.pop("naive") > 2 * every_logit, "the measurement does not see what it should"
     for name, more in growth.items():
         assert more < 0.25 * every_logit, f"{name}: {more / 2**20:.0f} MiB more, N x V is {every_logit / 2**20:.0f} MiB"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_chunk_memory_waits_for_the_next_call_and_may_be_taken():
+    """Two calls share one mapping, whose pages the system may take meanwhile; a failed call keeps nothing."""
+    student, head = torch.randn(64, 8), torch.randn(24_576, 8)
+    cpu.release_memory()
+
+    def gradient():
+        leaf = student.clone().requires_grad_()
+        vigos.linear_divergence(leaf, head, student.flip(0), impl="cpu").loss.backward()
+        return leaf.grad
+
+    first = gradient()
+    (memory,) = cpu._kept
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    free = sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree"))
+    assert free * 1024 >= 4 * 2 * 64 * 24_576 - 2**22  # but for ends that share a page with others
+    assert torch.equal(gradient(), first)
+    assert cpu._kept == [memory]
+    cpu.release_memory()
+    assert not cpu._kept
 
 
 @pytest.mark.parametrize(("d", "v"), [(2048, 151_936), (3584, 152_064), (2560, 248_320)])
