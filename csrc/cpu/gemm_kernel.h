@@ -24,6 +24,8 @@ inline void tile(const float* a, int64_t ld, const float* b, int64_t k, float* c
   vf sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
+    // The last product's rows of c lie far apart and were last seen a whole visit of them ago.
+    for (int j = 0; TILED && j < VECTORS * W; j += 16) __builtin_prefetch(c + i * ld_c + j, 1, 3);
 #pragma GCC unroll 16
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = vf{};
   }
