@@ -347,9 +347,8 @@ def train(folder: Path, rows: Path, **options: Any) -> tuple[list[dict[str, Any]
     }
     assert all(torch.equal(frozen[name], parameter) for name, parameter in before.items())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("perf", "train_", "mismatch"))} for line in lines
-    ], trainer
+    untold = ("perf", "train_", "mismatch", "rollout/age")  # the age: of rollouts one step ahead alone
+    return [{k: v for k, v in line.items() if not k.startswith(untold)} for line in lines], trainer
 
 
 @vllm
