@@ -148,7 +148,7 @@ def test_hopper_kernel_instructions(built: Callable[[str], Path]) -> None:
 @pytest.mark.slow
 def test_row_kernel_instructions(built: Callable[[str], Path]) -> None:
     bodies = functions(cuobjdump(built("sm_90a"), "logits_rows_bf16_bf16", "-sass", "-arch", "sm_90a"))
-    (body,) = (body for name, body in bodies.items() if "logits_rows_kernel" in name and "Lb1ELb0ELb1E" in name)
+    (body,) = (body for name, body in bodies.items() if "logits_rows_kernel" in name and "Lb1ELb0EEES3_Lb1E" in name)
     assert "UBLKCP" in body, "bulk copies of the logits"
     assert re.search(r"LDS(\.\w+)*\.128", body), "16-byte loads of the logits"
     assert "SYNCS.PHASECHK" in body, "a wait for a copy"
@@ -205,7 +205,7 @@ def test_launchers_refuse_bad_arguments(module: ModuleType) -> None:
         ({"teacher": 0}, "teacher must be a device pointer, got null"),
         ({"clip": 0}, "clip must be a device pointer, got null"),
         ({"labels": 64}, "student_logprob must be a device pointer"),
-        ({"dtype": "float64"}, "dtype must be float32, float16 or bfloat16, got float64"),
+        ({"dtype": "float64"}, "dtype must be float32, float16, bfloat16 or stored_pair, got float64"),
         ({"dtype": "bfloat16", "gradient_dtype": "float16"}, "gradient_dtype must be the logits' dtype"),
         ({"path": "magic"}, "path must be auto, resident or two_pass, got magic"),
         ({"student_transform": (0.0, 0.0, 0.0)}, "student_transform must be a transform with alpha > 0"),
