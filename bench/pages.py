@@ -177,7 +177,8 @@ def train_step_whole() -> str:
         for row in found
     ]  # fmt: skip
     head = ["rollouts by", "trained", "rollouts, s", *names[1:], "rollout tokens/s"]
-    return table(head, lines) + about(found[0])
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in found))
+    return table(head, lines) + about(found[0] | {"commit": commits})
 
 
 def async_rollout() -> str:

@@ -35,6 +35,8 @@ from vigos.eval.statistics import holm
 from vigos.study.cell import train_sft
 from vigos.study.plan import MAX_TOKENS, world_config
 from vigos.system.files import replace_file
+from vigos.system.screen import make_console
+from vigos.train.watch import Watch
 from vigos.world import load_base, world_prompts
 from vigos.world.batch import FastEncoder, ScoredText
 from vigos.world.tasks import completion
@@ -163,6 +165,7 @@ def train(data: Any, method: str, base: Path, rows: Path, args: argparse.Namespa
         records = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
         return train_sft(model, processor, load_rows(rows), [stated(data, r) for r in records], options), processor
     trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=load_rows(rows))
+    Watch.attach(trainer, make_console(), every=10)
     trainer.train()
     return trainer.model, processor
 

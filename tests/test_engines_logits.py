@@ -200,7 +200,7 @@ def called(engine, student, teacher, rows, layout):
 @pytest.mark.parametrize("how", UPSTREAMS)
 @pytest.mark.parametrize("layout", EIGHT)
 def test_any_upstream_again_and_again(engine, layout, how):
-    """Of the loss the gradient may be there already. Of others it is not, nor once it was given away and written to."""
+    """Compare gradients with float64: of the loss, which forward may have written; of others; each again."""
     student, teacher, rows = weighted(layout)
     leaf, _, out = called(engine, student, teacher, rows, layout)
     g = torch.linspace(-1, 1, 7)
@@ -235,6 +235,7 @@ def test_gradient_of_the_loss_comes_with_it(engine, layout):
     assert written.numel() == given.numel()
 
 
+@pytest.mark.parametrize("engine", ONE_VISIT, indirect=True)
 def test_a_half_precision_gradient_is_rounded_once(engine):
     """Under an upstream that is no power of two it is what it is without a gradient from forward."""
     student, teacher, rows = weighted("rows", torch.bfloat16)

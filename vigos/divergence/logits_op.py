@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vigos.divergence.call import Call, rows_of
-from vigos.divergence.engines import ONE_VISIT, choose, first
+from vigos.divergence.engines import ONE_VISIT, choose
 from vigos.divergence.engines.problem import STATE, LogitsProblem
 from vigos.divergence.operator import (
     NOT_CAPTURED,
@@ -39,7 +39,7 @@ def _logits_problem(
     )  # fmt: skip
 
 
-def writes_in_forward(call: Call, device: torch.device, student_row: Tensor, n: int) -> bool:
+def writes_in_forward(call: Call, student_row: Tensor, n: int) -> bool:
     """Return whether the gradient of `n` student rows is written with the loss.
 
     Not where pairs share a student row: their gradients add up. Nor where it is mostly zeros, as in calls that divide
@@ -47,7 +47,7 @@ def writes_in_forward(call: Call, device: torch.device, student_row: Tensor, n: 
     """
     r = student_row.shape[0]
     values = type(student_row) is Tensor and student_row.device.type != "meta"  # not of a trace
-    if torch.compiler.is_compiling() or not values or first(call.impl, device) not in ONE_VISIT:
+    if torch.compiler.is_compiling() or not values or call.impl not in ONE_VISIT:
         return False
     return n <= 2 * r <= 2 * n and student_row.unique().shape[0] == r
 
@@ -63,7 +63,7 @@ def logits(
     """
     n, student_row = student_logits.shape[0], supervision[0]
     need = student_logits.requires_grad and torch.is_grad_enabled() and not inplace
-    if need and writes_in_forward(call, student_logits.device, student_row, n):
+    if need and writes_in_forward(call, student_row, n):
         dlogits_row, dlogits_rows = student_row, n
     arguments = (labels, *call.packed(), inplace, dlogits_row, dlogits_rows)
     return logits_op(student_logits, teacher_logits, list(supervision), *arguments)

@@ -77,7 +77,7 @@ class _Strided(torch.autograd.Function):
         matrix, index = as_matrix(student)
         rows_s, n = index.to(rows[0].device)[rows[0]], student.shape[:-1].numel()
         need = ctx.needs_input_grad[0] and not inplace
-        ctx.written = need and writes_in_forward(call, student.device, rows[0], n)
+        ctx.written = need and writes_in_forward(call, rows[0], n)
         into = (rows[0], n) if ctx.written else (None, 0)
         out = logits(matrix, teacher, (rows_s, *rows[1:]), labels, call, inplace, *into)
         ctx.call, ctx.inplace = call, inplace

@@ -134,6 +134,5 @@ def gradients_finite(model: nn.Module) -> Tensor:
     gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
     if not gradients:
         return torch.tensor(True)
-    return torch.isfinite(
-        torch.stack([n.float() for n in norms([g for g in gradients if g.numel()] or gradients)])
-    ).all()
+    sizes = [n.float() for n in norms([g for g in gradients if g.numel()] or gradients)]
+    return torch.isfinite(torch.stack(sizes)).all()

@@ -18,8 +18,6 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-import torch
-
 from vigos.divergence.engines.problem import LinearProblem, LogitsProblem
 from vigos.divergence.engines.self_check import agrees
 
@@ -37,7 +35,7 @@ AUTO = {
 
 # Whose `logits_forward` writes the gradient with the statistics: a row is read once for both. Triton's kernels have no
 # place to keep a row; on a CPU, where arithmetic decides, it saves nothing (54 to 95 ms either way), and costs a third
-# more where the loss is scaled.
+# more where the loss is scaled. None of them is in AUTO.
 ONE_VISIT = ("cuda",)
 
 _MODULES = {"reference": "chunked"}  # where a module is called otherwise
@@ -48,11 +46,6 @@ def engine(impl: str) -> ModuleType:
     if impl not in IMPLS:
         raise ValueError(f'impl must be "auto" or one of {", ".join(map(repr, IMPLS))}, got {impl!r}')
     return importlib.import_module(f"vigos.divergence.engines.{_MODULES.get(impl, impl)}")
-
-
-def first(impl: str, device: torch.device) -> str:
-    """Return the name of the engine that `impl` names, or that "auto" tries first on `device`."""
-    return AUTO.get(device.type, ("reference",))[0] if impl == "auto" else impl
 
 
 def _why_not(module: ModuleType, problem: LinearProblem | LogitsProblem) -> str | None:
