@@ -21,12 +21,39 @@ from rich.console import Console
 from scipy import stats
 
 from vigos.cli import main
+from vigos.data.examples import load_rows
 from vigos.divergence.supervision import FORWARD_KL, REVERSE_KL
+from vigos.method.objective import Objective
 from vigos.method.spans import parse_rollout
 from vigos.method.supervise import assign
 from vigos.method.views import View
-from vigos.study.cell import add_boxes, cell_config, change_references, measure, stated
-from vigos.study.plan import ARM, ARMS, CONTROL, FULL, METHOD, METHODS, QUICK, SEARCH, Axis, Cell, Plan, World, reduced
+from vigos.study.cell import (
+    add_boxes,
+    cell_config,
+    change_references,
+    entropy,
+    measure,
+    stated,
+    temperature_of,
+    write_sharpened,
+)  # fmt: skip
+from vigos.study.plan import (
+    ARM,
+    ARMS,
+    CONTROL,
+    FROZEN,
+    FULL,
+    METHOD,
+    METHODS,
+    QUICK,
+    SEARCH,
+    Axis,
+    Cell,
+    Plan,
+    World,
+    reduced,
+    three_teachers,
+)  # fmt: skip
 from vigos.study.results import (
     by_base,
     difference,
@@ -41,7 +68,7 @@ from vigos.study.results import (
 )
 from vigos.study.run import run_study
 from vigos.train.config import ViGOSConfig
-from vigos.world import write_world
+from vigos.world import load_base, write_world
 from vigos.world.tasks import Asked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +98,9 @@ def test_the_search_leaves_the_study_alone() -> None:
     assert not {c.base for c in cells} & {c.base for c in FULL.cells()}
     assert [c.base for c in reduced(SEARCH, bases=2).cells() if c.arm == "base"] == [100, 101] * 4
     assert Cell("opsd", World(), 0, 0, FULL).key == "opsd-base0-seed0-d01c51353b"
+    frozen = FROZEN.cells()
+    assert len(frozen) == 5 * (1 + 2 * 2 * 2)
+    assert not {c.base for c in frozen} & ({c.base for c in FULL.cells()} | set(SEARCH.bases))
 
 
 def test_a_changed_setting_is_another_cell() -> None:
@@ -174,7 +204,38 @@ def test_controls_tell_the_teachers_something_else(tmp_path: Path, reference: st
     else:
         assert kept == 0
         assert {r["answer"] for r in after} == {"?"} or reference == "wrong"
-    assert len(CONTROL.cells()) == 5 * (1 + 2 * 8)
+    assert len(CONTROL.cells()) == 5 * (1 + 2 * 13)
+
+
+def test_controls_show_or_weigh_something_else(tmp_path: Path) -> None:
+    """They differ from ViGOS, written out as data, in one field."""
+    plain = cell_config(Cell("vigos", World(), 0, 0, TINY), tmp_path).objective.roster
+    assert Objective(teachers=three_teachers()).roster == plain
+    for name in ("blank", "other"):
+        seen = cell_config(Cell(f"vigos_{name}_image", World(), 0, 0, TINY), tmp_path).objective.roster
+        assert seen == (replace(plain[0], view=View(name)), *plain[1:])
+    unlikely = cell_config(Cell("vigos_unlikely", World(), 0, 0, TINY), tmp_path).objective.roster
+    assert unlikely == tuple(replace(teacher, weigh={"unlikely": 0.5}) for teacher in plain)
+    opsd = cell_config(Cell("opsd", World(), 0, 0, TINY), tmp_path).objective.roster[2]
+    (alone,) = cell_config(Cell("opsd_unlikely", World(), 0, 0, TINY), tmp_path).objective.roster
+    assert alone == replace(opsd, weigh={"unlikely": 0.5})
+
+
+def test_a_teacher_as_sure_as_the_privileged_one(tmp_path: Path) -> None:
+    """Its logits are the base's over the temperature, at which its mean entropy is the privileged teacher's."""
+    logits = torch.randn(50, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.3, 1.0, 4.0):
+        found = temperature_of(logits, entropy(logits / temperature))
+        assert found == pytest.approx(temperature, rel=1e-6)
+    examples = list(load_rows(write_world(tmp_path / "train", "train", n=6)))
+    cell = Cell("opsd_sharpened", World(), 0, 0, TINY)
+    temperature = write_sharpened(tmp_path / "sharp", None, examples, cell_config(cell, tmp_path / "run"))
+    assert 0.5 < temperature < 2
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        sharp, plain = (load_base(folder)[0](input_ids=ids).logits for folder in (tmp_path / "sharp", None))
+    torch.testing.assert_close(sharp, plain / temperature, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sharp, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arm", METHODS, ids=lambda arm: arm.name)

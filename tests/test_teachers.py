@@ -397,7 +397,7 @@ MISTAKES = {
     "contrast without a control": ({"contrast": 1.0}, r"control must name a view with contrast"),
     "a cut reverse KL": ({"kind": "reverse", "plausibility": 0.1}, r"plausibility must be 0 for reverse KL"),
     "advantage without a control": ({"weigh": {"advantage": [0, 2]}}, r"weigh advantage needs a control"),
-    "unknown weight": ({"weigh": {"entropi": 1.0}}, r"weigh must be of advantage, entropy, position"),
+    "unknown weight": ({"weigh": {"entropi": 1.0}}, r"weigh must be of advantage, entropy, position, unlikely"),
     "bounds": ({"control": "none", "weigh": {"advantage": 2}}, r"weigh advantage must be two bounds"),
 }
 
@@ -423,11 +423,13 @@ def test_weights_of_pairs_by_hand() -> None:
     pairs = Pairs(
         divergence=column(0.1, 0.2, 0.3), teacher_logprob=column(-1.0, -1.0, -3.0),
         control_logprob=column(-1.5, -9.0, -2.0), teacher_entropy=column(0.5, 2.0, 8.0), token=torch.tensor([0, 1, 3]),
+        student_logprob=column(-0.6, -0.7, -3.0),
     )  # fmt: skip
     wanted = {
         "advantage": ([0.2, 4.0], [0.5, 4.0, 0.2]),
         "entropy": (4.0, [0.125, 0.5, 1.0]),
         "position": (0.5, [1.0, 0.5, 0.125]),
+        "unlikely": (0.5, [0.0, 1.0, 1.0]),
     }
     for name, (value, weights) in wanted.items():
         torch.testing.assert_close(WEIGHTS[name](pairs, value), column(*weights), rtol=1e-12, atol=0.0)

@@ -57,6 +57,9 @@ def study(
     search: Annotated[
         bool, typer.Option("--search", help="Worlds whose training scenes follow the habit, in small.")
     ] = False,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="The worlds that the search chose, on five other bases.")
+    ] = False,
     bases: Annotated[int | None, typer.Option(help="How many bases; default: the plan's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many training seeds of each.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")] = None,
@@ -65,7 +68,7 @@ def study(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Tables and figures from the CSV files.")] = False,
 ) -> None:
     """Compare the methods on the built-in world. Their parts too; a stopped study goes on where it stopped."""
-    from vigos.study.plan import CONTROL, FULL, METHOD, QUICK, SEARCH, reduced
+    from vigos.study.plan import CONTROL, FROZEN, FULL, METHOD, QUICK, SEARCH, reduced
     from vigos.study.results import draw, print_results
     from vigos.study.run import run_study
 
@@ -74,7 +77,8 @@ def study(
 
     results = output_dir / "results.csv"
     if not draw_only:
-        plan = QUICK if quick else CONTROL if controls else METHOD if methods else SEARCH if search else FULL
+        chosen = ((quick, QUICK), (controls, CONTROL), (methods, METHOD), (search, SEARCH), (frozen, FROZEN))
+        plan = next((plan for wanted, plan in chosen if wanted), FULL)
         plan = reduced(plan, bases=bases, seeds=seeds, steps=steps, axes=axis or None)
         with output_folder(output_dir, "vigos study"):
             run_study(plan, output_dir, jobs=jobs, progress=tell)

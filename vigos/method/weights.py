@@ -3,6 +3,7 @@
     advantage: [low, high]   w = clip(log p_t(y) - log p_c(y), low, high)     c: the teacher's control; arXiv 2605.21924
     entropy: h               w = min(H(p_t) / h, 1)                           H in nats; as in arXiv 2603.07079
     position: decay          w = decay ** i                                   i: the token's place in its completion
+    unlikely: p              w = 1 where p_s(y) < p, else 0                   p_s: the student's
     soft_clip: tau           tau tanh(d / tau) in the place of min(d, clip)   arXiv 2606.01249 clips hard
 
 Weights are constants of the step: no gradient goes through them.
@@ -10,6 +11,7 @@ Weights are constants of the step: no gradient goes through them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +31,7 @@ class Pairs:
         teacher_logprob, control_logprob: of the token that was written; `control_logprob` is `teacher_logprob` where
             there is no control. Without contrast the teacher's is that of `out`.
         teacher_entropy: of the target, nats.
+        student_logprob: of the token that was written, nats.
         token: int64, the token's place in its completion.
     """
 
@@ -37,6 +40,7 @@ class Pairs:
     control_logprob: Tensor
     teacher_entropy: Tensor
     token: Tensor
+    student_logprob: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[Pairs], places: Sequence[Tensor]) -> Pairs:
@@ -60,8 +64,13 @@ def position(pairs: Pairs, decay: float) -> Tensor:
     return torch.pow(decay, pairs.token.to(pairs.divergence))
 
 
+def unlikely(pairs: Pairs, below: float) -> Tensor:
+    """Return 1 where the student gave the written token a probability below `below`, else 0."""
+    return (pairs.student_logprob < math.log(below)).to(pairs.divergence)
+
+
 WEIGHTS: dict[str, Callable[[Pairs, Any], Tensor]] = {
-    "advantage": advantage, "entropy": entropy, "position": position,
+    "advantage": advantage, "entropy": entropy, "position": position, "unlikely": unlikely,
 }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,10 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
             records = [json.loads(line) for line in train.read_text(encoding="utf-8").split("\n") if line]
             model = train_sft(model, processor, load_rows(train), [stated(r) for r in records], options)
         else:
+            if arm.sharpened:
+                examples = list(islice(load_rows(train), plan.examples_a_step))
+                found["temperature"] = write_sharpened(scratch / "sharpened", base, examples, options)
+                options.teachers = [{"name": "sharpened", "reads": "student", "model": str(scratch / "sharpened")}]
             trainer = ViGOSTrainer(model=model, args=options, processing_class=processor, train_dataset=train)
             for printer in (ProgressCallback, PrinterCallback):  # the study says where it is
                 trainer.remove_callback(printer)
@@ -58,7 +64,7 @@ def measure(cell: Cell, base: Path | None, scratch: Path) -> dict[str, Any]:
             model = trainer.model
             rollouts = trainer.sample_rollouts(list(islice(load_rows(train), plan.palr_examples)))
             groups = trainer.measure_palr(rollouts).summary(resamples=1)["groups"]
-            found = {f"palr_{name}": groups.get(name, {}).get("palr") for name in ("all", "description", "reasoning")}
+            found |= {f"palr_{name}": groups.get(name, {}).get("palr") for name in ("all", "description", "reasoning")}
     result = evaluate(
         model, processor, load_rows(test), prompts=world_prompts(), temperature=1.0, max_new_tokens=MAX_TOKENS,
         batch_size=150, seed=TEST_SEED + cell.seed,
@@ -146,6 +152,54 @@ def cell_config(cell: Cell, folder: Path) -> ViGOSConfig:
         folder, seed=cell.seed, max_steps=plan.steps, per_device_train_batch_size=plan.examples_a_step,
         learning_rate=plan.learning_rate, completion_steps=0, save_merged=False, **arm.options,
     )  # fmt: skip
+
+
+# --- A teacher that is sure of itself without being told --------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_sharpened(folder: Path, base: Path | None, examples: Sequence[Any], options: ViGOSConfig) -> float:
+    """Write the base with its logits divided by a temperature, and return that temperature.
+
+    Under the student's prompt it then has, on rollouts of the base, the mean entropy of OPSD's privileged teacher.
+    """
+    from vigos.method.encode import ScoredSequence
+    from vigos.models.parts import lm_head
+    from vigos.scoring.hidden_states import hidden_states
+    from vigos.train.trainer import ViGOSTrainer
+    from vigos.world import load_base
+
+    model, processor = load_base(base)
+    opsd = replace(options, method="opsd", teachers=None)
+    rollouts = ViGOSTrainer(model=model, args=opsd, processing_class=processor, train_dataset=examples).sample_rollouts(
+        examples
+    )
+    logits = {}
+    for role in ("student", "reference"):
+        sequences = [ScoredSequence(r.prompts[role], r.completion_ids, torch.arange(len(r.completion_ids)))
+                     for r in rollouts]  # fmt: skip
+        logits[role] = lm_head(model)(hidden_states(model, sequences, scoring="separate")).double()
+    temperature = temperature_of(logits["student"], entropy(logits["reference"]))
+    model, processor = load_base(base)  # the other one has an adapter
+    model.model.language_model.norm.weight /= temperature
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return temperature
+
+
+def entropy(logits: torch.Tensor) -> float:
+    """Return the mean entropy of rows of logits (N, V), in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -float((logprobs.exp() * logprobs).sum(-1).mean())
+
+
+def temperature_of(logits: torch.Tensor, wanted: float) -> float:
+    """Return the temperature (1/1000 to 1000) at which rows of logits (N, V) have a mean entropy of `wanted` nats."""
+    low, high = -math.log(1000), math.log(1000)
+    for _ in range(50):  # entropy grows with the temperature
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(logits / math.exp(middle)) < wanted else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 # --- The off-policy arm -----------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Arm:
         reference: what the privileged teachers are told: the example's own answer, that of another example of the same
             kind, a wrong one of the same kind, or "?". Evaluation knows the true answers.
         boxes: its examples name the part of the image that their question asks about, as `box`.
+        sharpened: its only teacher is the base under the student's prompt, at the temperature where its mean entropy on
+            the base's rollouts is that of OPSD's teacher.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     reference: Reference = "own"
     boxes: bool = False
+    sharpened: bool = False
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -116,13 +119,42 @@ CONTROLS: tuple[Arm, ...] = tuple(
     for method, title, options in (("opsd", "OPSD", {"method": "opsd"}), ("vigos", "ViGOS", {}))
     for reference, what in _TOLD.items()
 )
+
+
+def three_teachers(**changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return ViGOS's teachers as data, with further fields of those that are named."""
+    found: dict[str, dict[str, Any]] = {
+        "perception": {"reads": "perception", "spans": "description", "rollouts": "valid", "prefill": ""},
+        "reasoning": {"reads": "reasoning", "spans": ["reasoning", "answer"], "rollouts": "valid"},
+        "reference": {"reads": "reference", "rollouts": "invalid", "kind": "reverse", "weight": 2.0},
+    }
+    return [{"name": name, **fields, **changes.get(name, {})} for name, fields in found.items()]
+
+
+UNLIKELY = {"weigh": {"unlikely": 0.5}}  # tokens that the student gave less than one half
+SIGHT: tuple[Arm, ...] = tuple(
+    Arm(f"vigos_{name}_image", f"ViGOS, {what} before the perception teacher", options={"teachers": teachers})
+    for name, what in (("blank", "a grey image"), ("other", "another example's image"))
+    for teachers in [three_teachers(perception={"view": name})]
+)
+DENSITY: tuple[Arm, ...] = (
+    Arm("opsd_sharpened", "OPSD, as sure of itself by temperature, told nothing", sharpened=True),
+    Arm(
+        "opsd_unlikely", "OPSD on tokens below 0.5 of the student",
+        options={"teachers": [{"name": "reference", "reads": "reference", **UNLIKELY}]},
+    ),
+    Arm(
+        "vigos_unlikely", "ViGOS on tokens below 0.5 of the student",
+        options={"teachers": three_teachers(**dict.fromkeys(("perception", "reasoning", "reference"), UNLIKELY))},
+    ),
+)  # fmt: skip
 METHODS: tuple[Arm, ...] = (
     Arm("contrast_erased", "contrast with an erased image (2607.21556)", options=recipe("contrast-erased")),
     Arm("visual_advantage", "OPSD, tokens weighed by the image (2605.21924)", options=recipe("visual-advantage")),
     Arm("crop_teacher", "a teacher that sees a crop (2605.18740)", options=recipe("crop-teacher"), boxes=True),
     Arm("degraded_student", "a student of degraded images (2608.14144)", options=recipe("degraded-student")),
 )
-ARM = {arm.name: arm for arm in (*ARMS, *CONTROLS, *METHODS)}
+ARM = {arm.name: arm for arm in (*ARMS, *CONTROLS, *SIGHT, *DENSITY, *METHODS)}
 
 
 @dataclass(frozen=True)
@@ -230,6 +262,8 @@ class Cell:
         how: dict[str, Any] = {"kind": arm.kind, "options": dict(arm.options)}
         if arm.reference != "own":
             how["reference"] = arm.reference
+        if arm.sharpened:
+            how["sharpened"] = True
         world = asdict(self.world)
         for later in ("faint", "place"):  # knobs that came after the first study: its cells keep their names
             if not world[later]:
@@ -263,7 +297,8 @@ FULL = Plan(
 # One seed of every arm on the base that ships, and what H1 is about.
 QUICK = replace(FULL, name="quick", axes=(Axis("label_bias", (1.0,)),), bases=(0,), seeds=(0,))
 # What is left of either method where its privilege is worth nothing.
-CONTROL = replace(FULL, name="controls", arms=("base", "opsd", "vigos", *(arm.name for arm in CONTROLS)), axes=())
+_CONTROLS = (arm.name for arm in (*CONTROLS, *SIGHT, *DENSITY))
+CONTROL = replace(FULL, name="controls", arms=("base", "opsd", "vigos", *_CONTROLS), axes=())
 # Recipes of others on the same worlds: with true references, and with such as always state the habit.
 _COMPARED = ("base", "opsd", "vigos", *(arm.name for arm in METHODS))
 METHOD = replace(FULL, name="methods", arms=_COMPARED, axes=(Axis("label_bias", (1.0,), _COMPARED),))
@@ -285,6 +320,13 @@ SEARCH = Plan(
     palr_examples=8,
     check_triplets=50,
 )
+
+# What the search chose, at the study's size: plain digits that the question names, training scenes that agree with the
+# habit always, or in 95 of 100. Its bases are bent as the search's was, from other seeds: none of them was searched on.
+FROZEN = replace(
+    FULL, name="frozen", arms=("base",), axes=(Axis("conflict", (0.0, 0.05), ("opsd", "vigos")),),
+    bases=tuple(range(HARD_BASE + 1, HARD_BASE + 6)),
+)  # fmt: skip
 
 
 def reduced(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     "arm", "conflict", "label_bias", "noise", "shortcut", "faint", "place", "base", "seed", "steps", "score", "prior",
     "valid_rate", "description", "named", "follows", "tokens", "palr_all", "palr_description", "palr_reasoning",
-    "seconds", "score_items", "prior_items",
+    "seconds", "temperature", "score_items", "prior_items",
 )  # fmt: skip
 KNOBS = ("conflict", "label_bias", "noise", "shortcut", "faint", "place")
 _TEXT = ("arm", "score_items", "prior_items", "precondition", "measure", "met")

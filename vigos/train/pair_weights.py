@@ -81,4 +81,6 @@ def _pairs(
         assert plain.student_logprob is not None
         teacher, control = plain.teacher_logprob, plain.student_logprob
     token = batch.token.to(out.divergence.device)
-    return Pairs(out.divergence.detach(), teacher, control, out.teacher_entropy, token)
+    student = out.student_logprob
+    assert student is not None
+    return Pairs(out.divergence.detach(), teacher, control, out.teacher_entropy, token, student.detach())
