@@ -7,6 +7,7 @@ python bench/plots.py --results cpu-avx512 cpu-avx2 h200
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,8 @@ from measure import RESULTS
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from vigos.study.plan import World
+from vigos.study.results import by_base, in_world, read_csv
 from vigos.study.results import draw as draw_study
 
 IMAGES = RESULTS.parent.parent / "docs" / "images"
@@ -137,6 +140,26 @@ def prefix_tree(frame: pd.DataFrame, device: str) -> None:
     save(figure, f"prefix-tree-{size}-{device}")
 
 
+def frozen(file: Path) -> None:
+    """Score and descriptions of each base before and after, in the two worlds that the search chose."""
+    rows, arms = read_csv(file), ("base", "opsd", "vigos")
+    metrics = (("score", "Score"), ("description", "description right"))
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.9), layout="constrained", sharey=True)
+    for axis, (level, (metric, title)) in zip(axes, product((0.0, 0.05), metrics), strict=True):
+        here = in_world(rows, World(conflict=level))
+        values = {arm: by_base(here, arm, metric) for arm in arms}
+        for base in values["base"]:
+            axis.plot(arms, [100 * values[arm][base] for arm in arms], "o-", color=PEER, markersize=3, linewidth=0.9)
+        means = [100 * sum(found.values()) / len(found) for found in values.values()]
+        axis.plot(arms, means, "o-", color=OURS, linewidth=2)
+        for place, mean in enumerate(means):
+            axis.annotate(f"{mean:.0f}", (place, mean), (0, 9), textcoords="offset points", ha="center", color=OURS)
+        axis.set_title(f"{title}, {100 * level:g} % conflict", fontsize=9)
+        axis.set(xlim=(-0.3, 2.3), ylim=(0, 100))
+    axes[0].set_ylabel("%")
+    save(figure, "study-frozen")
+
+
 def main() -> None:
     """Each results folder's CSVs; a file that is not there draws nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +176,9 @@ def main() -> None:
                 prefix_tree(pd.read_csv(file), device)
     for path in draw_study(RESULTS / "study" / "results.csv", RESULTS / "study" / "preconditions.csv", IMAGES):
         print(path)
+    if (file := RESULTS / "study" / "frozen.csv").exists():
+        with plt.rc_context(STYLE):
+            frozen(file)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def study_search() -> str:
     from vigos.study.results import by_base, in_world
 
     found, lines, gaps = study_rows("search"), [], []
-    for world in SEARCH.worlds:
+    for world in sorted(SEARCH.worlds, key=lambda w: (w.place, w.faint, w.conflict)):
         here = in_world(found, world)
         if not by_base(here, "vigos", "score") or not by_base(here, "opsd", "score"):
             continue
@@ -188,6 +188,28 @@ def study_search() -> str:
     return table(
         ["conflict, asked digit", f"Score: {arms}", "description right", "`vigos` - `opsd`", "p (Holm)"], lines
     )
+
+
+def study_frozen() -> str:
+    """The worlds that the search chose, on five other bases: who differs from whom in Score."""
+    from vigos.eval.statistics import holm
+    from vigos.study.plan import FROZEN, World
+    from vigos.study.results import by_base, difference, in_world
+
+    rows, lines, tests = study_rows("frozen"), [], []
+    for level in FROZEN.axes[0].levels:
+        here = in_world(rows, World(conflict=level))
+        means = {arm: percent(by_base(here, arm, "score").values()) for arm in ("base", "opsd", "vigos")}
+        for arm, other in (("vigos", "opsd"), ("vigos", "base"), ("opsd", "base")):
+            gap = difference(here, arm, other)
+            assert gap is not None
+            each = " / ".join(f"{100 * v:+.1f}" for v in gap.by_base.values())
+            name = f"{100 * level:g} %: `{arm}` {means[arm]} - `{other}` {means[other]}"
+            lines.append([name, each, points(gap), points(difference(here, arm, other, "description"))])
+            tests.append(gap.p_value if gap.p_value is not None else 1.0)
+    lines = [[*line[:3], chance(p), line[3]] for line, p in zip(lines, holm(tests), strict=True)]
+    head = ["conflict: Score, %", "base by base", "mean (95 % interval)", "p (Holm)", "description right"]
+    return table(head, lines)
 
 
 def own_data() -> str:
@@ -240,6 +262,6 @@ def study_preconditions() -> str:
 
 STUDY: dict[str, Callable[[], str]] = {
     "study-arms": study_arms, "study-axes": study_axes, "study-controls": study_controls,
-    "study-methods": study_methods, "study-search": study_search, "own-data": own_data,
+    "study-methods": study_methods, "study-search": study_search, "study-frozen": study_frozen, "own-data": own_data,
     "study-findings": study_findings, "study-preconditions": study_preconditions,
 }  # fmt: skip

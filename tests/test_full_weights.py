@@ -13,7 +13,9 @@ from helpers.tiny_models import tiny_model
 from helpers.training import CopyEngine, config, processor, rows, tiny_student, trainer
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MixtralConfig, MixtralModel
 
+from vigos.models.compat import keep_checkpoint_names
 from vigos.models.sharding import parameter_groups
 from vigos.rollout.checks import RolloutError
 from vigos.rollout.engine import Completion
@@ -30,6 +32,24 @@ def test_groups_have_the_names_and_tensors_of_a_checkpoint(family: str, tmp_path
     sent = {name: x for group in checkpoint_groups(model, trained=False) for name, x in group.items()}
     assert sorted(saved) == sorted(sent) == checkpoint_names(model, trained=False)
     assert all(torch.equal(saved[name], x) for name, x in sent.items())
+
+
+def test_names_of_a_model_whose_class_is_renamed(tmp_path: Path) -> None:
+    """FSDP2 renames the class of what it shards, and transformers finds a checkpoint's names by that name."""
+    settings = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=2, vocab_size=30,
+    )  # fmt: skip
+    names = {}
+    for how in ("plain", "kept", "lost"):
+        model = MixtralModel(settings)
+        if how == "kept":
+            keep_checkpoint_names(model)
+        if how != "plain":
+            model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
+        model.save_pretrained(tmp_path / how)
+        names[how] = sorted(load_file(tmp_path / how / "model.safetensors"))
+    assert names["kept"] == names["plain"] != names["lost"]
 
 
 def test_a_group_is_as_large_as_was_asked_for() -> None:

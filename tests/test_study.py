@@ -267,7 +267,7 @@ def row(arm: str, base: int, seed: int, score: str, **more: Any) -> dict[str, An
     values = {**dataclasses.asdict(World()), "steps": 10, "seconds": 1.5}
     found = {"score": score.count("1") / len(score), "score_items": score, "prior_items": "1" * (len(score) // 2)}
     rest = {"prior": 1.0, "valid_rate": 0.9, "description": None, "named": 0.0, "follows": None, "tokens": 20.0,
-            "palr_all": 0.25, "palr_description": 0.0, "palr_reasoning": None}  # fmt: skip
+            "palr_all": 0.25, "palr_description": 0.0, "palr_reasoning": None, "temperature": None}  # fmt: skip
     return {"arm": arm, "base": base, "seed": seed} | values | rest | found | more
 
 
@@ -392,7 +392,12 @@ def test_committed_figures_come_from_committed_data(tmp_path: Path) -> None:
 
     wanted = [(c.arm, *dataclasses.astuple(c.world)[:4], c.base, c.seed, c.plan.steps) for c in FULL.cells()]
     assert sorted(found) == sorted(wanted)
-    plans = {"controls": CONTROL, "methods": METHOD, "search": SEARCH}  # whose files hold a part of them
+    plans = {
+        "controls": CONTROL,
+        "methods": METHOD,
+        "search": SEARCH,
+        "frozen": FROZEN,
+    }  # whose files hold a part of them
     for name in sorted({path.stem for path in data.glob("*.csv")} & {*plans}):
         rows = [tuple(r[k] for k in (*keys, "faint", "place")) for r in read_csv(data / f"{name}.csv")]
         cells = {(c.arm, *dataclasses.astuple(c.world)[:4], c.base, c.seed, c.plan.steps, c.world.faint, c.world.place)
