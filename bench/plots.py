@@ -148,14 +148,14 @@ def frozen(file: Path) -> None:
     for axis, (level, (metric, title)) in zip(axes, product((0.0, 0.05), metrics), strict=True):
         here = in_world(rows, World(conflict=level))
         values = {arm: by_base(here, arm, metric) for arm in arms}
-        for base in values["base"]:
+        for base in set.intersection(*map(set, values.values())):
             axis.plot(arms, [100 * values[arm][base] for arm in arms], "o-", color=PEER, markersize=3, linewidth=0.9)
         means = [100 * sum(found.values()) / len(found) for found in values.values()]
         axis.plot(arms, means, "o-", color=OURS, linewidth=2)
         for place, mean in enumerate(means):
             axis.annotate(f"{mean:.0f}", (place, mean), (0, 9), textcoords="offset points", ha="center", color=OURS)
         axis.set_title(f"{title}, {100 * level:g} % conflict", fontsize=9)
-        axis.set(xlim=(-0.3, 2.3), ylim=(0, 100))
+        axis.set(xlim=(-0.3, 2.3), ylim=(0, 80))
     axes[0].set_ylabel("%")
     save(figure, "study-frozen")
 
