@@ -17,7 +17,7 @@ from measure import RESULTS
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from vigos.study.plan import World
+from vigos.study.plan import FROZEN, World
 from vigos.study.results import by_base, in_world, read_csv
 from vigos.study.results import draw as draw_study
 
@@ -145,10 +145,10 @@ def frozen(file: Path) -> None:
     rows, arms = read_csv(file), ("base", "opsd", "vigos")
     metrics = (("score", "Score"), ("description", "description right"))
     figure, axes = plt.subplots(1, 4, figsize=(9, 2.9), layout="constrained", sharey=True)
-    for axis, (level, (metric, title)) in zip(axes, product((0.0, 0.05), metrics), strict=True):
+    for axis, (level, (metric, title)) in zip(axes, product(FROZEN.axes[0].levels, metrics), strict=True):
         here = in_world(rows, World(conflict=level))
         values = {arm: by_base(here, arm, metric) for arm in arms}
-        for base in set.intersection(*map(set, values.values())):
+        for base in values["base"]:
             axis.plot(arms, [100 * values[arm][base] for arm in arms], "o-", color=PEER, markersize=3, linewidth=0.9)
         means = [100 * sum(found.values()) / len(found) for found in values.values()]
         axis.plot(arms, means, "o-", color=OURS, linewidth=2)

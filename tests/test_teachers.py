@@ -39,6 +39,7 @@ from vigos.method.objective import Objective
 from vigos.method.teachers import Teacher
 from vigos.method.views import BadView, View
 from vigos.method.weights import WEIGHTS, Pairs
+from vigos.models.parts import lm_head
 from vigos.scoring.prefix_tree import PrefixTree
 from vigos.world import write_world
 
@@ -213,7 +214,27 @@ def stated_rollouts(engine: Any, data: list[dict[str, Any]], student_images: Cal
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_recipe_is_its_statement(name: str, tmp_path: Path) -> None:
     """One step of the trainer, loss and gradients, to 1e-6 of the loss on full logits that is written above."""
-    options = yaml.safe_load(path_of(name).read_text())
+    step_is_stated(STATEMENTS[name], yaml.safe_load(path_of(name).read_text()), tmp_path)
+
+
+def test_unlikely_tokens_alone_are_supervised(tmp_path: Path) -> None:
+    kept: list[Tensor] = []
+
+    def stated(rollouts: list[Stated]) -> Tensor:
+        found = []
+        for r in rollouts:
+            z = r.teacher(f"{r.row['problem']} Key: {r.row['answer']}. {PROMPTS.format}")
+            kept.append(written(r.student.detach(), r).exp() < below)
+            found.append(kept[-1] * forward_kl(z, r.student))
+        return mean(found)
+
+    below = 1 / lm_head(tiny_student()).weight.shape[0]
+    teacher = {"name": "told", "reads": "reference", "weigh": {"unlikely": below}}
+    step_is_stated(stated, {"clip_mode": "none", "teachers": [teacher]}, tmp_path)
+    assert 0.1 < torch.cat(kept).double().mean() < 0.9
+
+
+def step_is_stated(statement: Callable[[list[Stated]], Tensor], options: dict[str, Any], tmp_path: Path) -> None:
     args = config(tmp_path, per_device_train_batch_size=3, weight_decay=0.0, **options)
     recorder = GradientRecorder()
     engine = trainer(tiny_student(torch.float64), args, data(), texts=TEXTS, callbacks=[recorder])
@@ -223,9 +244,8 @@ def test_a_recipe_is_its_statement(name: str, tmp_path: Path) -> None:
     def degraded(image: Image.Image) -> Image.Image:
         return image.resize((max(1, round(image.width / 8)), max(1, round(image.height / 8)))).resize(image.size)
 
-    loss = STATEMENTS[name](
-        stated_rollouts(engine, data(), degraded if name == "degraded-student" else lambda image: image)
-    )
+    seen = degraded if options.get("student_view") else lambda image: image
+    loss = statement(stated_rollouts(engine, data(), seen))
     trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
     gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     engine.train()
@@ -398,6 +418,7 @@ MISTAKES = {
     "a cut reverse KL": ({"kind": "reverse", "plausibility": 0.1}, r"plausibility must be 0 for reverse KL"),
     "advantage without a control": ({"weigh": {"advantage": [0, 2]}}, r"weigh advantage needs a control"),
     "unknown weight": ({"weigh": {"entropi": 1.0}}, r"weigh must be of advantage, entropy, position, unlikely"),
+    "more than a probability": ({"weigh": {"unlikely": 1.5}}, r"weigh unlikely must be at most 1, got 1.5"),
     "bounds": ({"control": "none", "weigh": {"advantage": 2}}, r"weigh advantage must be two bounds"),
 }
 

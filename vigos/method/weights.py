@@ -88,3 +88,5 @@ def check_weights(weigh: Mapping[str, Any], *, has_control: bool) -> None:
                 raise ValueError("weigh advantage needs a control, got none")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"weigh {name} must be a number above 0, got {value!r}")
+        elif name == "unlikely" and value > 1:
+            raise ValueError(f"weigh unlikely must be at most 1, got {value!r}")

@@ -163,6 +163,7 @@ def write_sharpened(folder: Path, base: Path | None, examples: Sequence[Any], op
 
     Under the student's prompt it then has, on rollouts of the base, the mean entropy of OPSD's privileged teacher.
     """
+    from vigos.divergence.reference import entropy
     from vigos.method.encode import ScoredSequence
     from vigos.models.parts import lm_head
     from vigos.scoring.hidden_states import hidden_states
@@ -179,7 +180,7 @@ def write_sharpened(folder: Path, base: Path | None, examples: Sequence[Any], op
         sequences = [ScoredSequence(r.prompts[role], r.completion_ids, torch.arange(len(r.completion_ids)))
                      for r in rollouts]  # fmt: skip
         logits[role] = lm_head(model)(hidden_states(model, sequences, scoring="separate")).double()
-    temperature = temperature_of(logits["student"], entropy(logits["reference"]))
+    temperature = temperature_of(logits["student"], float(entropy(logits["reference"]).mean()))
     model, processor = load_base(base)  # the other one has an adapter
     model.model.language_model.norm.weight /= temperature
     model.save_pretrained(folder)
@@ -187,18 +188,14 @@ def write_sharpened(folder: Path, base: Path | None, examples: Sequence[Any], op
     return temperature
 
 
-def entropy(logits: torch.Tensor) -> float:
-    """Return the mean entropy of rows of logits (N, V), in nats."""
-    logprobs = logits.log_softmax(-1)
-    return -float((logprobs.exp() * logprobs).sum(-1).mean())
-
-
 def temperature_of(logits: torch.Tensor, wanted: float) -> float:
     """Return the temperature (1/1000 to 1000) at which rows of logits (N, V) have a mean entropy of `wanted` nats."""
+    from vigos.divergence.reference import entropy
+
     low, high = -math.log(1000), math.log(1000)
     for _ in range(50):  # entropy grows with the temperature
         middle = (low + high) / 2
-        low, high = (middle, high) if entropy(logits / math.exp(middle)) < wanted else (low, middle)
+        low, high = (middle, high) if entropy(logits / math.exp(middle)).mean() < wanted else (low, middle)
     return math.exp((low + high) / 2)
 
 
